@@ -1,0 +1,288 @@
+//! batch: the engine's metadata as one checked, borrowed view. Nothing below checks it again.
+
+use crate::error::{Error, Result, Status};
+use crate::tensor::{Pool, Tokens};
+use crate::types::Shape;
+
+/// The engine's logical → physical map: `[num_reqs, >= pages]` int32, garbage allowed after a row's valid prefix.
+#[derive(Clone, Copy, Debug)]
+pub struct BlockTable<'a> {
+    /// Page ids, row-major.
+    pub entries: &'a [i32],
+    /// From a row to the next, in entries.
+    pub stride_row: usize,
+    /// Entries a row holds; at most `stride_row`.
+    pub width: usize,
+}
+
+/// One step's requests: prefill chunks and decode rows, ragged, in one packed `q`.
+///
+/// Request `r` owns queries `cu_seqlens_q[r]..cu_seqlens_q[r + 1]`, the last `q_len` of its `seq_lens[r]` KV tokens
+/// (bottom-right causal). KV of the chunk is already in the pool.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    shape: Shape,
+    q: Tokens<'a>,
+    k: Pool<'a>,
+    v: Pool<'a>,
+    cu_seqlens_q: &'a [i32],
+    seq_lens: &'a [i32],
+    block_table: BlockTable<'a>,
+}
+
+/// The parts of a [`Batch`] before they are checked.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchParts<'a> {
+    /// `[total_q, num_q_heads, head_dim]`.
+    pub q: Tokens<'a>,
+    /// `[num_pages, page_size, num_kv_heads, head_dim]`.
+    pub k: Pool<'a>,
+    /// Same extents as `k`.
+    pub v: Pool<'a>,
+    /// `[num_reqs + 1]`, from 0, not decreasing, ending at `total_q`.
+    pub cu_seqlens_q: &'a [i32],
+    /// `[num_reqs]` KV tokens including this chunk.
+    pub seq_lens: &'a [i32],
+    /// `[num_reqs, pages]`.
+    pub block_table: BlockTable<'a>,
+    /// Query tokens in `q`.
+    pub total_q: usize,
+}
+
+impl<'a> Batch<'a> {
+    /// Checks every extent, length and table entry the step can touch.
+    ///
+    /// # Errors
+    /// [`Status::Dtype`], [`Status::Stride`], [`Status::Shape`], [`Status::Value`], [`Status::SeqLen`] or
+    /// [`Status::Table`], naming the argument and the request.
+    pub fn new(shape: Shape, parts: BatchParts<'a>) -> Result<Self> {
+        shape.check()?;
+        let BatchParts { q, k, v, cu_seqlens_q, seq_lens, block_table, total_q } = parts;
+        check_tokens("q", &shape, &q, total_q)?;
+        check_pool("k", &shape, &k)?;
+        check_pool("v", &shape, &v)?;
+        if k.num_pages != v.num_pages {
+            return Err(Error::new(Status::Shape, "v num_pages", k.num_pages, v.num_pages));
+        }
+        let batch = Self { shape, q, k, v, cu_seqlens_q, seq_lens, block_table };
+        batch.check_queries(total_q)?;
+        batch.check_table_extent()?;
+        for req in 0..seq_lens.len() {
+            batch.check_request(req)?;
+        }
+        Ok(batch)
+    }
+
+    fn check_queries(&self, total_q: usize) -> Result<()> {
+        let cu = self.cu_seqlens_q;
+        if cu.len() != self.seq_lens.len() + 1 {
+            let wanted = format!("num_reqs + 1 = {} entries", self.seq_lens.len() + 1);
+            return Err(Error::new(Status::Shape, "cu_seqlens_q", wanted, cu.len()));
+        }
+        if cu[0] != 0 {
+            return Err(Error::new(Status::Value, "cu_seqlens_q[0]", 0, cu[0]));
+        }
+        if let Some(i) = (1..cu.len()).find(|&i| cu[i] < cu[i - 1]) {
+            return Err(Error::new(
+                Status::Value,
+                format!("cu_seqlens_q[{i}]"),
+                format!(">= {}", cu[i - 1]),
+                cu[i],
+            ));
+        }
+        let last = cu[cu.len() - 1];
+        if usize::try_from(last) != Ok(total_q) {
+            let name = format!("cu_seqlens_q[{}]", cu.len() - 1);
+            return Err(Error::new(Status::Value, name, format!("total_q = {total_q}"), last));
+        }
+        Ok(())
+    }
+
+    fn check_table_extent(&self) -> Result<()> {
+        let BlockTable { entries, stride_row, width } = self.block_table;
+        let rows = self.seq_lens.len();
+        if rows > 1 && stride_row < width {
+            return Err(Error::new(
+                Status::Stride,
+                "block_table row stride",
+                format!(">= {width}"),
+                stride_row,
+            ));
+        }
+        let needed = if rows == 0 { 0 } else { (rows - 1) * stride_row + width };
+        if entries.len() < needed {
+            return Err(Error::new(Status::Shape, "block_table", format!("{needed} entries"), entries.len()));
+        }
+        Ok(())
+    }
+
+    /// Lengths and the valid prefix of one table row; entries after it are never looked at.
+    fn check_request(&self, req: usize) -> Result<()> {
+        let len = self.seq_lens[req];
+        let most = self.block_table.width * self.shape.page_size;
+        let Ok(kv_len) = usize::try_from(len) else {
+            return Err(Error::new(Status::SeqLen, format!("seq_lens[{req}]"), ">= 0", len));
+        };
+        if self.q_len(req) > 0 && kv_len > most {
+            let wanted = format!("at most {most} (block_table width x page_size)");
+            return Err(Error::new(Status::SeqLen, format!("seq_lens[{req}]"), wanted, len));
+        }
+        if self.q_len(req) == 0 {
+            return Ok(());
+        }
+        let row = &self.block_table.entries[req * self.block_table.stride_row..];
+        let pages = kv_len.div_ceil(self.shape.page_size);
+        match (0..pages).find(|&i| usize::try_from(row[i]).map_or(true, |page| page >= self.k.num_pages)) {
+            None => Ok(()),
+            Some(i) => {
+                let wanted = format!("0..{} (pages in the pool)", self.k.num_pages);
+                Err(Error::new(Status::Table, format!("block_table[{req}][{i}]"), wanted, row[i]))
+            }
+        }
+    }
+
+    /// Heads, page size, dtype.
+    #[must_use]
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// Queries, packed.
+    #[must_use]
+    pub fn q(&self) -> &Tokens<'a> {
+        &self.q
+    }
+
+    /// The key pool.
+    #[must_use]
+    pub fn k(&self) -> &Pool<'a> {
+        &self.k
+    }
+
+    /// The value pool.
+    #[must_use]
+    pub fn v(&self) -> &Pool<'a> {
+        &self.v
+    }
+
+    /// Requests in the step.
+    #[must_use]
+    pub fn num_reqs(&self) -> usize {
+        self.seq_lens.len()
+    }
+
+    /// Query tokens in the step.
+    #[must_use]
+    pub fn total_q(&self) -> usize {
+        index(self.cu_seqlens_q[self.cu_seqlens_q.len() - 1])
+    }
+
+    /// The request's first query token within `q`.
+    #[must_use]
+    pub fn q_start(&self, req: usize) -> usize {
+        index(self.cu_seqlens_q[req])
+    }
+
+    /// The request's query tokens.
+    #[must_use]
+    pub fn q_len(&self, req: usize) -> usize {
+        index(self.cu_seqlens_q[req + 1]) - index(self.cu_seqlens_q[req])
+    }
+
+    /// The request's KV tokens, this chunk included.
+    #[must_use]
+    pub fn kv_len(&self, req: usize) -> usize {
+        index(self.seq_lens[req])
+    }
+
+    /// KV tokens before the chunk; 0 where the chunk is longer than the KV.
+    #[must_use]
+    pub fn past_len(&self, req: usize) -> usize {
+        self.kv_len(req).saturating_sub(self.q_len(req))
+    }
+
+    /// KV tokens that the request's chunk token `token` sees: all up to its own position.
+    #[must_use]
+    pub fn visible(&self, req: usize, token: usize) -> usize {
+        (self.kv_len(req) + token + 1).saturating_sub(self.q_len(req))
+    }
+
+    /// Physical page of the request's logical page, which must lie in its valid prefix.
+    #[must_use]
+    pub fn page(&self, req: usize, logical: usize) -> usize {
+        index(self.block_table.entries[req * self.block_table.stride_row + logical])
+    }
+
+    /// Loads keys of tokens `range` of the request; `into` is `[range.len(), head_dim]`.
+    pub fn load_k(&self, req: usize, kv_head: usize, range: std::ops::Range<usize>, into: &mut [f32]) {
+        self.load(&self.k, (req, kv_head), range, into);
+    }
+
+    /// Loads values of tokens `range` of the request; `into` is `[range.len(), head_dim]`.
+    pub fn load_v(&self, req: usize, kv_head: usize, range: std::ops::Range<usize>, into: &mut [f32]) {
+        self.load(&self.v, (req, kv_head), range, into);
+    }
+
+    fn load(
+        &self,
+        pool: &Pool,
+        (req, head): (usize, usize),
+        range: std::ops::Range<usize>,
+        into: &mut [f32],
+    ) {
+        let page_size = self.shape.page_size;
+        for (token, vector) in range.zip(into.chunks_exact_mut(self.shape.head_dim)) {
+            pool.load(self.page(req, token / page_size), token % page_size, head, vector);
+        }
+    }
+}
+
+/// A length or id that [`Batch::new`] has shown to be non-negative.
+fn index(x: i32) -> usize {
+    usize::try_from(x).unwrap_or(0)
+}
+
+/// Elements from a view's first to its last, for extents and strides from the largest dimension down.
+///
+/// # Errors
+/// [`Status::Overflow`] where the product leaves 63 bits.
+pub(crate) fn extent(name: &str, dims: &[(usize, usize)], head_dim: usize) -> Result<usize> {
+    if dims.iter().any(|&(count, _)| count == 0) {
+        return Ok(0);
+    }
+    let sum = dims.iter().try_fold(head_dim, |sum, &(count, stride)| {
+        sum.checked_add((count - 1).checked_mul(stride)?).filter(|&x| i64::try_from(x).is_ok())
+    });
+    sum.ok_or_else(|| Error::new(Status::Overflow, name, "an extent within 63 bits", "more"))
+}
+
+fn check_tokens(name: &str, shape: &Shape, x: &Tokens, total_q: usize) -> Result<()> {
+    let needed =
+        extent(name, &[(total_q, x.stride_token), (shape.num_q_heads, x.stride_head)], shape.head_dim)?;
+    check_elements(name, shape, x.elements.dtype(), (x.elements.len(), needed))
+}
+
+fn check_pool(name: &str, shape: &Shape, x: &Pool) -> Result<()> {
+    let dims = [
+        (x.num_pages, x.stride_page),
+        (shape.page_size, x.stride_token),
+        (shape.num_kv_heads, x.stride_head),
+    ];
+    let needed = extent(name, &dims, shape.head_dim)?;
+    check_elements(name, shape, x.elements.dtype(), (x.elements.len(), needed))
+}
+
+fn check_elements(
+    name: &str,
+    shape: &Shape,
+    dtype: crate::types::Dtype,
+    (len, needed): (usize, usize),
+) -> Result<()> {
+    if dtype != shape.dtype {
+        return Err(Error::new(Status::Dtype, name, shape.dtype.name(), dtype.name()));
+    }
+    if len < needed {
+        return Err(Error::new(Status::Shape, name, format!("storage of {needed} elements"), len));
+    }
+    Ok(())
+}

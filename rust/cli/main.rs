@@ -1,0 +1,3 @@
+//! The `compactattn` command-line tool.
+
+fn main() {}

@@ -1,0 +1,33 @@
+//! Chunked-prefill attention that reads only the KV pages that matter, in place in the engine's paged cache.
+//!
+//! ```text
+//! batch ─► plan ─► select ─► union ─► table ─► attend ─► combine ─► out, lse
+//! ```
+#![deny(unsafe_code)]
+
+pub mod attend;
+pub mod batch;
+#[allow(unsafe_code)]
+pub mod capi;
+pub mod combine;
+pub mod config;
+#[allow(unsafe_code)]
+pub mod cuda;
+pub mod error;
+pub mod export;
+pub mod mask;
+mod math;
+mod parallel;
+pub mod plan;
+pub mod reference;
+pub mod run;
+pub mod select;
+pub mod settings;
+pub mod summaries;
+pub mod table;
+pub mod tensor;
+pub mod types;
+pub mod union;
+
+pub use error::{Error, Result, Status};
+pub use parallel::Parallel;

@@ -1,0 +1,246 @@
+//! plan: what one step's work looks like, from shapes alone, and how much memory the largest step can need.
+
+use crate::batch::Batch;
+use crate::error::{Error, Result, Status};
+use crate::mask;
+use crate::settings::{DenseRules, Selector, Settings};
+use crate::types::{Geometry, Shape};
+
+/// The largest step a plan must serve; an engine knows these at start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests in a step.
+    pub max_num_reqs: usize,
+    /// Query tokens in a step, over all requests.
+    pub max_total_q: usize,
+    /// KV tokens of one request.
+    pub max_kv_len: usize,
+}
+
+impl Limits {
+    /// Refuses a batch that is larger than what was planned for.
+    ///
+    /// # Errors
+    /// [`Status::Value`] naming the limit.
+    pub fn admit(&self, batch: &Batch) -> Result<()> {
+        let longest = (0..batch.num_reqs()).filter(|&r| batch.q_len(r) > 0).map(|r| batch.kv_len(r)).max();
+        for (name, limit, got) in [
+            ("num_reqs", self.max_num_reqs, batch.num_reqs()),
+            ("total_q", self.max_total_q, batch.total_q()),
+            ("seq_lens", self.max_kv_len, longest.unwrap_or(0)),
+        ] {
+            if got > limit {
+                return Err(Error::new(
+                    Status::Value,
+                    name,
+                    format!("at most {limit}, the plan's limit"),
+                    got,
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Consecutive query tokens of one request that share lists (or, for select, rows of scores).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// The request.
+    pub req: usize,
+    /// First token, counted from the chunk's first.
+    pub first: usize,
+    /// Tokens.
+    pub len: usize,
+    /// First token within the packed `q`.
+    pub q_start: usize,
+    /// KV tokens that the span's last token sees; its lists end there.
+    pub kv_end: usize,
+    /// KV tokens before the chunk.
+    pub past: usize,
+    /// Attends to everything, whatever the scores.
+    pub dense: bool,
+}
+
+impl Span {
+    /// KV tokens that the span's token `i` sees.
+    #[must_use]
+    pub fn visible(&self, i: usize) -> usize {
+        (self.kv_end + i + 1).saturating_sub(self.len)
+    }
+}
+
+/// How one layer's stages cut a batch. Buffers between stages are laid out by it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Layout {
+    /// Heads, page size, dtype.
+    pub shape: Shape,
+    /// Pages, blocks, boxes.
+    pub geometry: Geometry,
+    /// The layer's settings.
+    pub settings: Settings,
+    /// The largest step.
+    pub limits: Limits,
+}
+
+impl Layout {
+    /// Checks that shape and settings fit together.
+    ///
+    /// # Errors
+    /// Those of [`Shape::check`] and [`Settings::check`]; [`Status::Value`] for a limit of 0;
+    /// [`Status::Overflow`] for limits whose buffers leave 63 bits.
+    pub fn new(shape: Shape, settings: Settings, limits: Limits) -> Result<Self> {
+        shape.check()?;
+        settings.check()?;
+        for (name, x) in [
+            ("max_num_reqs", limits.max_num_reqs),
+            ("max_total_q", limits.max_total_q),
+            ("max_kv_len", limits.max_kv_len),
+        ] {
+            if x == 0 || i32::try_from(x).is_err() {
+                return Err(Error::new(Status::Value, name, "1..2^31", x));
+            }
+        }
+        let geometry = Geometry { page_size: shape.page_size, block_size: settings.block_size };
+        let layout = Self { shape, geometry, settings, limits };
+        layout.score_len()?;
+        Ok(layout)
+    }
+
+    /// Tokens per select span: what the selector's paper scores together, at most the list's span; 0 = the chunk.
+    #[must_use]
+    pub fn select_span(&self) -> usize {
+        let by_block = matches!(
+            self.settings.selector,
+            Selector::FlashPrefill | Selector::AttnGate | Selector::XAttention
+        );
+        match (by_block, self.settings.scope.query_span) {
+            (false, span) => span,
+            (true, 0) => self.settings.block_size,
+            (true, span) => span.min(self.settings.block_size),
+        }
+    }
+
+    /// Query heads per list.
+    #[must_use]
+    pub fn heads_per_list(&self) -> usize {
+        match self.settings.scope.heads_per_list {
+            0 => self.shape.group_size(),
+            n => n.min(self.shape.group_size()),
+        }
+    }
+
+    /// Lists per KV head; the last covers what is left of the group.
+    #[must_use]
+    pub fn lists_per_kv_head(&self) -> usize {
+        self.shape.group_size().div_ceil(self.heads_per_list())
+    }
+
+    /// Lists per list span, over all KV heads.
+    #[must_use]
+    pub fn lists_per_span(&self) -> usize {
+        self.lists_per_kv_head() * self.shape.num_kv_heads
+    }
+
+    /// KV head and query heads (absolute) that list `list` of a span serves.
+    #[must_use]
+    pub fn list_heads(&self, list: usize) -> (usize, std::ops::Range<usize>) {
+        let group = self.shape.group_size();
+        let (kv_head, part) = (list / self.lists_per_kv_head(), list % self.lists_per_kv_head());
+        let first = part * self.heads_per_list();
+        let end = (first + self.heads_per_list()).min(group);
+        (kv_head, kv_head * group + first..kv_head * group + end)
+    }
+
+    /// Most select spans a step can have.
+    #[must_use]
+    pub fn max_select_spans(&self) -> usize {
+        self.max_spans(self.select_span())
+    }
+
+    /// Most list rows (span, list) a step can have.
+    #[must_use]
+    pub fn max_list_rows(&self) -> usize {
+        self.max_spans(self.settings.scope.query_span) * self.lists_per_span()
+    }
+
+    fn max_spans(&self, span: usize) -> usize {
+        let Limits { max_num_reqs, max_total_q, .. } = self.limits;
+        let whole = max_num_reqs.min(max_total_q);
+        if span == 0 { whole } else { max_total_q / span + whole }
+    }
+
+    /// Blocks of the longest request: the stride of a row of scores.
+    #[must_use]
+    pub fn max_blocks(&self) -> usize {
+        self.geometry.blocks(self.limits.max_kv_len)
+    }
+
+    /// Words of a row of bits.
+    #[must_use]
+    pub fn mask_words(&self) -> usize {
+        mask::words(self.max_blocks())
+    }
+
+    /// Entries of a row of the table.
+    #[must_use]
+    pub fn max_boxes(&self) -> usize {
+        self.limits.max_kv_len.div_ceil(self.geometry.box_tokens())
+    }
+
+    /// Scores of the largest step: `[select spans, num_q_heads, max_blocks]`.
+    ///
+    /// # Errors
+    /// [`Status::Overflow`].
+    pub fn score_len(&self) -> Result<usize> {
+        let rows = self.max_select_spans().checked_mul(self.shape.num_q_heads);
+        rows.and_then(|rows| rows.checked_mul(self.max_blocks()))
+            .filter(|&n| n < usize::MAX / 64)
+            .ok_or_else(|| Error::new(Status::Overflow, "limits", "score buffers within 63 bits", "more"))
+    }
+
+    /// Spans of `tokens` query tokens (0 = whole chunks), request by request.
+    #[must_use]
+    pub fn spans(&self, batch: &Batch, tokens: usize) -> Vec<Span> {
+        let mut spans = Vec::new();
+        for req in 0..batch.num_reqs() {
+            let q_len = batch.q_len(req);
+            let step = if tokens == 0 { q_len.max(1) } else { tokens };
+            let dense = self.is_dense(batch, req);
+            for first in (0..q_len).step_by(step) {
+                let len = step.min(q_len - first);
+                spans.push(Span {
+                    req,
+                    first,
+                    len,
+                    q_start: batch.q_start(req) + first,
+                    kv_end: batch.visible(req, first + len - 1),
+                    past: batch.past_len(req),
+                    dense,
+                });
+            }
+        }
+        spans
+    }
+
+    /// Spans that share rows of scores.
+    #[must_use]
+    pub fn select_spans(&self, batch: &Batch) -> Vec<Span> {
+        self.spans(batch, self.select_span())
+    }
+
+    /// Spans that share lists. Each is a whole number of select spans (the last of a chunk may be shorter).
+    #[must_use]
+    pub fn list_spans(&self, batch: &Batch) -> Vec<Span> {
+        self.spans(batch, self.settings.scope.query_span)
+    }
+
+    /// Whether the policy leaves this request dense in this step.
+    fn is_dense(&self, batch: &Batch, req: usize) -> bool {
+        let DenseRules { below_kv_len, max_q_len, prefix_tokens } = self.settings.dense;
+        self.settings.selector == Selector::Dense
+            || batch.q_len(req) <= max_q_len
+            || batch.kv_len(req) < below_kv_len
+            || batch.kv_len(req) <= prefix_tokens
+            || self.geometry.past_blocks(batch.past_len(req)) == 0
+    }
+}

@@ -1,0 +1,85 @@
+//! Which blocks of one row of scores stay: threshold, mass or density, between a floor and a cap.
+
+use crate::mask;
+use crate::settings::{Keep, Settings};
+
+/// Blocks kept whatever their score.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Forced {
+    /// First blocks.
+    pub(crate) sink: usize,
+    /// Last past blocks.
+    pub(crate) local: usize,
+}
+
+impl Forced {
+    /// The row's forced blocks.
+    pub(crate) fn of(settings: &Settings) -> Self {
+        Self { sink: settings.sink_blocks, local: settings.local_blocks }
+    }
+
+    /// Whether block `j` of `n` past blocks is forced.
+    pub(crate) fn has(&self, j: usize, n: usize) -> bool {
+        j < self.sink || j + self.local >= n
+    }
+}
+
+/// Sets the bits of the blocks of `scores` (one a past block) that stay; bits already set stay set.
+///
+/// Forced blocks stay and count against the budget. NaN counts as the best score: a block that cannot be judged is
+/// read. The cap never drops a forced block, the floor never exceeds the cap.
+pub(crate) fn keep(settings: &Settings, scores: &[f32], row: &mut [u32]) {
+    let n = scores.len();
+    let forced = Forced::of(settings);
+    let order = ranked(scores, forced);
+    let forced_blocks = (0..n).filter(|&j| forced.has(j, n)).count();
+    let wanted = match settings.keep {
+        Keep::Threshold(t) => {
+            forced_blocks + order[forced_blocks..].iter().take_while(|&&j| worth(scores[j]) >= t).count()
+        }
+        Keep::Mass(share) => smallest_mass(scores, &order, share),
+        Keep::Density(share) => blocks(share, n),
+    };
+    let most = blocks(settings.max_density, n);
+    let kept = wanted.max(blocks(settings.min_density, n)).min(most).max(forced_blocks);
+    for &j in &order[..kept] {
+        mask::set(row, j);
+    }
+}
+
+/// Forced blocks first, then by score, best first; equal scores by block.
+fn ranked(scores: &[f32], forced: Forced) -> Vec<usize> {
+    let n = scores.len();
+    let mut order: Vec<usize> = (0..n).collect();
+    let key = |j: usize| if forced.has(j, n) { f32::INFINITY } else { worth(scores[j]) };
+    order.sort_by(|&a, &b| {
+        let by_force = forced.has(b, n).cmp(&forced.has(a, n));
+        by_force.then(key(b).total_cmp(&key(a))).then(a.cmp(&b))
+    });
+    order
+}
+
+/// A score with NaN read as the best.
+fn worth(score: f32) -> f32 {
+    if score.is_nan() { f32::INFINITY } else { score }
+}
+
+/// Length of the shortest prefix of `order` that holds `share` of all finite scores.
+fn smallest_mass(scores: &[f32], order: &[usize], share: f32) -> usize {
+    let mass = |j: usize| if scores[j].is_finite() { f64::from(scores[j].max(0.0)) } else { 0.0 };
+    let total: f64 = order.iter().map(|&j| mass(j)).sum();
+    let mut held = 0.0;
+    for (i, &j) in order.iter().enumerate() {
+        if held >= f64::from(share) * total && !scores[j].is_nan() {
+            return i;
+        }
+        held += mass(j);
+    }
+    order.len()
+}
+
+/// `ceil(share * n)`, at most `n`.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of n, between 0 and n")]
+fn blocks(share: f32, n: usize) -> usize {
+    ((f64::from(share) * n as f64).ceil() as usize).min(n)
+}

@@ -1,0 +1,109 @@
+//! select: scores every past block for the chunk's queries.
+//!
+//! A score lies in [0, 1] and higher means keep sooner; what it measures is the selector's (its module says).
+//! Only *past* blocks, those wholly below the chunk's first token, are candidates; the rest, the open region, is
+//! always attended. Scores are laid out `[select spans, num_q_heads, max_blocks]`; entries at and after the
+//! request's past blocks, and all of a dense span, are left as they are.
+
+mod attn_gate;
+mod flashprefill;
+pub(crate) mod keep;
+mod oracle;
+mod pooled_mass;
+mod quoka;
+mod sampled_exact;
+mod two_level;
+mod xattention;
+
+use crate::batch::Batch;
+use crate::parallel::Parallel;
+use crate::plan::{Layout, Span};
+use crate::settings::Selector;
+use crate::summaries::Summaries;
+
+/// What a selector may look at.
+#[derive(Clone, Copy, Debug)]
+pub struct Input<'a> {
+    /// How the batch is cut.
+    pub layout: &'a Layout,
+    /// Queries, pools and tables.
+    pub batch: &'a Batch<'a>,
+    /// Block means, for selectors that [`needs_summaries`].
+    pub summaries: Option<Summaries<'a>>,
+}
+
+/// Scores of one span for the query heads of one KV head: `[group_size, max_blocks]`.
+#[derive(Debug)]
+pub(crate) struct Unit<'a> {
+    /// The queries.
+    pub(crate) span: Span,
+    /// The KV head.
+    pub(crate) kv_head: usize,
+    /// Candidates: blocks `0..past_blocks`.
+    pub(crate) past_blocks: usize,
+    /// Rows of scores, one a query head of the group.
+    pub(crate) scores: &'a mut [f32],
+    /// From a row of scores to the next.
+    pub(crate) stride: usize,
+}
+
+/// How rows of one selector's scores combine into a list's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Merge {
+    /// Shares of attention mass: the mean over rows is the list's own share.
+    Mean,
+    /// Relative scores: a block is worth what its keenest row says, so a threshold on it equals the OR of thresholds.
+    Max,
+}
+
+/// How this selector's rows combine.
+#[must_use]
+pub fn merge_of(selector: Selector) -> Merge {
+    match selector {
+        Selector::FlashPrefill | Selector::AttnGate | Selector::Quoka | Selector::External => Merge::Max,
+        _ => Merge::Mean,
+    }
+}
+
+/// Whether this selector reads block means.
+#[must_use]
+pub fn needs_summaries(selector: Selector) -> bool {
+    matches!(selector, Selector::FlashPrefill | Selector::PooledMass | Selector::TwoLevel)
+}
+
+/// Scores the batch into `scores`, `[select spans, num_q_heads, max_blocks]`.
+pub fn score(input: &Input, scores: &mut [f32], parallel: Parallel) {
+    let layout = input.layout;
+    let (heads, stride) = (layout.shape.num_kv_heads, layout.max_blocks());
+    let spans = layout.select_spans(input.batch);
+    let rows = scores.chunks_mut(layout.shape.group_size() * stride);
+    let units = rows.enumerate().take(spans.len() * heads).map(|(i, scores)| {
+        let span = spans[i / heads];
+        let past_blocks = layout.geometry.past_blocks(span.past);
+        Unit { span, kv_head: i % heads, past_blocks, scores, stride }
+    });
+    let sparse = units.filter(|unit| !unit.span.dense);
+    let scorer = scorer(layout.settings.selector);
+    parallel.for_each(sparse, |mut unit| scorer(input, &mut unit));
+}
+
+type Scorer = fn(&Input, &mut Unit);
+
+/// The one table from a selector to its code.
+fn scorer(selector: Selector) -> Scorer {
+    match selector {
+        Selector::Dense => |_, unit| unit.fill(1.0),
+        // Only the forced sink and local blocks stay.
+        Selector::Streaming => |_, unit| unit.fill(0.0),
+        _ => |_, unit| unit.fill(0.0),
+    }
+}
+
+impl Unit<'_> {
+    /// One score for every candidate of every head.
+    fn fill(&mut self, score: f32) {
+        for row in self.scores.chunks_mut(self.stride) {
+            row[..self.past_blocks].fill(score);
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! Borrowed views of strided tensors whose last dimension (`head_dim`) is contiguous.
+
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+
+use crate::types::Dtype;
+
+/// Elements of one allocation, from a view's first element to its last.
+#[derive(Clone, Copy, Debug)]
+pub enum Elements<'a> {
+    /// bfloat16 elements.
+    Bf16(&'a [bf16]),
+    /// IEEE half elements.
+    F16(&'a [f16]),
+    /// IEEE single elements.
+    F32(&'a [f32]),
+}
+
+impl Elements<'_> {
+    /// Type of the elements.
+    #[must_use]
+    pub fn dtype(&self) -> Dtype {
+        match self {
+            Self::Bf16(_) => Dtype::Bf16,
+            Self::F16(_) => Dtype::F16,
+            Self::F32(_) => Dtype::F32,
+        }
+    }
+
+    /// Elements in the view's extent.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Bf16(x) => x.len(),
+            Self::F16(x) => x.len(),
+            Self::F32(x) => x.len(),
+        }
+    }
+
+    /// Whether the extent holds nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Widens `into.len()` contiguous elements from `offset` into f32.
+    pub fn load(&self, offset: usize, into: &mut [f32]) {
+        let range = offset..offset + into.len();
+        match self {
+            Self::Bf16(x) => x[range].convert_to_f32_slice(into),
+            Self::F16(x) => x[range].convert_to_f32_slice(into),
+            Self::F32(x) => into.copy_from_slice(&x[range]),
+        }
+    }
+}
+
+/// Elements that a call may write.
+#[derive(Debug)]
+pub enum ElementsMut<'a> {
+    /// bfloat16 elements.
+    Bf16(&'a mut [bf16]),
+    /// IEEE half elements.
+    F16(&'a mut [f16]),
+    /// IEEE single elements.
+    F32(&'a mut [f32]),
+}
+
+impl<'a> ElementsMut<'a> {
+    /// Type of the elements.
+    #[must_use]
+    pub fn dtype(&self) -> Dtype {
+        match self {
+            Self::Bf16(_) => Dtype::Bf16,
+            Self::F16(_) => Dtype::F16,
+            Self::F32(_) => Dtype::F32,
+        }
+    }
+
+    /// Elements in the view's extent.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Bf16(x) => x.len(),
+            Self::F16(x) => x.len(),
+            Self::F32(x) => x.len(),
+        }
+    }
+
+    /// Whether the extent holds nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Rounds `from` (to nearest, ties to even) into the contiguous elements at `offset`.
+    pub fn store(&mut self, offset: usize, from: &[f32]) {
+        let range = offset..offset + from.len();
+        match self {
+            Self::Bf16(x) => x[range].convert_from_f32_slice(from),
+            Self::F16(x) => x[range].convert_from_f32_slice(from),
+            Self::F32(x) => x[range].copy_from_slice(from),
+        }
+    }
+
+    /// Splits into `[0, mid)` and `[mid, len)`.
+    #[must_use]
+    pub fn split_at(self, mid: usize) -> (Self, Self) {
+        match self {
+            Self::Bf16(x) => {
+                let (a, b) = x.split_at_mut(mid);
+                (Self::Bf16(a), Self::Bf16(b))
+            }
+            Self::F16(x) => {
+                let (a, b) = x.split_at_mut(mid);
+                (Self::F16(a), Self::F16(b))
+            }
+            Self::F32(x) => {
+                let (a, b) = x.split_at_mut(mid);
+                (Self::F32(a), Self::F32(b))
+            }
+        }
+    }
+}
+
+/// `[total_q, num_heads, head_dim]`; strides in elements.
+#[derive(Clone, Copy, Debug)]
+pub struct Tokens<'a> {
+    /// The extent.
+    pub elements: Elements<'a>,
+    /// From a token to the next.
+    pub stride_token: usize,
+    /// From a head to the next.
+    pub stride_head: usize,
+}
+
+impl Tokens<'_> {
+    /// Loads the vector of one token and head; `into` is `[head_dim]`.
+    pub fn load(&self, token: usize, head: usize, into: &mut [f32]) {
+        self.elements.load(token * self.stride_token + head * self.stride_head, into);
+    }
+}
+
+/// The engine's pool of K or of V: `[num_pages, page_size, num_kv_heads, head_dim]`; strides in elements.
+///
+/// NHD, HND, K and V interleaved and contiguous caches differ only in their strides.
+#[derive(Clone, Copy, Debug)]
+pub struct Pool<'a> {
+    /// The extent, from the first element of page 0 to the last of page `num_pages - 1`.
+    pub elements: Elements<'a>,
+    /// Pages in the pool: the bound of every table entry.
+    pub num_pages: usize,
+    /// From a page to the next.
+    pub stride_page: usize,
+    /// From a token to the next within a page.
+    pub stride_token: usize,
+    /// From a KV head to the next.
+    pub stride_head: usize,
+}
+
+impl Pool<'_> {
+    /// Loads the vector of one slot (`page`, `row` within it) and KV head; `into` is `[head_dim]`.
+    pub fn load(&self, page: usize, row: usize, head: usize, into: &mut [f32]) {
+        let offset = page * self.stride_page + row * self.stride_token + head * self.stride_head;
+        self.elements.load(offset, into);
+    }
+
+    /// Loads `into.len() / head_dim` consecutive rows of one page; `into` is `[rows, head_dim]`.
+    pub fn load_rows(&self, page: usize, row: usize, head: usize, head_dim: usize, into: &mut [f32]) {
+        for (i, vector) in into.chunks_exact_mut(head_dim).enumerate() {
+            self.load(page, row + i, head, vector);
+        }
+    }
+}
+
+/// `out [total_q, num_q_heads, head_dim]` in q's dtype; strides in elements.
+#[derive(Debug)]
+pub struct TokensMut<'a> {
+    /// The extent.
+    pub elements: ElementsMut<'a>,
+    /// From a token to the next.
+    pub stride_token: usize,
+    /// From a head to the next.
+    pub stride_head: usize,
+}
+
+/// `lse [num_q_heads, total_q]`, f32, natural log; empty rows are −inf.
+#[derive(Debug)]
+pub struct LseMut<'a> {
+    /// The extent.
+    pub elements: &'a mut [f32],
+    /// From a head to the next, in elements; at least `total_q`.
+    pub stride_head: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn load_widens_every_dtype_exactly() {
+        let values = [1.5_f32, -0.25, 3.0];
+        let (b, h) = (values.map(bf16::from_f32), values.map(f16::from_f32));
+        for elements in [Elements::Bf16(&b), Elements::F16(&h), Elements::F32(&values)] {
+            let mut got = [0.0; 2];
+            elements.load(1, &mut got);
+            assert_eq!(got, [-0.25, 3.0]);
+        }
+    }
+
+    #[test]
+    fn store_rounds_to_nearest_even() {
+        let mut x = [bf16::ZERO; 1];
+        ElementsMut::Bf16(&mut x).store(0, &[1.0 + 1.0 / 256.0]);
+        assert_eq!(x[0].to_f32(), 1.0);
+    }
+}

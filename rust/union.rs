@@ -1,0 +1,167 @@
+//! union: from rows of scores or bits (select spans x query heads) to one row of bits per list.
+//!
+//! Lists are laid out `[list spans, lists per span]` and bits `[.., mask_words]`. Merging masks is an OR, the
+//! smallest set that covers every row under one list (arXiv 2605.16839, section 3); merging scores decides once on
+//! the list's own scores, which spends the same pages better.
+
+use crate::batch::Batch;
+use crate::mask;
+use crate::plan::{Layout, Span};
+use crate::select::{Merge, keep, merge_of};
+use crate::settings::KeepAt;
+
+/// What a step selected, over all lists.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Lists.
+    pub lists: u64,
+    /// Past blocks that could be selected.
+    pub candidates: u64,
+    /// Past blocks that were.
+    pub selected: u64,
+    /// Past blocks among them that were forced (sink, local).
+    pub forced: u64,
+    /// Lists that the density guard made dense.
+    pub guarded: u64,
+    /// Lists that were dense by policy.
+    pub dense: u64,
+}
+
+/// Keeps blocks per row of scores: `scores [select spans, num_q_heads, max_blocks]` to bits `[.., mask_words]`.
+///
+/// Bits of the open region are set in every row, so a mask by itself never drops the chunk.
+pub fn masks_of_scores(layout: &Layout, batch: &Batch, scores: &[f32], masks: &mut [u32]) {
+    let heads = layout.shape.num_q_heads;
+    let spans = layout.select_spans(batch);
+    let rows = scores.chunks(layout.max_blocks()).zip(masks.chunks_mut(layout.mask_words()));
+    for (i, (scores, row)) in rows.enumerate().take(spans.len() * heads) {
+        let span = &spans[i / heads];
+        row.fill(0);
+        let past = layout.geometry.past_blocks(span.past);
+        let total = layout.geometry.blocks(span.kv_end);
+        if span.dense {
+            mask::set_range(row, 0..total);
+            continue;
+        }
+        if votes(layout, batch, span) {
+            keep::keep(&layout.settings, &scores[..past], row);
+        }
+        mask::set_range(row, past.min(total)..total);
+    }
+}
+
+/// Whether the rows of this select span count (`flashprefill`'s `non_voting_spans`; at least the first one votes).
+fn votes(layout: &Layout, batch: &Batch, span: &Span) -> bool {
+    let silent = layout.settings.flashprefill.non_voting_spans;
+    if silent == 0 || layout.settings.selector != crate::settings::Selector::FlashPrefill {
+        return true;
+    }
+    let step = layout.select_span().max(1);
+    let spans = batch.q_len(span.req).div_ceil(step);
+    span.first / step < spans.saturating_sub(silent).max(1)
+}
+
+/// Unites rows of bits: `masks [select spans, num_q_heads, mask_words]` to `lists [list spans, lists per span, ..]`.
+pub fn of_masks(layout: &Layout, batch: &Batch, masks: &[u32], lists: &mut [u32]) -> Counts {
+    let words = layout.mask_words();
+    each_list(layout, batch, lists, |rows, _, list| {
+        for row in rows {
+            mask::or(list, &masks[row * words..(row + 1) * words]);
+        }
+    })
+}
+
+/// Merges rows of scores per list, then keeps: `scores [select spans, num_q_heads, max_blocks]` to `lists`.
+pub fn of_scores(layout: &Layout, batch: &Batch, scores: &[f32], lists: &mut [u32]) -> Counts {
+    let stride = layout.max_blocks();
+    let merge = merge_of(layout.settings.selector);
+    let mut merged = vec![0.0_f32; stride];
+    each_list(layout, batch, lists, |rows, past, list| {
+        merged[..past].fill(if merge == Merge::Max { f32::NEG_INFINITY } else { 0.0 });
+        for &row in rows {
+            let row = &scores[row * stride..row * stride + past];
+            merge_row(merge, &mut merged[..past], row, rows.len());
+        }
+        keep::keep(&layout.settings, &merged[..past], list);
+    })
+}
+
+/// The layer's way from scores to lists; `masks` is scratch where the layer keeps by row.
+pub fn unite(layout: &Layout, batch: &Batch, scores: &[f32], masks: &mut [u32], lists: &mut [u32]) -> Counts {
+    match layout.settings.keep_at {
+        KeepAt::Row => {
+            masks_of_scores(layout, batch, scores, masks);
+            of_masks(layout, batch, masks, lists)
+        }
+        KeepAt::List => of_scores(layout, batch, scores, lists),
+    }
+}
+
+fn merge_row(merge: Merge, into: &mut [f32], row: &[f32], rows: usize) {
+    for (a, &b) in into.iter_mut().zip(row) {
+        match merge {
+            Merge::Mean => *a += b / rows as f32,
+            // NaN wins: a block that cannot be judged is read.
+            Merge::Max => *a = if b.is_nan() || a.is_nan() { f32::NAN } else { a.max(b) },
+        }
+    }
+}
+
+/// Clears every list, fills it by `fill(rows of scores or bits, past blocks, list)`, then forces and guards it.
+fn each_list(
+    layout: &Layout,
+    batch: &Batch,
+    lists: &mut [u32],
+    mut fill: impl FnMut(&[usize], usize, &mut [u32]),
+) -> Counts {
+    let select = layout.select_spans(batch);
+    let list_spans = layout.list_spans(batch);
+    let mut counts = Counts::default();
+    let mut first = 0;
+    let mut lists = lists.chunks_mut(layout.mask_words());
+    for span in &list_spans {
+        let count = select[first..]
+            .iter()
+            .take_while(|s| s.req == span.req && s.first < span.first + span.len)
+            .count();
+        for list in 0..layout.lists_per_span() {
+            let Some(row) = lists.next() else { return counts };
+            row.fill(0);
+            if !span.dense {
+                let voting = (first..first + count).filter(|&s| votes(layout, batch, &select[s]));
+                let (_, heads) = layout.list_heads(list);
+                let rows: Vec<usize> = voting
+                    .flat_map(|s| heads.clone().map(move |h| s * layout.shape.num_q_heads + h))
+                    .collect();
+                fill(&rows, layout.geometry.past_blocks(span.past), row);
+            }
+            finish(layout, span, row, &mut counts);
+        }
+        first += count;
+    }
+    counts
+}
+
+/// Forces sink, local and the open region, applies the density guard, counts.
+fn finish(layout: &Layout, span: &Span, row: &mut [u32], counts: &mut Counts) {
+    let past = layout.geometry.past_blocks(span.past);
+    let total = layout.geometry.blocks(span.kv_end);
+    let forced = keep::Forced::of(&layout.settings);
+    counts.lists += 1;
+    if span.dense {
+        counts.dense += 1;
+        return mask::set_range(row, 0..total);
+    }
+    for j in (0..past).filter(|&j| forced.has(j, past)) {
+        mask::set(row, j);
+        counts.forced += 1;
+    }
+    let kept = mask::count(row, past);
+    if kept as f64 > f64::from(layout.settings.density_guard) * past as f64 {
+        counts.guarded += u64::from(kept < past);
+        mask::set_range(row, 0..past);
+    }
+    counts.candidates += past as u64;
+    counts.selected += mask::count(row, past) as u64;
+    mask::set_range(row, past.min(total)..total);
+}
