@@ -107,12 +107,15 @@ impl Layout {
     }
 
     /// Tokens per select span: what the selector's paper scores together, at most the list's span; 0 = the chunk.
+    ///
+    /// An external mask has one row per block of queries, as block-sparse masks do.
     #[must_use]
     pub fn select_span(&self) -> usize {
-        let by_block = matches!(
-            self.settings.selector,
-            Selector::FlashPrefill | Selector::AttnGate | Selector::XAttention
-        );
+        let by_block = match self.settings.selector {
+            Selector::FlashPrefill | Selector::AttnGate | Selector::XAttention => true,
+            Selector::External => self.settings.block_size > 1,
+            _ => false,
+        };
         match (by_block, self.settings.scope.query_span) {
             (false, span) => span,
             (true, 0) => self.settings.block_size,
