@@ -13,6 +13,8 @@ mod oracle;
 mod pooled_mass;
 mod quoka;
 mod sampled_exact;
+#[cfg(test)]
+mod scored;
 mod two_level;
 mod xattention;
 
