@@ -134,7 +134,8 @@ mod tests {
     fn formula(layout: &Layout, r: &Request, span: &Span, head: usize) -> Vec<f64> {
         let group = layout.shape.group_size();
         let kv_head = head / group;
-        let kept = ((span.len as f64 * f64::from(layout.settings.quoka_query_ratio)) as usize).max(1);
+        assert_eq!(layout.settings.quoka_query_ratio, 0.25);
+        let kept = (span.len / 4).max(1);
         let mut averaged = vec![vec![0.0; layout.shape.head_dim]; kept];
         for h in kv_head * group..(kv_head + 1) * group {
             let all: Vec<Vec<f64>> =
