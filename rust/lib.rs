@@ -25,11 +25,13 @@ pub mod reference;
 pub mod run;
 pub mod select;
 pub mod settings;
+pub mod stats;
 pub mod summaries;
 pub mod table;
 pub mod tensor;
 pub mod types;
 pub mod union;
+pub mod workspace;
 
 pub use error::{Error, Result, Status};
 pub use parallel::Parallel;

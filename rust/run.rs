@@ -1,1 +1,371 @@
-//! stub
+//! The stages in order: a [`Plan`] made once, and [`forward`](Plan::forward), one layer of one step.
+
+use crate::attend::{self, Correction, Partials};
+use crate::batch::Batch;
+use crate::combine;
+use crate::error::{Error, Result, Status};
+use crate::parallel::Parallel;
+use crate::plan::{Layout, Limits};
+use crate::select;
+use crate::settings::{Selector, Settings};
+use crate::stats::{LayerStats, Stats};
+use crate::summaries::{self, Summaries, SummariesMut, Which};
+use crate::table::{self, Table, TableMut};
+use crate::tensor::{LseMut, TokensMut};
+use crate::types::Shape;
+use crate::union;
+use crate::workspace::{Carver, Sizes};
+
+/// What a plan is made from.
+#[derive(Clone, Debug)]
+pub struct PlanDesc {
+    /// Heads, page size, dtype.
+    pub shape: Shape,
+    /// The largest step.
+    pub limits: Limits,
+    /// One per layer; at least one.
+    pub layers: Vec<Settings>,
+    /// KV splits of every list, 1..=64. Fixed by the plan, so a request's result does not depend on its neighbours.
+    pub splits: usize,
+}
+
+/// Shapes and settings of one model on one rank: immutable, shared between threads that bring their own workspaces.
+#[derive(Debug)]
+pub struct Plan {
+    layouts: Vec<Layout>,
+    splits: usize,
+    parallel: Parallel,
+    stats: Vec<LayerStats>,
+}
+
+/// The caller's own verdict for selector `external`.
+#[derive(Clone, Copy, Debug)]
+pub enum External<'a> {
+    /// `[select spans, num_q_heads, max_blocks]`, any finite numbers, higher = keep sooner.
+    Scores(&'a [f32]),
+    /// `[select spans, num_q_heads, mask_words]`, one bit a KV block.
+    Masks(&'a [u32]),
+}
+
+/// One layer of one step.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Step<'a> {
+    /// The layer: picks settings and statistics.
+    pub layer: usize,
+    /// Block means kept by the caller; `None` = recomputed in this call, into memory of its own.
+    pub summaries: Option<Summaries<'a>>,
+    /// For selector `external`.
+    pub external: Option<External<'a>>,
+    /// Settings of this call instead of the plan's.
+    pub settings: Option<Settings>,
+}
+
+/// Where results go.
+#[derive(Debug)]
+pub struct Output<'a> {
+    /// `[total_q, num_q_heads, head_dim]`.
+    pub out: TokensMut<'a>,
+    /// `[num_q_heads, total_q]`, optional.
+    pub lse: Option<LseMut<'a>>,
+}
+
+impl Plan {
+    /// Checks everything that can be checked before a batch is seen.
+    ///
+    /// # Errors
+    /// Those of [`Layout::new`]; [`Status::Value`] for no layers or a wrong `splits`.
+    pub fn new(desc: &PlanDesc, parallel: Parallel) -> Result<Self> {
+        if desc.layers.is_empty() {
+            return Err(Error::new(Status::Value, "num_layers", "at least 1", 0));
+        }
+        if !(1..=64).contains(&desc.splits) {
+            return Err(Error::new(Status::Value, "num_splits", "1..=64", desc.splits));
+        }
+        let layout = |settings: &Settings| Layout::new(desc.shape, *settings, desc.limits);
+        let layouts = desc.layers.iter().map(layout).collect::<Result<Vec<_>>>()?;
+        let stats = layouts.iter().map(|_| LayerStats::default()).collect();
+        let plan = Self { layouts, splits: desc.splits, parallel, stats };
+        tracing::debug!(layers = plan.layouts.len(), threads = parallel.threads(), "plan: CPU backend");
+        Ok(plan)
+    }
+
+    /// The layer's layout.
+    ///
+    /// # Errors
+    /// [`Status::Value`] for a layer the plan does not have.
+    pub fn layout(&self, layer: usize) -> Result<&Layout> {
+        let wanted = || format!("0..{}, the plan's layers", self.layouts.len());
+        self.layouts.get(layer).ok_or_else(|| Error::new(Status::Value, "layer", wanted(), layer))
+    }
+
+    /// Layers planned for.
+    #[must_use]
+    pub fn num_layers(&self) -> usize {
+        self.layouts.len()
+    }
+
+    /// KV splits of every list.
+    #[must_use]
+    pub fn splits(&self) -> usize {
+        self.splits
+    }
+
+    /// Threads the plan's calls use.
+    #[must_use]
+    pub fn parallel(&self) -> Parallel {
+        self.parallel
+    }
+
+    /// What the largest step of any layer needs.
+    ///
+    /// # Errors
+    /// [`Status::Overflow`].
+    pub fn workspace_bytes(&self) -> Result<usize> {
+        let each = self
+            .layouts
+            .iter()
+            .map(|layout| Sizes::of(layout, self.splits).map(|sizes| sizes.workspace_bytes));
+        each.collect::<Result<Vec<_>>>().map(|bytes| bytes.into_iter().max().unwrap_or(0))
+    }
+
+    /// What the layer has selected so far.
+    ///
+    /// # Errors
+    /// [`Status::Value`] for a layer the plan does not have.
+    pub fn stats(&self, layer: usize) -> Result<Stats> {
+        self.layout(layer)?;
+        Ok(self.stats[layer].read())
+    }
+
+    /// Summaries of the blocks that this step's tokens complete (or of all): call it after the step's KV is written.
+    ///
+    /// # Errors
+    /// [`Status::Value`] for an unknown layer or a batch beyond the limits, [`Status::Shape`] for short buffers.
+    pub fn update_summaries(
+        &self,
+        layer: usize,
+        batch: &Batch,
+        which: Which,
+        out: &mut SummariesMut,
+    ) -> Result<()> {
+        let layout = self.admit(layer, batch)?;
+        let needed = summaries::len(layout, batch.k().num_pages);
+        check_len("summaries.k_mean", out.k_mean.len(), needed)?;
+        if let Some(v_mean) = &out.v_mean {
+            check_len("summaries.v_mean", v_mean.len(), needed)?;
+        }
+        summaries::update(layout, batch, which, out, self.parallel);
+        Ok(())
+    }
+
+    /// The layer's layout, for a batch of the plan's shape and within its limits.
+    ///
+    /// # Errors
+    /// [`Status::Shape`] or [`Status::Value`].
+    pub fn admit(&self, layer: usize, batch: &Batch) -> Result<&Layout> {
+        let layout = self.layout(layer)?;
+        if *batch.shape() != layout.shape {
+            return Err(Error::new(Status::Shape, "batch", "the shape the plan was made for", "another"));
+        }
+        layout.limits.admit(batch)?;
+        Ok(layout)
+    }
+
+    /// select → union → table → attend → combine for one layer; writes `output`, counts into the layer's statistics.
+    ///
+    /// `workspace` needs [`Plan::workspace_bytes`] (or, under `step.settings`, what [`Sizes::of`] says), aligned to
+    /// [`Sizes::ALIGNMENT`]; its contents before and after mean nothing.
+    ///
+    /// # Errors
+    /// [`Status::Value`], [`Status::Shape`], [`Status::Null`] or [`Status::Workspace`]; then nothing was written.
+    pub fn forward(
+        &self,
+        batch: &Batch,
+        step: &Step,
+        output: &mut Output,
+        workspace: &mut [u8],
+    ) -> Result<()> {
+        let layout = match &step.settings {
+            None => *self.admit(step.layer, batch)?,
+            Some(settings) => Layout::new(*batch.shape(), *settings, self.admit(step.layer, batch)?.limits)?,
+        };
+        check_output(batch, output)?;
+        check_external(&layout, batch, step)?;
+        if let Some(given) = step.summaries {
+            check_summaries(&layout, batch, given)?;
+        }
+        let mut buffers = Buffers::carve(&layout, self.splits, workspace)?;
+        if batch.total_q() == 0 {
+            return Ok(());
+        }
+        let mut own = OwnSummaries::default();
+        let summaries = own.or_given(&layout, batch, step.summaries, self.parallel);
+        let counts = select_lists(&layout, batch, step, (summaries, self.parallel), &mut buffers);
+        self.stats[step.layer].add(&counts);
+        self.attend_lists(&layout, batch, summaries, &mut buffers, output);
+        Ok(())
+    }
+
+    /// table → attend → combine over `buffers.lists`.
+    fn attend_lists(
+        &self,
+        layout: &Layout,
+        batch: &Batch,
+        summaries: Option<Summaries>,
+        buffers: &mut Buffers,
+        output: &mut Output,
+    ) {
+        let Buffers { lists, counts, stream_lens, boxes, .. } = buffers;
+        table::build(layout, batch, lists, &mut TableMut { counts, stream_lens, boxes });
+        let table = Table { counts, stream_lens, boxes };
+        let corrected = summaries.filter(|s| layout.settings.mean_correction && s.v_mean.is_some());
+        let correction = corrected.map(|summaries| Correction { lists, summaries });
+        let rows = batch.total_q() * layout.shape.num_q_heads;
+        let mut partials = Partials {
+            splits: self.splits,
+            out: &mut buffers.partial_out[..self.splits * rows * layout.shape.head_dim],
+            lse: &mut buffers.partial_lse[..self.splits * rows],
+        };
+        attend::attend(layout, batch, &table, correction.as_ref(), &mut partials, self.parallel);
+        combine::combine(layout, batch, &partials, &mut output.out, output.lse.as_mut(), self.parallel);
+    }
+}
+
+/// select → union.
+fn select_lists(
+    layout: &Layout,
+    batch: &Batch,
+    step: &Step,
+    (summaries, parallel): (Option<Summaries>, Parallel),
+    buffers: &mut Buffers,
+) -> union::Counts {
+    let Buffers { scores, masks, lists, .. } = buffers;
+    match step.external {
+        Some(External::Masks(masks)) if layout.settings.selector == Selector::External => {
+            union::of_masks(layout, batch, masks, lists)
+        }
+        Some(External::Scores(scores)) if layout.settings.selector == Selector::External => {
+            union::unite(layout, batch, scores, masks, lists)
+        }
+        _ => {
+            let input = select::Input { layout, batch, summaries };
+            select::score(&input, scores, parallel);
+            union::unite(layout, batch, scores, masks, lists)
+        }
+    }
+}
+
+/// Summaries made for one call.
+#[derive(Default)]
+struct OwnSummaries {
+    k_mean: Vec<f32>,
+    v_mean: Vec<f32>,
+}
+
+impl OwnSummaries {
+    /// The caller's summaries, or, where the layer needs some and none came, the batch's own.
+    fn or_given<'a>(
+        &'a mut self,
+        layout: &Layout,
+        batch: &Batch,
+        given: Option<Summaries<'a>>,
+        parallel: Parallel,
+    ) -> Option<Summaries<'a>> {
+        let wanted = select::needs_summaries(layout.settings.selector) || layout.settings.mean_correction;
+        if given.is_some() || !wanted {
+            return given;
+        }
+        let len = summaries::len(layout, batch.k().num_pages);
+        // Zeroed by the system page by page, so a large pool costs only the blocks that are written.
+        self.k_mean = vec![0.0; len];
+        self.v_mean = if layout.settings.mean_correction { vec![0.0; len] } else { Vec::new() };
+        let v_mean = layout.settings.mean_correction.then_some(&mut self.v_mean[..]);
+        summaries::update(
+            layout,
+            batch,
+            Which::All,
+            &mut SummariesMut { k_mean: &mut self.k_mean, v_mean },
+            parallel,
+        );
+        let v_mean = layout.settings.mean_correction.then_some(&self.v_mean[..]);
+        Some(Summaries { k_mean: &self.k_mean, v_mean })
+    }
+}
+
+/// The stage buffers of one call, in the caller's workspace.
+struct Buffers<'a> {
+    scores: &'a mut [f32],
+    masks: &'a mut [u32],
+    lists: &'a mut [u32],
+    counts: &'a mut [i32],
+    stream_lens: &'a mut [i32],
+    boxes: &'a mut [i32],
+    partial_out: &'a mut [f32],
+    partial_lse: &'a mut [f32],
+}
+
+impl<'a> Buffers<'a> {
+    fn carve(layout: &Layout, splits: usize, workspace: &'a mut [u8]) -> Result<Self> {
+        let sizes = Sizes::of(layout, splits)?;
+        let mut carver = Carver::new(workspace, sizes.workspace_bytes)?;
+        Ok(Self {
+            scores: carver.take(sizes.scores)?,
+            masks: carver.take(sizes.masks)?,
+            lists: carver.take(sizes.lists)?,
+            counts: carver.take(sizes.rows)?,
+            stream_lens: carver.take(sizes.rows)?,
+            boxes: carver.take(sizes.boxes)?,
+            partial_out: carver.take(sizes.partial_out)?,
+            partial_lse: carver.take(sizes.partial_lse)?,
+        })
+    }
+}
+
+fn check_len(name: &str, len: usize, needed: usize) -> Result<()> {
+    if len >= needed {
+        Ok(())
+    } else {
+        Err(Error::new(Status::Shape, name, format!("{needed} elements"), len))
+    }
+}
+
+fn check_summaries(layout: &Layout, batch: &Batch, given: Summaries) -> Result<()> {
+    let needed = summaries::len(layout, batch.k().num_pages);
+    check_len("summaries.k_mean", given.k_mean.len(), needed)?;
+    match given.v_mean {
+        Some(v_mean) => check_len("summaries.v_mean", v_mean.len(), needed),
+        None if layout.settings.mean_correction => {
+            Err(Error::new(Status::Null, "summaries.v_mean", "mean values, for mean_correction", "none"))
+        }
+        None => Ok(()),
+    }
+}
+
+fn check_external(layout: &Layout, batch: &Batch, step: &Step) -> Result<()> {
+    let rows = layout.select_spans(batch).len() * layout.shape.num_q_heads;
+    match step.external {
+        _ if layout.settings.selector != Selector::External => Ok(()),
+        None => Err(Error::new(Status::Null, "external", "scores or masks, for selector external", "none")),
+        Some(External::Scores(x)) => check_len("external.scores", x.len(), rows * layout.max_blocks()),
+        Some(External::Masks(x)) => check_len("external.masks", x.len(), rows * layout.mask_words()),
+    }
+}
+
+fn check_output(batch: &Batch, output: &Output) -> Result<()> {
+    let shape = batch.shape();
+    let out = &output.out;
+    if out.elements.dtype() != shape.dtype {
+        return Err(Error::new(Status::Dtype, "out", shape.dtype.name(), out.elements.dtype().name()));
+    }
+    let dims = [(batch.total_q(), out.stride_token), (shape.num_q_heads, out.stride_head)];
+    check_len("out", out.elements.len(), crate::batch::extent("out", &dims, shape.head_dim)?)?;
+    if let Some(lse) = &output.lse {
+        if shape.num_q_heads > 1 && lse.stride_head < batch.total_q() {
+            let wanted = format!(">= total_q ({})", batch.total_q());
+            return Err(Error::new(Status::Stride, "lse head stride", wanted, lse.stride_head));
+        }
+        let dims = [(shape.num_q_heads, lse.stride_head)];
+        check_len("lse", lse.elements.len(), crate::batch::extent("lse", &dims, batch.total_q())?)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,99 @@
+//! One caller-owned block of memory, cut into the stage buffers.
+
+use bytemuck::Pod;
+
+use crate::error::{Error, Result, Status};
+use crate::plan::Layout;
+
+/// Elements of each stage buffer of the largest step, and the bytes that hold them all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sizes {
+    /// `[select spans, num_q_heads, max_blocks]` f32.
+    pub scores: usize,
+    /// `[select spans, num_q_heads, mask_words]` u32.
+    pub masks: usize,
+    /// `[list rows, mask_words]` u32.
+    pub lists: usize,
+    /// `[list rows]` i32: counts, and as many stream lengths.
+    pub rows: usize,
+    /// `[list rows, max_boxes]` i32.
+    pub boxes: usize,
+    /// `[splits, total_q * num_q_heads, head_dim]` f32.
+    pub partial_out: usize,
+    /// `[splits, total_q * num_q_heads]` f32.
+    pub partial_lse: usize,
+    /// All of them, each aligned.
+    pub workspace_bytes: usize,
+}
+
+impl Sizes {
+    /// Alignment of a workspace and of each buffer in it, in bytes.
+    pub const ALIGNMENT: usize = 256;
+
+    /// Sizes for one layer; growing with each limit.
+    ///
+    /// # Errors
+    /// [`Status::Overflow`].
+    pub fn of(layout: &Layout, splits: usize) -> Result<Self> {
+        let product = |factors: &[usize]| {
+            let all = factors.iter().try_fold(1_usize, |all, &x| all.checked_mul(x));
+            all.filter(|&n| n < usize::MAX / 64)
+                .ok_or_else(|| Error::new(Status::Overflow, "limits", "buffers within 63 bits", "more"))
+        };
+        let heads = layout.shape.num_q_heads;
+        let select_rows = product(&[layout.max_select_spans(), heads])?;
+        let list_rows = layout.max_list_rows();
+        let rows = product(&[splits, layout.limits.max_total_q, heads])?;
+        let mut sizes = Self {
+            scores: product(&[select_rows, layout.max_blocks()])?,
+            masks: product(&[select_rows, layout.mask_words()])?,
+            lists: product(&[list_rows, layout.mask_words()])?,
+            rows: list_rows,
+            boxes: product(&[list_rows, layout.max_boxes()])?,
+            partial_out: product(&[rows, layout.shape.head_dim])?,
+            partial_lse: rows,
+            workspace_bytes: 0,
+        };
+        let Self { scores, masks, lists, rows, boxes, partial_out, partial_lse, .. } = sizes;
+        // Every buffer holds 4-byte elements.
+        let buffers = [scores, masks, lists, rows, rows, boxes, partial_out, partial_lse];
+        sizes.workspace_bytes = buffers.iter().map(|n| (n * 4).next_multiple_of(Self::ALIGNMENT)).sum();
+        Ok(sizes)
+    }
+}
+
+/// Hands out aligned, disjoint pieces of a workspace.
+pub(crate) struct Carver<'a> {
+    rest: &'a mut [u8],
+}
+
+impl<'a> Carver<'a> {
+    /// Takes the workspace if it holds `needed` bytes at the right alignment.
+    pub(crate) fn new(workspace: &'a mut [u8], needed: usize) -> Result<Self> {
+        if workspace.len() < needed {
+            return Err(Error::new(
+                Status::Workspace,
+                "workspace",
+                format!("{needed} bytes"),
+                workspace.len(),
+            ));
+        }
+        if workspace.as_ptr().addr() % Sizes::ALIGNMENT != 0 && needed > 0 {
+            let wanted = format!("alignment to {} bytes", Sizes::ALIGNMENT);
+            return Err(Error::new(Status::Workspace, "workspace", wanted, "a misaligned address"));
+        }
+        Ok(Self { rest: workspace })
+    }
+
+    /// The next `len` elements.
+    pub(crate) fn take<T: Pod>(&mut self, len: usize) -> Result<&'a mut [T]> {
+        let bytes = len * size_of::<T>();
+        let rest = std::mem::take(&mut self.rest);
+        let (piece, rest) = rest
+            .split_at_mut_checked(bytes.next_multiple_of(Sizes::ALIGNMENT))
+            .ok_or_else(|| Error::plain(Status::Internal, "workspace sizes disagree with their use"))?;
+        self.rest = rest;
+        bytemuck::try_cast_slice_mut(&mut piece[..bytes])
+            .map_err(|_| Error::plain(Status::Internal, "workspace piece is misaligned"))
+    }
+}
