@@ -6,6 +6,7 @@
 //! request's past blocks, and all of a dense span, are left as they are.
 
 mod attn_gate;
+mod cells;
 mod flashprefill;
 mod gate_weights;
 pub(crate) mod keep;
@@ -13,6 +14,7 @@ mod oracle;
 mod pooled_mass;
 mod quoka;
 mod rope;
+mod rows;
 mod sampled_exact;
 #[cfg(test)]
 mod scored;
@@ -114,6 +116,11 @@ fn scorer(selector: Selector) -> Scorer {
         Selector::Dense => |_, unit| unit.fill(1.0),
         // Only the forced sink and local blocks stay.
         Selector::Streaming => |_, unit| unit.fill(0.0),
+        Selector::FlashPrefill => flashprefill::score,
+        Selector::SampledExact => sampled_exact::score,
+        Selector::Oracle => oracle::score,
+        Selector::PooledMass => pooled_mass::score,
+        Selector::TwoLevel => two_level::score,
         Selector::Quoka => quoka::score,
         Selector::XAttention => xattention::score,
         _ => |_, unit| unit.fill(0.0),
