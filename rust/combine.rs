@@ -117,10 +117,6 @@ impl Splits<'_> {
         }
         for split in 0..self.partials.splits {
             let weight = self.weight(split, row, base) / sum;
-            // A split without weight holds zeros that may be stale; it has nothing to say.
-            if weight == 0.0 {
-                continue;
-            }
             let at = (split * self.rows + row) * into.len();
             for (x, y) in into.iter_mut().zip(&self.partials.out[at..]) {
                 *x = weight.mul_add(*y, *x);
