@@ -10,6 +10,10 @@ mod cells;
 mod flashprefill;
 pub(crate) mod keep;
 mod oracle;
+#[cfg(test)]
+mod plain;
+#[cfg(test)]
+mod plain;
 mod pooled_mass;
 mod quoka;
 mod rows;
