@@ -12,8 +12,6 @@ pub(crate) mod keep;
 mod oracle;
 #[cfg(test)]
 mod plain;
-#[cfg(test)]
-mod plain;
 mod pooled_mass;
 mod quoka;
 mod rows;
