@@ -121,11 +121,11 @@ fn blocks_to_write(layout: &Layout, batch: &Batch, which: Which) -> Vec<(usize, 
 }
 
 /// The pieces of `len` elements of `all` at `starts`, which ascend without overlap.
-fn pieces<'a>(
-    all: &'a mut [f32],
+fn pieces(
+    all: &mut [f32],
     len: usize,
     starts: impl Iterator<Item = usize>,
-) -> impl Iterator<Item = &'a mut [f32]> {
+) -> impl Iterator<Item = &mut [f32]> {
     let (mut rest, mut passed) = (all, 0);
     starts.map(move |start| {
         let (piece, after) = std::mem::take(&mut rest)[start - passed..].split_at_mut(len);
