@@ -266,7 +266,7 @@ mod tests {
     fn threads_change_nothing_and_large_steps_use_them() {
         let paged = Paged::random(6, shape(4, 1, 128, 16, Dtype::Bf16), &[(640, 640), (100, 700)]);
         let layout = layout(&paged, 64);
-        assert!(2 * 640 * 4 * 128 >= MIN_PARALLEL_ELEMENTS);
+        const { assert!(2 * 640 * 4 * 128 >= MIN_PARALLEL_ELEMENTS) };
         let mut means = empty(&layout, &paged);
         run(&layout, &paged, Which::All, &mut means);
         assert_means(&paged, 64, &means);
