@@ -1,0 +1,79 @@
+# Two commands for everybody: `make demo` shows the product at work, `make test` runs every test. Each sets up what
+# it needs by itself; wanted beforehand: Rust (cargo), Python 3.10+ with venv, a C++17 compiler.
+CARGO ?= cargo
+PYTHON ?= python3
+PREFIX ?= /usr/local
+BUILD := build
+VENV := $(BUILD)/venv
+STAGE := $(abspath $(BUILD)/prefix)
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
+SOVERSION := $(firstword $(subst ., ,$(VERSION)))
+TRACE ?=
+
+.PHONY: demo test test-rust test-cpp test-python differential sanitize lint format header install clean
+
+# The main job: chunked prefill over real tensors. TRACE=FILE runs another trace.
+demo:
+	$(CARGO) build --release --locked --features cli
+	target/release/compactattn demo $(if $(TRACE),--trace "$(TRACE)")
+
+test: test-rust test-cpp test-python
+
+test-rust:
+	$(CARGO) test --locked --all-features
+
+# The installed package, as a stranger's CMake project sees it: shared, static, pkg-config.
+test-cpp: $(VENV)/ready
+	$(MAKE) install PREFIX="$(STAGE)"
+	PATH="$(abspath $(VENV))/bin:$$PATH" tests/cpp/run.sh "$(STAGE)" "$(BUILD)/cpp"
+
+test-python: $(VENV)/ready
+	$(VENV)/bin/pip install -q --no-deps --force-reinstall .
+	$(VENV)/bin/pytest -q tests/python
+
+# 10,000 random cases against the f64 oracle; a failure prints its one-line repro.
+differential:
+	$(CARGO) test --release --locked --test differential -- --ignored --nocapture
+
+sanitize:
+	tests/c/sanitize.sh
+
+lint: $(VENV)/ready
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets --all-features -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features
+	git ls-files '*.c' '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	$(VENV)/bin/ruff check python_plugin tests/python
+	$(VENV)/bin/ruff format --check python_plugin tests/python
+	$(VENV)/bin/mypy --strict python_plugin/compactattn
+
+format: $(VENV)/ready
+	$(CARGO) fmt
+	git ls-files '*.c' '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format -i
+	$(VENV)/bin/ruff format python_plugin tests/python
+
+# Rewrites include/compactattn.h from rust/capi.
+header:
+	COMPACTATTN_UPDATE_HEADER=1 $(CARGO) test --locked --test header
+
+# Header, shared library with its SONAME, static library, pkg-config and CMake files below PREFIX (and DESTDIR).
+install:
+	$(CARGO) build --release --locked --lib
+	install -d "$(DESTDIR)$(PREFIX)/include" "$(DESTDIR)$(PREFIX)/lib/pkgconfig" "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn"
+	install -m 644 include/compactattn.h cpp_shim/include/compactattn.hpp "$(DESTDIR)$(PREFIX)/include/"
+	install -m 755 target/release/libcompactattn.so "$(DESTDIR)$(PREFIX)/lib/libcompactattn.so.$(VERSION)"
+	ln -sf libcompactattn.so.$(VERSION) "$(DESTDIR)$(PREFIX)/lib/libcompactattn.so.$(SOVERSION)"
+	ln -sf libcompactattn.so.$(SOVERSION) "$(DESTDIR)$(PREFIX)/lib/libcompactattn.so"
+	install -m 644 target/release/libcompactattn.a "$(DESTDIR)$(PREFIX)/lib/"
+	sed -e 's|@PREFIX@|$(PREFIX)|; s|@VERSION@|$(VERSION)|' cpp_shim/compactattn.pc.in > "$(DESTDIR)$(PREFIX)/lib/pkgconfig/compactattn.pc"
+	sed -e 's|@VERSION@|$(VERSION)|' cpp_shim/cmake/compactattnConfigVersion.cmake.in > "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn/compactattnConfigVersion.cmake"
+	install -m 644 cpp_shim/cmake/compactattnConfig.cmake "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn/"
+
+# Tools that tests and lints use, pinned, in a virtual environment of the tree's own.
+$(VENV)/ready: tests/requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -r tests/requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(BUILD) target
