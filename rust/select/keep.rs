@@ -1,7 +1,7 @@
 //! Which blocks of one row of scores stay: threshold, mass or density, between a floor and a cap.
 
 use crate::mask;
-use crate::settings::{Keep, Settings};
+use crate::settings::{Keep, Selector, Settings};
 
 /// Blocks kept whatever their score.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +18,11 @@ impl Forced {
         Self { sink: settings.sink_blocks, local: settings.local_blocks }
     }
 
+    /// How many of `n` past blocks are forced.
+    pub(super) fn count(&self, n: usize) -> usize {
+        (self.sink + self.local).min(n)
+    }
+
     /// Whether block `j` of `n` past blocks is forced.
     pub(crate) fn has(&self, j: usize, n: usize) -> bool {
         j < self.sink || j + self.local >= n
@@ -32,7 +37,7 @@ pub(crate) fn keep(settings: &Settings, scores: &[f32], row: &mut [u32]) {
     let n = scores.len();
     let forced = Forced::of(settings);
     let order = ranked(scores, forced);
-    let forced_blocks = (0..n).filter(|&j| forced.has(j, n)).count();
+    let forced_blocks = forced.count(n);
     let wanted = match settings.keep {
         Keep::Threshold(t) => {
             forced_blocks + order[forced_blocks..].iter().take_while(|&&j| worth(scores[j]) >= t).count()
@@ -41,14 +46,26 @@ pub(crate) fn keep(settings: &Settings, scores: &[f32], row: &mut [u32]) {
         Keep::Density(share) => blocks(share, n),
     };
     let most = blocks(settings.max_density, n);
-    let kept = wanted.max(blocks(settings.min_density, n)).min(most).max(forced_blocks);
+    let least = blocks(settings.min_density, n).max(budget(settings, scores, forced));
+    let kept = wanted.max(least).min(most).max(forced_blocks);
     for &j in &order[..kept] {
         mask::set(row, j);
     }
 }
 
+/// Length of the prefix of the ranked blocks that holds `flashprefill`'s `min_budget` best of the row, forced or not.
+fn budget(settings: &Settings, scores: &[f32], forced: Forced) -> usize {
+    let best = settings.flashprefill.min_budget;
+    if best == 0 || settings.selector != Selector::FlashPrefill {
+        return 0;
+    }
+    let by_score = ranked(scores, Forced { sink: 0, local: 0 });
+    let free = by_score.iter().take(best).filter(|&&j| !forced.has(j, scores.len())).count();
+    forced.count(scores.len()) + free
+}
+
 /// Forced blocks first, then by score, best first; equal scores by block.
-fn ranked(scores: &[f32], forced: Forced) -> Vec<usize> {
+pub(super) fn ranked(scores: &[f32], forced: Forced) -> Vec<usize> {
     let n = scores.len();
     let mut order: Vec<usize> = (0..n).collect();
     let key = |j: usize| if forced.has(j, n) { f32::INFINITY } else { worth(scores[j]) };
@@ -80,6 +97,6 @@ fn smallest_mass(scores: &[f32], order: &[usize], share: f32) -> usize {
 
 /// `ceil(share * n)`, at most `n`.
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of n, between 0 and n")]
-fn blocks(share: f32, n: usize) -> usize {
+pub(super) fn blocks(share: f32, n: usize) -> usize {
     ((f64::from(share) * n as f64).ceil() as usize).min(n)
 }

@@ -6,11 +6,13 @@
 //! request's past blocks, and all of a dense span, are left as they are.
 
 mod attn_gate;
+mod cells;
 mod flashprefill;
 pub(crate) mod keep;
 mod oracle;
 mod pooled_mass;
 mod quoka;
+mod rows;
 mod sampled_exact;
 mod two_level;
 mod xattention;
@@ -95,6 +97,11 @@ fn scorer(selector: Selector) -> Scorer {
         Selector::Dense => |_, unit| unit.fill(1.0),
         // Only the forced sink and local blocks stay.
         Selector::Streaming => |_, unit| unit.fill(0.0),
+        Selector::FlashPrefill => flashprefill::score,
+        Selector::SampledExact => sampled_exact::score,
+        Selector::Oracle => oracle::score,
+        Selector::PooledMass => pooled_mass::score,
+        Selector::TwoLevel => two_level::score,
         _ => |_, unit| unit.fill(0.0),
     }
 }
