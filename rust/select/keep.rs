@@ -42,7 +42,7 @@ pub(crate) fn keep(settings: &Settings, scores: &[f32], row: &mut [u32]) {
         Keep::Threshold(t) => {
             forced_blocks + order[forced_blocks..].iter().take_while(|&&j| worth(scores[j]) >= t).count()
         }
-        Keep::Mass(share) => smallest_mass(scores, &order, share),
+        Keep::Mass(share) => smallest_mass(scores, &order, share, counts_open_region(settings.selector)),
         Keep::Density(share) => blocks(share, n),
     };
     let most = blocks(settings.max_density, n);
@@ -81,13 +81,20 @@ fn worth(score: f32) -> f32 {
     if score.is_nan() { f32::INFINITY } else { score }
 }
 
-/// Length of the shortest prefix of `order` that holds `share` of all finite scores.
-fn smallest_mass(scores: &[f32], order: &[usize], share: f32) -> usize {
+/// Whether `selector`'s scores are shares of all that a row attends to, so that what they lack to 1 is the mass of the
+/// open region. Those blocks are always read: their mass counts as held before any past block is taken.
+fn counts_open_region(selector: Selector) -> bool {
+    selector == Selector::XAttention
+}
+
+/// Length of the shortest prefix of `order` that holds `share` of all finite scores (and of the open region's mass).
+fn smallest_mass(scores: &[f32], order: &[usize], share: f32, with_open: bool) -> usize {
     let mass = |j: usize| if scores[j].is_finite() { f64::from(scores[j].max(0.0)) } else { 0.0 };
-    let total: f64 = order.iter().map(|&j| mass(j)).sum();
-    let mut held = 0.0;
+    let past: f64 = order.iter().map(|&j| mass(j)).sum();
+    let open = if with_open { (1.0 - past).max(0.0) } else { 0.0 };
+    let mut held = open;
     for (i, &j) in order.iter().enumerate() {
-        if held >= f64::from(share) * total && !scores[j].is_nan() {
+        if held >= f64::from(share) * (past + open) && !scores[j].is_nan() {
             return i;
         }
         held += mass(j);

@@ -8,6 +8,7 @@
 mod attn_gate;
 mod cells;
 mod flashprefill;
+mod gate_weights;
 pub(crate) mod keep;
 mod oracle;
 mod pooled_mass;
@@ -16,6 +17,8 @@ mod rows;
 mod sampled_exact;
 mod two_level;
 mod xattention;
+
+pub use gate_weights::{Gate, GateLayer, Pairing, Rope};
 
 use crate::batch::Batch;
 use crate::parallel::Parallel;
@@ -32,6 +35,8 @@ pub struct Input<'a> {
     pub batch: &'a Batch<'a>,
     /// Block means, for selectors that [`needs_summaries`].
     pub summaries: Option<Summaries<'a>>,
+    /// The layer's gate, for selectors that [`needs_gate`].
+    pub gate: Option<&'a GateLayer>,
 }
 
 /// Scores of one span for the query heads of one KV head: `[group_size, max_blocks]`.
@@ -73,6 +78,12 @@ pub fn needs_summaries(selector: Selector) -> bool {
     matches!(selector, Selector::FlashPrefill | Selector::PooledMass | Selector::TwoLevel)
 }
 
+/// Whether this selector reads learned gate weights.
+#[must_use]
+pub fn needs_gate(selector: Selector) -> bool {
+    selector == Selector::AttnGate
+}
+
 /// Scores the batch into `scores`, `[select spans, num_q_heads, max_blocks]`.
 pub fn score(input: &Input, scores: &mut [f32], parallel: Parallel) {
     let layout = input.layout;
@@ -85,6 +96,10 @@ pub fn score(input: &Input, scores: &mut [f32], parallel: Parallel) {
         Unit { span, kv_head: i % heads, past_blocks, scores, stride }
     });
     let sparse = units.filter(|unit| !unit.span.dense);
+    if layout.settings.selector == Selector::AttnGate {
+        let keys = attn_gate::GateKeys::new(input, parallel);
+        return parallel.for_each(sparse, |mut unit| attn_gate::score(input, &keys, &mut unit));
+    }
     let scorer = scorer(layout.settings.selector);
     parallel.for_each(sparse, |mut unit| scorer(input, &mut unit));
 }
@@ -102,6 +117,8 @@ fn scorer(selector: Selector) -> Scorer {
         Selector::Oracle => oracle::score,
         Selector::PooledMass => pooled_mass::score,
         Selector::TwoLevel => two_level::score,
+        Selector::Quoka => quoka::score,
+        Selector::XAttention => xattention::score,
         _ => |_, unit| unit.fill(0.0),
     }
 }
@@ -113,4 +130,17 @@ impl Unit<'_> {
             row[..self.past_blocks].fill(score);
         }
     }
+
+    /// Gives the other heads of the group the first one's scores.
+    fn share_first_row(&mut self) {
+        let (first, others) = self.scores.split_at_mut(self.stride);
+        for row in others.chunks_mut(self.stride) {
+            row[..self.past_blocks].copy_from_slice(&first[..self.past_blocks]);
+        }
+    }
+}
+
+/// The larger of two numbers; NaN if either is one, so what cannot be judged stays visible as such.
+fn max_or_nan(a: f32, b: f32) -> f32 {
+    if a.is_nan() || b.is_nan() { f32::NAN } else { a.max(b) }
 }

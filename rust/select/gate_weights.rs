@@ -1,0 +1,277 @@
+//! Weights of the `attn_gate` selector, as SeerAttention publishes them, and the rotary embedding they need.
+//!
+//! The released `attn_gate_weights.pth` is a torch state dict; written as safetensors under the same keys it loads
+//! here. Keys end in `layers.{i}.self_attn.attn_gate.mask_linear_{k,q}.weight`. Every tensor holds all heads of the
+//! model: `[heads, inputs, gate_dim]`, applied as `x [inputs] . W[head]`. Three published forms are told apart by
+//! their shapes:
+//!
+//! | form | `mask_linear_k` | `mask_linear_q` | scores |
+//! |---|---|---|---|
+//! | key projection only | `[num_q_heads, 3 * head_dim, head_dim]` | absent | one a query head |
+//! | both projections | `[num_kv_heads, 3 * head_dim, gate_dim]` | `[num_q_heads, head_dim, gate_dim]` | one a query head |
+//! | group-aware | `[num_kv_heads, 3 * head_dim, gate_dim]` | `[num_kv_heads, group * head_dim, gate_dim]` | one a KV head |
+
+use std::path::Path;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use safetensors::tensor::{Dtype as FileDtype, SafeTensors};
+
+use crate::error::{Error, Result, Status};
+use crate::types::Shape;
+
+/// The gates of all layers, widened to f32: `num_layers * heads * inputs * gate_dim * 4` bytes.
+#[derive(Clone, Debug)]
+pub struct Gate {
+    layers: Vec<GateLayer>,
+}
+
+/// The gate of one layer.
+#[derive(Clone, Debug)]
+pub struct GateLayer {
+    /// From max, min and mean of a block's keys.
+    pub(super) k: Projection,
+    /// From the mean of a block's queries; `None` takes the mean as it is.
+    pub(super) q: Option<Projection>,
+    /// Whether `q` reads the means of the whole group and gives one vector a KV head.
+    pub(super) by_group: bool,
+    /// How q and k were rotated, and how the gate's vectors are.
+    pub(super) rope: Arc<Rope>,
+}
+
+/// `[heads, inputs, gate_dim]`, row-major.
+#[derive(Clone, Debug)]
+pub(super) struct Projection {
+    pub(super) heads: usize,
+    pub(super) inputs: usize,
+    pub(super) gate_dim: usize,
+    data: Vec<f32>,
+}
+
+/// Which elements of a head vector rotate together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pairing {
+    /// `x[i]` with `x[i + head_dim / 2]`: Llama and Qwen as Hugging Face stores them.
+    HalfSplit,
+    /// `x[2i]` with `x[2i + 1]`.
+    Interleaved,
+}
+
+/// The model's rotary embedding: pair `i` at position `p` turns by `p * inv_freq[i]`, computed in f32 as engines do.
+///
+/// A token's position is its index in the request's KV.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// `[head_dim / 2]`, any length scaling (Llama 3, `YaRN`) already in it.
+    pub inv_freq: Vec<f32>,
+    /// `[gate_dim / 2]`; needed only where the gate's width is not `head_dim`.
+    pub gate_inv_freq: Option<Vec<f32>>,
+    /// Which elements turn together.
+    pub pairing: Pairing,
+    /// Factor on cosine and sine: 1 except under `YaRN` and its like. Finite and > 0.
+    pub scale: f32,
+}
+
+impl Gate {
+    /// Reads the gates of layers `0..num_layers` from a safetensors file.
+    ///
+    /// # Errors
+    /// [`Status::Io`] if the file cannot be read or is no safetensors file; [`Status::Config`] if a layer's key is
+    /// missing or `rope.gate_inv_freq` is; [`Status::Shape`] for a tensor or frequencies that do not fit `shape`;
+    /// [`Status::Dtype`] for a tensor that is not bf16, f16 or f32; [`Status::Value`] for a bad `rope.scale`;
+    /// [`Status::Unsupported`] for a decode gate (SeerAttention-R).
+    pub fn load(path: &Path, shape: &Shape, num_layers: usize, rope: Rope) -> Result<Self> {
+        shape.check()?;
+        rope.check(shape)?;
+        let name = path.display();
+        let bytes = std::fs::read(path)
+            .map_err(|e| Error::new(Status::Io, format!("gate file {name}"), "a readable file", e))?;
+        let file = SafeTensors::deserialize(&bytes)
+            .map_err(|e| Error::new(Status::Io, format!("gate file {name}"), "a safetensors file", e))?;
+        let rope = Arc::new(rope);
+        let layers = (0..num_layers).map(|i| GateLayer::read(&file, shape, i, &rope));
+        Ok(Self { layers: layers.collect::<Result<_>>()? })
+    }
+
+    /// The gate of layer `layer`, counted from 0.
+    #[must_use]
+    pub fn layer(&self, layer: usize) -> Option<&GateLayer> {
+        self.layers.get(layer)
+    }
+
+    /// Layers with a gate.
+    #[must_use]
+    pub fn num_layers(&self) -> usize {
+        self.layers.len()
+    }
+}
+
+impl GateLayer {
+    fn read(file: &SafeTensors, shape: &Shape, layer: usize, rope: &Arc<Rope>) -> Result<Self> {
+        let Shape { num_q_heads, num_kv_heads, head_dim, .. } = *shape;
+        let (k_key, k) =
+            Projection::read(file, layer, "mask_linear_k")?.ok_or_else(|| missing(file, layer))?;
+        let q = Projection::read(file, layer, "mask_linear_q")?;
+        let wide = k.inputs == 3 * head_dim && k.gate_dim > 0 && k.gate_dim.is_multiple_of(2);
+        let heads_fit = k.heads == num_q_heads || k.heads == num_kv_heads;
+        if !wide || !heads_fit || (q.is_none() && k.gate_dim != head_dim) {
+            let width = if q.is_none() { head_dim.to_string() } else { "an even gate_dim".to_owned() };
+            let wanted = format!(
+                "[{num_q_heads} or {num_kv_heads} heads, {} (max, min and mean), {width}]",
+                3 * head_dim
+            );
+            return Err(Error::new(Status::Shape, k_key, wanted, k.shape()));
+        }
+        let mut by_group = false;
+        if let Some((q_key, q)) = &q {
+            let by_head = [q.heads, q.inputs] == [num_q_heads, head_dim];
+            by_group = !by_head && [q.heads, q.inputs] == [num_kv_heads, shape.group_size() * head_dim];
+            let keys_fit = !by_group || k.heads == num_kv_heads;
+            if !(by_head || by_group) || !keys_fit || q.gate_dim != k.gate_dim {
+                let grouped = shape.group_size() * head_dim;
+                let wanted = format!(
+                    "[{num_q_heads}, {head_dim}, {0}] or [{num_kv_heads}, {grouped}, {0}]",
+                    k.gate_dim
+                );
+                return Err(Error::new(Status::Shape, q_key, wanted, q.shape()));
+            }
+        }
+        rope.check_gate(head_dim, k.gate_dim)?;
+        Ok(Self { k, q: q.map(|(_, q)| q), by_group, rope: Arc::clone(rope) })
+    }
+
+    /// Length of the vectors whose product is a score.
+    #[must_use]
+    pub fn gate_dim(&self) -> usize {
+        self.k.gate_dim
+    }
+
+    /// Scores a KV head gives: 1 if group-aware, else one a query head.
+    #[must_use]
+    pub fn is_group_aware(&self) -> bool {
+        self.by_group
+    }
+}
+
+/// Why a layer has no key projection.
+fn missing(file: &SafeTensors, layer: usize) -> Error {
+    let wanted = key(layer, "mask_linear_k");
+    if file.names().iter().any(|name| name.contains("attngate_linear_k")) {
+        let got = "attngate_linear_k: a decode gate of SeerAttention-R";
+        return Error::new(Status::Unsupported, "gate file", format!("a prefill gate ({wanted})"), got);
+    }
+    Error::new(Status::Config, "gate file", format!("key {wanted}"), format!("{} other keys", file.len()))
+}
+
+/// What a key ends in.
+fn key(layer: usize, part: &str) -> String {
+    format!("layers.{layer}.self_attn.attn_gate.{part}.weight")
+}
+
+impl Projection {
+    /// One tensor and its key; `None` if the file has none.
+    fn read(file: &SafeTensors, layer: usize, part: &str) -> Result<Option<(String, Self)>> {
+        let end = key(layer, part);
+        let whole = |name: &str| name.strip_suffix(&end).is_some_and(|p| p.is_empty() || p.ends_with('.'));
+        let Some((name, view)) = file.iter().find(|(name, _)| whole(name)) else { return Ok(None) };
+        let &[heads, inputs, gate_dim] = view.shape() else {
+            let got = format!("{:?}", view.shape());
+            return Err(Error::new(Status::Shape, name, "[heads, inputs, gate_dim]", got));
+        };
+        let data = widen(view.dtype(), view.data()).ok_or_else(|| {
+            Error::new(Status::Dtype, name, "BF16, F16 or F32", format!("{:?}", view.dtype()))
+        })?;
+        Ok(Some((name.to_owned(), Self { heads, inputs, gate_dim, data })))
+    }
+
+    /// The matrix of one head: `[inputs, gate_dim]`.
+    pub(super) fn head(&self, head: usize) -> &[f32] {
+        let size = self.inputs * self.gate_dim;
+        &self.data[head * size..(head + 1) * size]
+    }
+
+    fn shape(&self) -> String {
+        format!("{:?}", [self.heads, self.inputs, self.gate_dim])
+    }
+}
+
+/// Little-endian elements as f32; `None` for other types.
+fn widen(dtype: FileDtype, bytes: &[u8]) -> Option<Vec<f32>> {
+    let halves = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+    match dtype {
+        FileDtype::BF16 => Some(halves().map(|b| bf16::from_le_bytes(b).to_f32()).collect()),
+        FileDtype::F16 => Some(halves().map(|b| f16::from_le_bytes(b).to_f32()).collect()),
+        FileDtype::F32 => {
+            Some(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        }
+        _ => None,
+    }
+}
+
+impl Rope {
+    fn check(&self, shape: &Shape) -> Result<()> {
+        frequencies("rope.inv_freq", &self.inv_freq, shape.head_dim)?;
+        if !self.scale.is_finite() || self.scale <= 0.0 {
+            return Err(Error::new(Status::Value, "rope.scale", "finite and > 0", self.scale));
+        }
+        Ok(())
+    }
+
+    fn check_gate(&self, head_dim: usize, gate_dim: usize) -> Result<()> {
+        match &self.gate_inv_freq {
+            Some(freq) => frequencies("rope.gate_inv_freq", freq, gate_dim),
+            None if gate_dim == head_dim => Ok(()),
+            None => {
+                let wanted = format!(
+                    "{} frequencies, as gate_dim {gate_dim} is not head_dim {head_dim}",
+                    gate_dim / 2
+                );
+                Err(Error::new(Status::Config, "rope.gate_inv_freq", wanted, "none"))
+            }
+        }
+    }
+
+    /// Undoes the model's rotation of a head vector at `position`; exact up to rounding.
+    pub(super) fn unrotate(&self, turns: &[[f32; 2]], x: &mut [f32]) {
+        self.turn(turns, x, |[cos, sin]| [cos / self.scale, -sin / self.scale]);
+    }
+
+    /// Rotates a gate vector.
+    pub(super) fn rotate_gate(&self, position: usize, x: &mut [f32]) {
+        let freq = self.gate_inv_freq.as_ref().unwrap_or(&self.inv_freq);
+        let turns: Vec<_> = turns_of(freq, position).collect();
+        self.turn(&turns, x, |[cos, sin]| [cos * self.scale, sin * self.scale]);
+    }
+
+    /// Cosine and sine of each pair of a head vector at `position`.
+    pub(super) fn turns(&self, position: usize) -> impl Iterator<Item = [f32; 2]> {
+        turns_of(&self.inv_freq, position)
+    }
+
+    fn turn(&self, turns: &[[f32; 2]], x: &mut [f32], way: impl Fn([f32; 2]) -> [f32; 2]) {
+        let half = turns.len();
+        for (i, &turn) in turns.iter().enumerate() {
+            let (a, b) = match self.pairing {
+                Pairing::HalfSplit => (i, i + half),
+                Pairing::Interleaved => (2 * i, 2 * i + 1),
+            };
+            let [cos, sin] = way(turn);
+            (x[a], x[b]) = (x[a] * cos - x[b] * sin, x[b] * cos + x[a] * sin);
+        }
+    }
+}
+
+fn turns_of(freq: &[f32], position: usize) -> impl Iterator<Item = [f32; 2]> {
+    freq.iter().map(move |freq| {
+        let (sin, cos) = (position as f32 * freq).sin_cos();
+        [cos, sin]
+    })
+}
+
+fn frequencies(name: &str, freq: &[f32], dim: usize) -> Result<()> {
+    if freq.len() * 2 != dim || !freq.iter().all(|f| f.is_finite()) {
+        let got = format!("{} values", freq.len());
+        return Err(Error::new(Status::Shape, name, format!("{} finite values", dim / 2), got));
+    }
+    Ok(())
+}
