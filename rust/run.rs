@@ -248,7 +248,7 @@ fn select_lists(
             union::unite(layout, batch, scores, masks, lists)
         }
         _ => {
-            let input = select::Input { layout, batch, summaries };
+            let input = select::Input { layout, batch, summaries, gate: None };
             select::score(&input, scores, parallel);
             union::unite(layout, batch, scores, masks, lists)
         }
