@@ -113,6 +113,11 @@ impl Prefill {
         Batch::new(self.shape, parts)
     }
 
+    /// Query tokens of the last chunk.
+    pub(crate) fn q_len(&self) -> usize {
+        self.q.dims[0]
+    }
+
     /// The means kept for blocks of `block_size`; `None` where none were asked for.
     pub(crate) fn summaries(&self, block_size: usize) -> Option<Summaries<'_>> {
         let means = self.means.iter().find(|means| means.layout.settings.block_size == block_size)?;
