@@ -3,19 +3,18 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use compactattn::run::{Output, Plan, PlanDesc, Step};
+use compactattn::Result;
 use compactattn::settings::{Scope, Selector, Settings};
-use compactattn::tensor::{ElementsMut, LseMut, TokensMut};
-use compactattn::{Error, Result, Status};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::contender::{self, BLOCK, Contender};
+use crate::forward::forward;
 use crate::options::EngineArgs;
 use crate::plot_heat::Heat;
 use crate::prefill::Prefill;
 use crate::report::{self, Column, fraction};
 use crate::sweep::{Row, Sweep};
-use crate::trace::{Trace, read_or_hint};
+use crate::trace::Trace;
 use crate::{Outcome, host, plot_error, plot_heat, prefill, summary};
 
 /// Options of `demo`.
@@ -36,7 +35,7 @@ pub(crate) struct Args {
 /// # Errors
 /// Those of the trace, the engine's shape and the stages.
 pub(crate) fn run(args: &Args, out: &mut impl Write) -> Outcome {
-    let trace = read_or_hint(&args.trace)?;
+    let trace = Trace::read(&args.trace)?;
     let engine = args.engine.engine();
     let fill = |layer| Prefill::run(&trace, layer, &engine, &[BLOCK, 64]);
     let prefills = trace.layers.iter().map(fill).collect::<Result<Vec<_>>>()?;
@@ -47,7 +46,7 @@ pub(crate) fn run(args: &Args, out: &mut impl Write) -> Outcome {
         print_table(&rows, target, out)?;
     }
     writeln!(out, "\ndense: {:.0} ms a layer", sweep.dense_ms())?;
-    let ms = forward_ms(&prefills[0])?;
+    let ms = forward(&prefills[0], &prefill::sparse(Selector::SampledExact))?.ms;
     writeln!(out, "one forward with the default settings (sampled_exact, head x chunk): {ms:.0} ms a layer")?;
     writeln!(out, "skipped: attn_gate (needs trained gate weights; none were given)")?;
     summary::write(&args.out.join("summary.json"), &summary::rows(&rows, sweep.dense_ms()))?;
@@ -113,19 +112,6 @@ fn print_table(rows: &[Row], target: f64, out: &mut impl Write) -> Outcome {
     writeln!(out, "\nDensity {}, least error first (x union = error / flashprefill group x chunk)", fraction(target, 2))?;
     report::table(out, &COLUMNS, &cells.collect::<Vec<_>>())?;
     Ok(())
-}
-
-/// One call of the library's own forward pass at its default settings, in milliseconds.
-fn forward_ms(prefill: &Prefill) -> Result<f64> {
-    let settings = prefill::sparse(Selector::SampledExact);
-    let batch = prefill.batch()?;
-    let shape = prefill.shape;
-    let desc = PlanDesc { shape, limits: prefill.limits, layers: vec![settings], splits: 1 };
-    let plan = Plan::new(&desc, prefill.parallel)?;
-    let mut workspace = Workspace::new(plan.workspace_bytes()?);
-    let mut out = vec![half::bf16::ZERO; 0];
-    let _ = (&batch, &mut workspace, &mut out);
-    Err(Error::plain(Status::Internal, "unfinished"))
 }
 
 fn draw(args: &Args, trace: &Trace, prefill: &Prefill, rows: &[Row]) -> Result<()> {

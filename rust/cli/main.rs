@@ -3,15 +3,16 @@
 mod attend;
 mod contender;
 mod demo;
-mod doctor;
+
 mod extract;
+mod forward;
 mod host;
-mod inspect;
+
 mod options;
 mod plot;
 mod plot_error;
 mod plot_heat;
-mod plot_union;
+
 mod pool;
 mod prefill;
 mod report;
@@ -25,7 +26,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use compactattn::{Error, Result, Status};
+use compactattn::{Error, Status};
 
 /// Chunked-prefill attention that reads only the KV pages that matter.
 #[derive(Debug, Parser)]
@@ -45,12 +46,8 @@ enum Command {
     Demo(demo::Args),
     /// Attend one trace with one selector; writes out and lse.
     Attend(attend::Args),
-    /// What the union over heads and queries costs, layer by layer and head by head.
-    Inspect(inspect::Args),
     /// Copy some layers of a trace into a smaller file.
     Extract(extract::Args),
-    /// This machine, this build, the settings in force, and a self-test.
-    Doctor(doctor::Args),
     /// Name and version.
     Version,
 }
@@ -74,9 +71,7 @@ fn run(command: &Command, out: &mut impl Write) -> std::result::Result<ExitCode,
     match command {
         Command::Demo(args) => demo::run(args, out)?,
         Command::Attend(args) => attend::run(args, out)?,
-        Command::Inspect(args) => inspect::run(args, out)?,
         Command::Extract(args) => extract::run(args, out)?,
-        Command::Doctor(args) => return doctor::run(args, out),
         Command::Version => writeln!(out, "compactattn {}", env!("CARGO_PKG_VERSION"))?,
     }
     Ok(ExitCode::SUCCESS)
@@ -142,15 +137,4 @@ fn log_to_stderr(verbose: u8) {
         _ => tracing::Level::TRACE,
     };
     tracing_subscriber::fmt().with_max_level(level).with_writer(io::stderr).init();
-}
-
-/// Turns a plotting error into ours.
-pub(crate) fn plot_error(error: impl std::fmt::Display) -> Error {
-    Error::plain(Status::Io, format!("cannot draw: {error}"))
-}
-
-/// Milliseconds, densities and the like from text of a closed range.
-pub(crate) fn share(text: &str) -> Result<f64> {
-    let number = text.parse().ok().filter(|x: &f64| *x > 0.0 && *x <= 1.0);
-    number.ok_or_else(|| Error::new(Status::Value, "share", "a number in (0, 1]", format!("{text:?}")))
 }

@@ -2,7 +2,7 @@
 
 use clap::Args;
 use compactattn::settings::{Keep, Scope, Selector, Settings};
-use compactattn::{Parallel, Result};
+use compactattn::{Error, Parallel, Result, Status};
 
 use crate::pool::KvLayout;
 use crate::prefill::{Engine, sparse};
@@ -50,13 +50,13 @@ pub(crate) struct SelectArgs {
     #[arg(long, value_parser = scope, value_name = "HEADS[:TOKENS]")]
     scope: Option<Scope>,
     /// Keep this share of the past blocks; lifts floor and cap.
-    #[arg(long, group = "keep", value_parser = crate::share, value_name = "SHARE")]
+    #[arg(long, group = "keep", value_parser = share, value_name = "SHARE")]
     density: Option<f64>,
     /// Keep blocks that score at least this; lifts floor and cap.
-    #[arg(long, group = "keep", value_parser = crate::share, value_name = "SCORE")]
+    #[arg(long, group = "keep", value_parser = share, value_name = "SCORE")]
     threshold: Option<f64>,
     /// Keep the best blocks that hold this share of the score; lifts floor and cap.
-    #[arg(long, group = "keep", value_parser = crate::share, value_name = "SHARE")]
+    #[arg(long, group = "keep", value_parser = share, value_name = "SHARE")]
     mass: Option<f64>,
     /// Tokens per block: 16 to 256, or 1 with quoka.
     #[arg(long, value_name = "TOKENS")]
@@ -70,7 +70,7 @@ impl SelectArgs {
     /// The settings these describe: the selector's own (`otherwise`, if none is named), changed where said.
     ///
     /// # Errors
-    /// Those of [`Settings::check`].
+    /// [`Status::Unsupported`] for a selector that needs more than a trace; those of [`Settings::check`].
     #[expect(clippy::cast_possible_truncation, reason = "settings are f32")]
     pub(crate) fn settings(&self, otherwise: &Settings) -> Result<Settings> {
         let mut settings = self.selector.map_or(*otherwise, sparse);
@@ -83,9 +83,19 @@ impl SelectArgs {
         if let Some(keep) = density.or(threshold).or(mass) {
             settings = Settings { keep, min_density: 0.0, max_density: 1.0, density_guard: 1.0, ..settings };
         }
+        if matches!(settings.selector, Selector::AttnGate | Selector::External) {
+            let got = format!("{}, which needs weights or masks", settings.selector.name());
+            return Err(Error::new(Status::Unsupported, "--selector", "one that scores by itself", got));
+        }
         settings.check()?;
         Ok(settings)
     }
+}
+
+/// Parses a share or a score.
+fn share(text: &str) -> std::result::Result<f64, String> {
+    let number = text.parse().ok().filter(|x: &f64| *x > 0.0 && *x <= 1.0);
+    number.ok_or_else(|| format!("wanted a number in (0, 1], got {text:?}"))
 }
 
 /// Parses a scope.

@@ -9,7 +9,6 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{FontStyle, register_font};
 
-use crate::plot_error as failed;
 
 /// A bitmap, or a part of one.
 pub(crate) type Area<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
@@ -53,6 +52,11 @@ pub(crate) fn text(size: u32, h: HPos, v: VPos) -> TextStyle<'static> {
 pub(crate) fn title(area: &Area, title: &str, under: &str) -> Result<()> {
     area.draw_text(title, &text(30, HPos::Left, VPos::Top), (MARGIN, 18)).map_err(failed)?;
     area.draw_text(under, &text(19, HPos::Left, VPos::Top), (MARGIN, 56)).map_err(failed)
+}
+
+/// Turns a plotting error into ours.
+pub(crate) fn failed(error: impl std::fmt::Display) -> Error {
+    Error::plain(Status::Io, format!("cannot draw: {error}"))
 }
 
 /// A selector's colour, the same in every plot (Okabe and Ito's palette, told apart by colour-blind readers too).

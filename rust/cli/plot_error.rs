@@ -6,8 +6,7 @@ use compactattn::Result;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, VPos};
 
-use crate::plot::{self, Area, INK, text};
-use crate::plot_error as failed;
+use crate::plot::{self, failed, Area, INK, text};
 use crate::sweep::Row;
 
 /// A selector at one scope, over densities.

@@ -7,8 +7,7 @@ use compactattn::mask;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, VPos};
 
-use crate::plot::{self, Area, INK, MARGIN, text};
-use crate::plot_error as failed;
+use crate::plot::{self, failed, Area, INK, MARGIN, text};
 use crate::report::fraction;
 use crate::sweep::Row;
 

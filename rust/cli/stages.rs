@@ -103,7 +103,7 @@ pub(crate) fn attend(prefill: &Prefill, layout: &Layout, lists: &[u32]) -> Resul
     let mut out = vec![0.0; rows * shape.head_dim];
     let summaries = prefill.summaries(layout.settings.block_size);
     let corrected = summaries.filter(|_| layout.settings.mean_correction);
-    let correction = corrected.map(|summaries| Correction { lists, summaries });
+    let correction = corrected.map(|summaries| Correction::new(lists, summaries)).transpose()?;
     timed(|| {
         let mut table = TableMut { counts: &mut counts, stream_lens: &mut stream_lens, boxes: &mut boxes };
         table::build(layout, &batch, lists, &mut table);

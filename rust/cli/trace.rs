@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use compactattn::tensor::Elements;
+use compactattn::tensor::{Elements, ElementsMut};
 use compactattn::types::{Dtype, Shape};
 use compactattn::{Error, Result, Status};
 use half::{bf16, f16};
@@ -92,13 +92,8 @@ impl Trace {
         let named = self.layers.iter().flat_map(|layer| {
             layer.tensors().map(|(part, tensor)| (format!("{}{part}", layer.prefix()), tensor))
         });
-        let mut named: Vec<_> = named.collect();
-        named.sort_by(|a, b| a.0.cmp(&b.0));
-        let views = named.iter().map(|(name, tensor)| Ok((name.as_str(), tensor.view()?)));
-        let views = views.collect::<Result<Vec<_>>>()?;
-        let bytes = safetensors::serialize(views, Some(self.metadata.clone()))
-            .map_err(|e| Error::plain(Status::Io, format!("cannot serialise: {e}")))?;
-        write_file(path, &bytes)
+        let named = named.map(|(name, tensor)| (name, tensor.dims.to_vec(), &tensor.data));
+        write_tensors(path, named, self.metadata.clone())
     }
 
     /// Heads, dtype and scale for pages of `page_size` tokens; `sm_scale` where the file says none.
@@ -202,16 +197,6 @@ impl Tensor {
         })?;
         Ok(Self { dims, data: Data::of_view(name, &view)? })
     }
-
-    fn view(&self) -> Result<TensorView<'_>> {
-        let (dtype, bytes) = match &self.data {
-            Data::Bf16(x) => (safetensors::Dtype::BF16, bytemuck::cast_slice(x)),
-            Data::F16(x) => (safetensors::Dtype::F16, bytemuck::cast_slice(x)),
-            Data::F32(x) => (safetensors::Dtype::F32, bytemuck::cast_slice(x)),
-        };
-        TensorView::new(dtype, self.dims.to_vec(), bytes)
-            .map_err(|e| Error::plain(Status::Internal, format!("tensor view: {e}")))
-    }
 }
 
 impl Data {
@@ -240,6 +225,24 @@ impl Data {
         self.elements(0).dtype()
     }
 
+    /// All elements, to be written.
+    pub(crate) fn elements_mut(&mut self) -> ElementsMut<'_> {
+        match self {
+            Self::Bf16(x) => ElementsMut::Bf16(x),
+            Self::F16(x) => ElementsMut::F16(x),
+            Self::F32(x) => ElementsMut::F32(x),
+        }
+    }
+
+    /// The elements' bytes and their type's name in the file format.
+    pub(crate) fn bytes(&self) -> (safetensors::Dtype, &[u8]) {
+        match self {
+            Self::Bf16(x) => (safetensors::Dtype::BF16, bytemuck::cast_slice(x)),
+            Self::F16(x) => (safetensors::Dtype::F16, bytemuck::cast_slice(x)),
+            Self::F32(x) => (safetensors::Dtype::F32, bytemuck::cast_slice(x)),
+        }
+    }
+
     /// All elements from `first` on, borrowed.
     pub(crate) fn elements(&self, first: usize) -> Elements<'_> {
         match self {
@@ -258,6 +261,24 @@ impl Data {
             _ => debug_assert!(false, "a trace is of one dtype"),
         }
     }
+}
+
+/// Writes named tensors of given extents as one safetensors file.
+///
+/// # Errors
+/// [`Status::Io`].
+pub(crate) fn write_tensors<'a>(
+    path: &Path,
+    tensors: impl Iterator<Item = (String, Vec<usize>, &'a Data)>,
+    metadata: HashMap<String, String>,
+) -> Result<()> {
+    let broken = |e| Error::plain(Status::Internal, format!("cannot serialise: {e}"));
+    let views = tensors.map(|(name, dims, data)| {
+        let (dtype, bytes) = data.bytes();
+        Ok((name, TensorView::new(dtype, dims, bytes).map_err(broken)?))
+    });
+    let bytes = safetensors::serialize(views.collect::<Result<Vec<_>>>()?, Some(metadata)).map_err(broken)?;
+    write_file(path, &bytes)
 }
 
 /// Writes a whole file, its folder made where missing.
