@@ -1,6 +1,6 @@
 //! Which blocks of a row of scores stay, for scores that are known only to lie in an interval.
 
-use crate::settings::{Keep, Settings};
+use crate::settings::{Keep, Selector, Settings};
 
 /// A score: at least `lo`, at most `hi`. NaN in both marks a block that cannot be judged.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -71,8 +71,12 @@ pub fn forced(settings: &Settings, j: usize, n: usize) -> bool {
 /// Ranks blocks (forced first, then the better score, then the lower block) and keeps the first so many.
 #[must_use]
 pub fn keep(settings: &Settings, scores: &[Score]) -> Kept {
+    ranked(settings, scores, how_many(settings, scores))
+}
+
+/// The first `fewest` to `most` blocks of the ranking.
+fn ranked(settings: &Settings, scores: &[Score], (fewest, most): (usize, usize)) -> Kept {
     let n = scores.len();
-    let (fewest, most) = how_many(settings, scores);
     let class: Vec<bool> = (0..n).map(|j| forced(settings, j, n)).collect();
     let surely_before = |i: usize, j: usize| {
         let (a, b) = (scores[i].worth(), scores[j].worth());
@@ -114,8 +118,22 @@ fn how_many(settings: &Settings, scores: &[Score]) -> (usize, usize) {
     };
     let floor = ceil_share(settings.min_density, n);
     let cap = ceil_share(settings.max_density, n);
-    let bound = |count: usize| count.max(floor).min(cap).max(forced_blocks);
-    (bound(fewest), bound(most))
+    let best = budget(settings, scores);
+    let bound = |count: usize, best: usize| count.max(floor).max(best).min(cap).max(forced_blocks);
+    (bound(fewest, best.0), bound(most, best.1))
+}
+
+/// Forced blocks and those of FlashPrefill's `min_budget` best of the row that are not forced: fewest and most.
+fn budget(settings: &Settings, scores: &[Score]) -> (usize, usize) {
+    let (n, wanted) = (scores.len(), settings.flashprefill.min_budget);
+    if settings.selector != Selector::FlashPrefill || wanted == 0 {
+        return (0, 0);
+    }
+    let unforced = Settings { sink_blocks: 0, local_blocks: 0, ..*settings };
+    let best = ranked(&unforced, scores, (wanted, wanted));
+    let free = |bits: &[bool]| (0..n).filter(|&j| bits[j] && !forced(settings, j, n)).count();
+    let forced_blocks = (0..n).filter(|&j| forced(settings, j, n)).count();
+    (forced_blocks + free(&best.must), forced_blocks + free(&best.may))
 }
 
 /// The shortest prefix of the ranking that holds `share` of the total: for the kindest and the unkindest scores.
@@ -132,15 +150,23 @@ fn for_mass(settings: &Settings, scores: &[Score], share: f64) -> (usize, usize)
         order.iter().map(|&j| mass(j)).collect::<Vec<f64>>()
     };
     let (low, high) = (of(|s| s.lo), of(|s| s.hi));
-    let prefix = |held: &[f64], total: f64| {
-        let sum = |i: usize| held[..i].iter().sum::<f64>();
+    let total = |xs: &[f64]| xs.iter().sum::<f64>();
+    // XAttention's scores are shares of all that is visible: what they lack to 1 lies in the open region, is read
+    // whatever is kept, and so is held before any past block is.
+    let open = |past: f64| match settings.selector {
+        Selector::XAttention => (1.0 - past).max(0.0),
+        _ => 0.0,
+    };
+    let prefix = |held: &[f64], open: f64, total: f64| {
+        let sum = |i: usize| open + held[..i].iter().sum::<f64>();
         (0..n).find(|&i| sum(i) >= share * total).unwrap_or(n)
     };
-    let total = |xs: &[f64]| xs.iter().sum::<f64>();
-    (prefix(&high, total(&low)), prefix(&low, total(&high)))
+    let (few, many) = (total(&low), total(&high));
+    let (open_low, open_high) = (open(many), open(few));
+    (prefix(&high, open_high, few + open_low), prefix(&low, open_low, many + open_high))
 }
 
 /// `ceil(share * n)`, at most `n`.
-fn ceil_share(share: f32, n: usize) -> usize {
+pub(super) fn ceil_share(share: f32, n: usize) -> usize {
     (0..n).find(|&count| count as f64 >= f64::from(share) * n as f64).unwrap_or(n)
 }

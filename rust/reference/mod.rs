@@ -7,6 +7,8 @@
 pub mod attend;
 pub mod keep;
 pub mod select;
+mod select_pooled;
+mod select_tokens;
 pub mod table;
 pub mod union;
 

@@ -4,25 +4,34 @@ use super::{Chunk, Request, block_means, chunks, dot, select_step, softmax};
 use crate::plan::Layout;
 use crate::settings::Selector;
 
-/// Scores `[select spans][num_q_heads][past blocks]`; a dense span's rows are empty.
-pub type Scores = Vec<Vec<Vec<f64>>>;
+/// One span's scores, `[num_q_heads][past blocks]`; empty rows for a dense span.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scored {
+    /// One row a query head.
+    pub rows: Vec<Vec<f64>>,
+    /// False where a choice on the way was a tie within the slack, so that rounding may decide it differently.
+    pub certain: bool,
+}
 
-/// Scores every request.
+/// Scores every request: `[select spans]`.
+///
+/// `slack` is the relative error up to which a selector's inner choices (the queries of `quoka`, the candidates of
+/// `two_level`) count as ties. Without a gate, `attn_gate` scores NaN; an external mask's scores are not ours: NaN.
 #[must_use]
-pub fn scores(layout: &Layout, requests: &[Request]) -> Scores {
-    let heads = layout.shape.num_q_heads;
-    let score = |chunk: &Chunk| -> Vec<Vec<f64>> {
+pub fn scores(layout: &Layout, requests: &[Request], slack: f64) -> Vec<Scored> {
+    let score = |chunk: &Chunk| -> Scored {
         if chunk.dense {
-            return vec![Vec::new(); heads];
+            return Scored { rows: vec![Vec::new(); layout.shape.num_q_heads], certain: true };
         }
-        let request = &requests[chunk.req];
-        let kv_heads = 0..layout.shape.num_kv_heads;
-        let rows = kv_heads.flat_map(|kv_head| {
-            let group = layout.shape.group_size();
-            let at = At { layout, request, chunk, kv_head, heads: kv_head * group..(kv_head + 1) * group };
-            at.scores()
-        });
-        rows.collect()
+        let group = layout.shape.group_size();
+        let mut all = Scored { rows: Vec::new(), certain: true };
+        for kv_head in 0..layout.shape.num_kv_heads {
+            let (request, heads) = (&requests[chunk.req], kv_head * group..(kv_head + 1) * group);
+            let group = At { layout, request, chunk, kv_head, heads }.scores(slack);
+            all.rows.extend(group.rows);
+            all.certain &= group.certain;
+        }
+        all
     };
     chunks(layout, requests, select_step(layout)).iter().map(score).collect()
 }
@@ -38,14 +47,22 @@ pub(super) struct At<'a> {
 
 impl At<'_> {
     /// `[group_size][past blocks]`.
-    fn scores(&self) -> Vec<Vec<f64>> {
-        let each = |score: &dyn Fn(usize) -> Vec<f64>| self.heads.clone().map(score).collect();
+    fn scores(&self, slack: f64) -> Scored {
+        let each = |score: &dyn Fn(usize) -> Vec<f64>| Scored {
+            rows: self.heads.clone().map(score).collect(),
+            certain: true,
+        };
         match self.layout.settings.selector {
+            Selector::Dense => each(&|_| vec![1.0; self.past_blocks()]),
             Selector::Streaming => each(&|_| vec![0.0; self.past_blocks()]),
+            Selector::External | Selector::AttnGate => each(&|_| vec![f64::NAN; self.past_blocks()]),
             Selector::FlashPrefill => each(&|head| self.flashprefill(head)),
             Selector::SampledExact => each(&|head| self.block_mass(head, &self.sampled())),
             Selector::Oracle => each(&|head| self.block_mass(head, &self.all_rows())),
-            _ => each(&|_| vec![1.0; self.past_blocks()]),
+            Selector::PooledMass => each(&|head| self.pooled_mass(head)),
+            Selector::XAttention => each(&|head| self.xattention(head)),
+            Selector::TwoLevel => self.two_level(slack),
+            Selector::Quoka => self.quoka(slack),
         }
     }
 
@@ -57,14 +74,14 @@ impl At<'_> {
         self.chunk.tokens.clone().collect()
     }
 
-    /// `sample_rows` tokens, evenly from the span's first to its last.
-    fn sampled(&self) -> Vec<usize> {
+    /// `sample_rows` tokens, evenly from the span's first to its last, rounded down; a single one is the last.
+    pub(super) fn sampled(&self) -> Vec<usize> {
         let (rows, len) = (self.layout.settings.sample_rows, self.chunk.tokens.len());
-        if rows == 0 || rows >= len {
-            return self.all_rows();
+        match rows {
+            1 => vec![self.chunk.tokens.end - 1],
+            _ if rows == 0 || rows >= len => self.all_rows(),
+            _ => (0..rows).map(|i| self.chunk.tokens.start + i * (len - 1) / (rows - 1)).collect(),
         }
-        let even = |i: usize| (i as f64 * (len - 1) as f64 / (rows - 1).max(1) as f64).round();
-        (0..rows).map(|i| self.chunk.tokens.start + even(i) as usize).collect()
     }
 
     /// Share of exact causal attention that each past block receives, averaged over `rows`.

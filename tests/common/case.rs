@@ -2,9 +2,7 @@
 
 use compactattn::batch::{Batch, BatchParts, BlockTable};
 use compactattn::plan::{Layout, Limits};
-use compactattn::settings::{
-    DenseRules, FlashPrefill, Keep, KeepAt, Scope, Selector, Settings,
-};
+use compactattn::settings::{DenseRules, FlashPrefill, Keep, KeepAt, Scope, Selector, Settings};
 use compactattn::types::{Dtype, Shape};
 
 use super::pool::{Packed, Pools, Strides};
@@ -204,11 +202,7 @@ fn one_lens(rng: &mut Rng, shape: &Shape, settings: &Settings, work: usize) -> L
     if rng.once_in(10) {
         return Lens { q: 0, kv: rng.below(100) };
     }
-    let longest = if settings.block_size == 1 {
-        300
-    } else {
-        rng.pick(&[40, 200, 500, 500, 900, 1500])
-    };
+    let longest = if settings.block_size == 1 { 300 } else { rng.pick(&[40, 200, 500, 500, 900, 1500]) };
     let unit = rng.pick(&[1, shape.page_size, settings.block_size]);
     // On a border, or one token beside it.
     let near = |rng: &mut Rng, x: usize| (x / unit * unit + rng.below(3)).saturating_sub(1);
@@ -245,7 +239,7 @@ pub(crate) fn settings(rng: &mut Rng) -> Settings {
         keep: keep(rng),
         keep_at: rng.pick(&[KeepAt::Row, KeepAt::List]),
         min_density,
-        max_density: rng.pick(&[1.0, 1.0, 0.35, 0.1]).max(min_density),
+        max_density: rng.pick(&[1.0_f32, 1.0, 0.35, 0.1]).max(min_density),
         sink_blocks: rng.pick(&[0, 1, 2]),
         local_blocks: rng.pick(&[0, 1, 3]),
         density_guard: rng.pick(&[1.0, 0.9, 0.5]),

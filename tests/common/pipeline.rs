@@ -75,7 +75,8 @@ pub(crate) fn select(case: &Case, layout: &Layout, means: Option<&Means>, given:
     match given {
         Some(given) => scores.copy_from_slice(given),
         None if layout.settings.selector != Selector::External => {
-            let input = Input { layout, batch: &batch, summaries: means.map(Means::view) };
+            let summaries = means.map(Means::view);
+            let input = Input { layout, batch: &batch, summaries, gate: None };
             select::score(&input, &mut scores, Parallel::new(1));
         }
         None => {}
