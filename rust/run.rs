@@ -6,7 +6,7 @@ use crate::combine;
 use crate::error::{Error, Result, Status};
 use crate::parallel::Parallel;
 use crate::plan::{Layout, Limits};
-use crate::select;
+use crate::select::{self, GateLayer};
 use crate::settings::{Selector, Settings};
 use crate::stats::{LayerStats, Stats};
 use crate::summaries::{self, Summaries, SummariesMut, Which};
@@ -54,6 +54,8 @@ pub struct Step<'a> {
     pub layer: usize,
     /// Block means kept by the caller; `None` = recomputed in this call, into memory of its own.
     pub summaries: Option<Summaries<'a>>,
+    /// The layer's gate, for selector `attn_gate`.
+    pub gate: Option<&'a GateLayer>,
     /// For selector `external`.
     pub external: Option<External<'a>>,
     /// Settings of this call instead of the plan's.
@@ -191,6 +193,7 @@ impl Plan {
         };
         check_output(batch, output)?;
         check_external(&layout, batch, step)?;
+        check_gate(&layout, step)?;
         if let Some(given) = step.summaries {
             check_summaries(&layout, batch, given)?;
         }
@@ -248,7 +251,7 @@ fn select_lists(
             union::unite(layout, batch, scores, masks, lists)
         }
         _ => {
-            let input = select::Input { layout, batch, summaries, gate: None };
+            let input = select::Input { layout, batch, summaries, gate: step.gate };
             select::score(&input, scores, parallel);
             union::unite(layout, batch, scores, masks, lists)
         }
@@ -348,6 +351,14 @@ fn check_external(layout: &Layout, batch: &Batch, step: &Step) -> Result<()> {
         None => Err(Error::new(Status::Null, "external", "scores or masks, for selector external", "none")),
         Some(External::Scores(x)) => check_len("external.scores", x.len(), rows * layout.max_blocks()),
         Some(External::Masks(x)) => check_len("external.masks", x.len(), rows * layout.mask_words()),
+    }
+}
+
+fn check_gate(layout: &Layout, step: &Step) -> Result<()> {
+    match step.gate {
+        _ if !select::needs_gate(layout.settings.selector) => Ok(()),
+        None => Err(Error::new(Status::Null, "gate", "the layer's gate, for selector attn_gate", "none")),
+        Some(gate) => gate.check(&layout.shape),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Weights of the `attn_gate` selector, as SeerAttention publishes them, and the rotary embedding they need.
 //!
-//! The released `attn_gate_weights.pth` is a torch state dict; written as safetensors under the same keys it loads
+//! The released `attn_gate_weights.pth` is a pickled state dict; saved as safetensors under the same keys it loads
 //! here. Keys end in `layers.{i}.self_attn.attn_gate.mask_linear_{k,q}.weight`. Every tensor holds all heads of the
 //! model: `[heads, inputs, gate_dim]`, applied as `x [inputs] . W[head]`. Three published forms are told apart by
 //! their shapes:
@@ -35,6 +35,8 @@ pub struct GateLayer {
     pub(super) q: Option<Projection>,
     /// Whether `q` reads the means of the whole group and gives one vector a KV head.
     pub(super) by_group: bool,
+    /// `[num_q_heads, num_kv_heads, head_dim]` of the model.
+    made_for: [usize; 3],
     /// How q and k were rotated, and how the gate's vectors are.
     pub(super) rope: Arc<Rope>,
 }
@@ -137,7 +139,21 @@ impl GateLayer {
             }
         }
         rope.check_gate(head_dim, k.gate_dim)?;
-        Ok(Self { k, q: q.map(|(_, q)| q), by_group, rope: Arc::clone(rope) })
+        let made_for = [num_q_heads, num_kv_heads, head_dim];
+        Ok(Self { k, q: q.map(|(_, q)| q), by_group, made_for, rope: Arc::clone(rope) })
+    }
+
+    /// Refuses heads other than those the gate was loaded for.
+    ///
+    /// # Errors
+    /// [`Status::Shape`].
+    pub fn check(&self, shape: &Shape) -> Result<()> {
+        let got = [shape.num_q_heads, shape.num_kv_heads, shape.head_dim];
+        if got == self.made_for {
+            return Ok(());
+        }
+        let wanted = format!("a gate for q heads, KV heads, head_dim {got:?}");
+        Err(Error::new(Status::Shape, "gate", wanted, format!("one for {:?}", self.made_for)))
     }
 
     /// Length of the vectors whose product is a score.
@@ -274,4 +290,188 @@ fn frequencies(name: &str, freq: &[f32], dim: usize) -> Result<()> {
         return Err(Error::new(Status::Shape, name, format!("{} finite values", dim / 2), got));
     }
     Ok(())
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::fixture::{self, Rng};
+    use crate::types::Dtype;
+    use safetensors::tensor::TensorView;
+
+    /// A tensor to write: key, extents, values.
+    type Tensor = (String, Vec<usize>, Vec<f32>);
+
+    /// The three published forms.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(in crate::select) enum Form {
+        KeysOnly,
+        Both,
+        ByGroup,
+    }
+
+    fn tensors(seed: u64, shape: &Shape, form: Form, gate_dim: usize, layer: usize) -> Vec<Tensor> {
+        let Shape { num_q_heads, num_kv_heads, head_dim, .. } = *shape;
+        let k_heads = if form == Form::KeysOnly { num_q_heads } else { num_kv_heads };
+        let mut parts = vec![("mask_linear_k", vec![k_heads, 3 * head_dim, gate_dim])];
+        match form {
+            Form::KeysOnly => {}
+            Form::Both => parts.push(("mask_linear_q", vec![num_q_heads, head_dim, gate_dim])),
+            Form::ByGroup => {
+                parts.push(("mask_linear_q", vec![num_kv_heads, shape.group_size() * head_dim, gate_dim]));
+            }
+        }
+        let mut rng = Rng::new(seed + layer as u64);
+        let random = |(part, extents): (&str, Vec<usize>)| {
+            let scale = 4.0 / (extents[1] as f32).sqrt();
+            let n = extents.iter().product();
+            let values =
+                (0..n).map(|_| fixture::round(Dtype::Bf16, rng.normal()) * scale.log2().round().exp2());
+            (format!("model.{}", key(layer, part)), extents, values.collect())
+        };
+        parts.into_iter().map(random).collect()
+    }
+
+    fn bytes(tensors: &[Tensor], dtype: FileDtype) -> Vec<u8> {
+        let encode = |x: &f32| match dtype {
+            FileDtype::BF16 => bf16::from_f32(*x).to_le_bytes().to_vec(),
+            FileDtype::F16 => f16::from_f32(*x).to_le_bytes().to_vec(),
+            _ => x.to_le_bytes().to_vec(),
+        };
+        let data: Vec<Vec<u8>> = tensors.iter().map(|t| t.2.iter().flat_map(encode).collect()).collect();
+        let views = tensors.iter().zip(&data).map(|((name, extents, _), data)| {
+            (name.clone(), TensorView::new(dtype, extents.clone(), data).unwrap())
+        });
+        safetensors::serialize(views, None).unwrap()
+    }
+
+    fn as_stored(dtype: FileDtype, values: &[f32]) -> Vec<f32> {
+        let as_f16 = |&x: &f32| fixture::round(Dtype::F16, x);
+        // All values are exact in bf16; the smallest are not in f16.
+        if dtype == FileDtype::F16 { values.iter().map(as_f16).collect() } else { values.to_vec() }
+    }
+
+    /// Writes `bytes` to a file of this process, loads it, removes it.
+    fn load(name: &str, bytes: &[u8], shape: &Shape, num_layers: usize, rope: Rope) -> Result<Gate> {
+        let path = std::env::temp_dir().join(format!("compactattn-{}-{name}", std::process::id()));
+        std::fs::write(&path, bytes).unwrap();
+        let gate = Gate::load(&path, shape, num_layers, rope);
+        std::fs::remove_file(&path).unwrap();
+        gate
+    }
+
+    pub(in crate::select) fn rope(head_dim: usize, gate_dim: usize, pairing: Pairing) -> Rope {
+        let freq = |dim: usize| (0..dim / 2).map(|i| 1e4_f32.powf(-2.0 * i as f32 / dim as f32)).collect();
+        let gate_inv_freq = (gate_dim != head_dim).then(|| freq(gate_dim));
+        Rope { inv_freq: freq(head_dim), gate_inv_freq, pairing, scale: 1.25 }
+    }
+
+    /// One layer of random weights, through a file.
+    pub(in crate::select) fn gate(name: &str, shape: &Shape, form: Form, gate_dim: usize) -> Gate {
+        let file = bytes(&tensors(11, shape, form, gate_dim, 0), FileDtype::F32);
+        load(name, &file, shape, 1, rope(shape.head_dim, gate_dim, Pairing::HalfSplit)).unwrap()
+    }
+
+    fn shape() -> Shape {
+        fixture::shape(2, 3, 64, 16, Dtype::Bf16)
+    }
+
+    fn half_split() -> Rope {
+        rope(64, 64, Pairing::HalfSplit)
+    }
+
+    #[test]
+    fn weights_of_every_dtype_layer_and_form_come_back() {
+        for dtype in [FileDtype::BF16, FileDtype::F16, FileDtype::F32] {
+            for form in [Form::KeysOnly, Form::Both, Form::ByGroup] {
+                // Layers 1 and 11 share the end of their names.
+                let layers = (0..12).map(|i| tensors(3, &shape(), form, 64, i));
+                let all: Vec<Tensor> = layers.rev().flatten().collect();
+                let gate = load("trip", &bytes(&all, dtype), &shape(), 12, half_split()).unwrap();
+                assert_eq!(gate.num_layers(), 12);
+                for i in 0..12 {
+                    let (layer, want) = (gate.layer(i).unwrap(), tensors(3, &shape(), form, 64, i));
+                    let stored: Vec<Vec<f32>> = want.iter().map(|t| as_stored(dtype, &t.2)).collect();
+                    assert!(layer.k.data == stored[0], "{dtype:?} {form:?} layer {i}");
+                    assert!(
+                        layer.q.as_ref().map(|q| &q.data) == stored.get(1),
+                        "{dtype:?} {form:?} layer {i}"
+                    );
+                    assert_eq!(layer.is_group_aware(), form == Form::ByGroup);
+                    assert!(layer.k.head(1) == &stored[0][192 * 64..2 * 192 * 64]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_bad_file_is_refused_by_the_name_of_what_is_wrong() {
+        let good = || tensors(3, &shape(), Form::Both, 64, 0);
+        let renamed = |name: &str| {
+            let mut all = good();
+            all[0].0 = name.to_owned();
+            all
+        };
+        let mut other_heads = good();
+        other_heads[1].1 = vec![3, 128, 64];
+        let mut flat = good();
+        flat[0].1 = vec![2 * 192, 64];
+        let k_key = "layers.0.self_attn.attn_gate.mask_linear_k.weight";
+        let q_key = "layers.0.self_attn.attn_gate.mask_linear_q.weight";
+        let decode = "model.layers.0.self_attn.attn_gate.attngate_linear_k.weight";
+        for (tensors, status, named) in [
+            (renamed("model.layers.1.self_attn.attn_gate.mask_linear_k.weight"), Status::Config, k_key),
+            (renamed(decode), Status::Unsupported, "decode"),
+            (other_heads, Status::Shape, q_key),
+            (flat, Status::Shape, k_key),
+        ] {
+            let error = load("bad", &bytes(&tensors, FileDtype::F32), &shape(), 1, half_split()).unwrap_err();
+            assert_eq!(error.status(), status, "{error}");
+            assert!(error.to_string().contains(named), "{error}");
+        }
+        let ints = load("ints", &bytes(&good(), FileDtype::I32), &shape(), 1, half_split()).unwrap_err();
+        assert_eq!(ints.status(), Status::Dtype);
+        assert!(ints.to_string().contains(k_key), "{ints}");
+        let torn = load("torn", &bytes(&good(), FileDtype::F32)[..900], &shape(), 1, half_split());
+        assert_eq!(torn.unwrap_err().status(), Status::Io);
+        let absent = Gate::load(Path::new("/no/such/file"), &shape(), 1, half_split());
+        assert_eq!(absent.unwrap_err().status(), Status::Io);
+    }
+
+    #[test]
+    fn frequencies_must_cover_the_head_and_a_gate_of_another_width() {
+        let file = bytes(&tensors(3, &shape(), Form::Both, 32, 0), FileDtype::F32);
+        let narrow = |rope| load("narrow", &file, &shape(), 1, rope).map(|_| ()).map_err(|e| e.status());
+        assert_eq!(narrow(rope(64, 32, Pairing::HalfSplit)), Ok(()));
+        assert_eq!(narrow(half_split()), Err(Status::Config));
+        assert_eq!(narrow(rope(32, 32, Pairing::HalfSplit)), Err(Status::Shape));
+        assert_eq!(narrow(Rope { scale: 0.0, ..rope(64, 32, Pairing::HalfSplit) }), Err(Status::Value));
+    }
+
+    #[test]
+    fn a_gate_fits_only_the_heads_it_was_loaded_for() {
+        let gate = gate("fits", &shape(), Form::Both, 64);
+        assert_eq!(gate.layer(0).unwrap().check(&shape()), Ok(()));
+        let other = fixture::shape(3, 2, 64, 16, Dtype::Bf16);
+        assert_eq!(gate.layer(0).unwrap().check(&other).unwrap_err().status(), Status::Shape);
+    }
+
+    #[test]
+    fn unrotate_undoes_the_models_rotation_in_either_pairing() {
+        for (pairing, partner) in [(Pairing::HalfSplit, 32), (Pairing::Interleaved, 1)] {
+            let rope = rope(64, 64, pairing);
+            let mut rng = Rng::new(2);
+            let x: Vec<f32> = (0..64).map(|_| rng.normal()).collect();
+            let mut y = x.clone();
+            rope.rotate_gate(1234, &mut y);
+            // The first pair turns by the position itself.
+            let angle = 1234.0_f64;
+            let want = f64::from(x[0]) * angle.cos() - f64::from(x[partner]) * angle.sin();
+            // |x| < 3.5: two products, a sum, cosine and sine, each within an eps.
+            assert!((f64::from(y[0]) - 1.25 * want).abs() < 5.0 * 3.5 * 1.25 * f64::from(f32::EPSILON));
+            let turns: Vec<_> = rope.turns(1234).collect();
+            rope.unrotate(&turns, &mut y);
+            assert!(x.iter().zip(&y).all(|(a, b)| (a - b).abs() < 12.0 * 3.5 * f32::EPSILON));
+        }
+    }
 }

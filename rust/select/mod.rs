@@ -15,6 +15,8 @@ mod pooled_mass;
 mod quoka;
 mod rows;
 mod sampled_exact;
+#[cfg(test)]
+mod scored;
 mod two_level;
 mod xattention;
 
