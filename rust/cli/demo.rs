@@ -21,7 +21,7 @@ use crate::{Outcome, host, plot_error, plot_heat, prefill, summary};
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// A safetensors file with layerN.q, layerN.k, layerN.v, each [tokens, heads, head_dim].
-    #[arg(long, value_name = "FILE", default_value = "tests/data/smollm2_layer14.safetensors")]
+    #[arg(long, value_name = "FILE", default_value = "tests/data/smollm2_layer26.safetensors")]
     trace: PathBuf,
     /// Where summary.json and the plots go.
     #[arg(long, value_name = "DIR", default_value = "target/demo")]
@@ -116,8 +116,12 @@ fn print_table(rows: &[Row], target: f64, out: &mut impl Write) -> Outcome {
 
 fn draw(args: &Args, trace: &Trace, prefill: &Prefill, rows: &[Row]) -> Result<()> {
     let past = trace.kv_len() - trace.q_len();
+    let layer = match trace.layers.len() {
+        1 => format!("layer {}", trace.layers[0].name()),
+        n => format!("layer {}, the first of {n} that share a threshold", trace.layers[0].name()),
+    };
     let heat = Heat {
-        layer: &trace.layers[0].name(),
+        layer: &layer,
         density: HEAT_DENSITY,
         past_blocks: past / BLOCK,
         blocks: trace.kv_len().div_ceil(BLOCK),

@@ -3,19 +3,23 @@
 mod attend;
 mod contender;
 mod demo;
+mod doctor;
 
 mod extract;
 mod forward;
 mod host;
+mod inspect;
 
 mod options;
 mod plot;
 mod plot_error;
 mod plot_heat;
+mod plot_union;
 
 mod pool;
 mod prefill;
 mod report;
+mod selftest;
 mod stages;
 mod summary;
 mod sweep;
@@ -46,8 +50,12 @@ enum Command {
     Demo(demo::Args),
     /// Attend one trace with one selector; writes out and lse.
     Attend(attend::Args),
+    /// What the union over heads and queries costs, layer by layer and head by head.
+    Inspect(inspect::Args),
     /// Copy some layers of a trace into a smaller file.
     Extract(extract::Args),
+    /// This machine, this build, the settings in force, and a self-test.
+    Doctor(doctor::Args),
     /// Name and version.
     Version,
 }
@@ -71,7 +79,9 @@ fn run(command: &Command, out: &mut impl Write) -> std::result::Result<ExitCode,
     match command {
         Command::Demo(args) => demo::run(args, out)?,
         Command::Attend(args) => attend::run(args, out)?,
+        Command::Inspect(args) => inspect::run(args, out)?,
         Command::Extract(args) => extract::run(args, out)?,
+        Command::Doctor(args) => return doctor::run(args, out),
         Command::Version => writeln!(out, "compactattn {}", env!("CARGO_PKG_VERSION"))?,
     }
     Ok(ExitCode::SUCCESS)

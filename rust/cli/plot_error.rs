@@ -3,9 +3,11 @@
 use std::path::Path;
 
 use compactattn::Result;
+use compactattn::settings::Settings;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, VPos};
 
+use crate::contender::BLOCK;
 use crate::plot::{self, failed, Area, INK, text};
 use crate::sweep::Row;
 
@@ -13,9 +15,22 @@ use crate::sweep::Row;
 struct Curve<'a> {
     name: String,
     colour: RGBColor,
-    dashed: bool,
+    mark: Mark,
     points: Vec<(f64, f64)>,
     first: &'a Row,
+}
+
+/// How a curve of the selector's colour is told from its others.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mark {
+    /// Solid, dots: one list for the whole chunk, blocks of 128.
+    Chunk,
+    /// Dashed, rings: lists of fewer queries.
+    Span,
+    /// Dashed, triangles: other block sizes.
+    Blocks,
+    /// Dashed, crosses: mean correction.
+    Corrected,
 }
 
 /// Draws both panels.
@@ -41,13 +56,15 @@ pub(crate) fn draw(path: &Path, about: &str, rows: &[Row]) -> Result<()> {
 
 fn panel_of(area: &Area, title: &str, (low, high): (f64, f64), curves: &[&Curve]) -> Result<()> {
     let (upper, lower) = area.split_vertically(560);
-    let last = curves.iter().flat_map(|c| &c.points).map(|p| p.0).fold(0.0, f64::max);
+    let densities = || curves.iter().flat_map(|c| &c.points).map(|p| p.0);
+    let (first, last) = (densities().fold(1.0, f64::min), densities().fold(0.0, f64::max));
+    let around = 0.08 * (last - first).max(0.1);
     let mut chart = ChartBuilder::on(&upper)
         .margin(8)
         .caption(title, text(20, HPos::Left, VPos::Top))
         .x_label_area_size(52)
         .y_label_area_size(78)
-        .build_cartesian_2d(0.0..(last * 1.08), (low..high).log_scale())
+        .build_cartesian_2d((first - around)..(last + around), (low..high).log_scale())
         .map_err(failed)?;
     chart
         .configure_mesh()
@@ -66,14 +83,12 @@ fn panel_of(area: &Area, title: &str, (low, high): (f64, f64), curves: &[&Curve]
     for curve in curves {
         let line = curve.colour.stroke_width(2);
         let points = curve.points.iter().copied();
-        if curve.dashed {
-            chart.draw_series(DashedLineSeries::new(points.clone(), 7, 5, line)).map_err(failed)?;
-            let hollow = points.map(|p| Circle::new(p, 4, line));
-            chart.draw_series(hollow).map_err(failed)?;
-        } else {
+        if curve.mark == Mark::Chunk {
             chart.draw_series(LineSeries::new(points.clone(), line)).map_err(failed)?;
-            chart.draw_series(points.map(|p| Circle::new(p, 4, curve.colour.filled()))).map_err(failed)?;
+        } else {
+            chart.draw_series(DashedLineSeries::new(points.clone(), 7, 5, line)).map_err(failed)?;
         }
+        chart.draw_series(points.map(|point| symbol(curve, point))).map_err(failed)?;
     }
     legend(&lower, curves)
 }
@@ -85,16 +100,38 @@ fn legend(area: &Area, curves: &[&Curve]) -> Result<()> {
         let i = i32::try_from(i).unwrap_or(0);
         let (x, y) = (86 + i / rows * 325, 14 + i % rows * 25);
         let style = curve.colour.stroke_width(2);
-        let pieces: &[(i32, i32)] = if curve.dashed { &[(0, 8), (13, 21), (26, 34)] } else { &[(0, 34)] };
+        let solid = curve.mark == Mark::Chunk;
+        let pieces: &[(i32, i32)] = if solid { &[(0, 34)] } else { &[(0, 8), (26, 34)] };
         for &(a, b) in pieces {
             area.draw(&PathElement::new([(x + a, y), (x + b, y)], style)).map_err(failed)?;
         }
-        let dot = if curve.dashed { style } else { curve.colour.filled() };
-        area.draw(&Circle::new((x + 17, y), 4, dot)).map_err(failed)?;
+        area.draw(&symbol(curve, (x + 17, y))).map_err(failed)?;
         let name = text(16, HPos::Left, VPos::Center);
         area.draw_text(&curve.name, &name, (x + 44, y)).map_err(failed)?;
     }
     Ok(())
+}
+
+/// The curve's mark at a point.
+fn symbol<C: Clone>(curve: &Curve, at: C) -> DynElement<'static, BitMapBackend<'static>, C>
+where
+    C: PointCollectionOf,
+{
+    match curve.mark {
+        Mark::Chunk => Circle::new(at, 4, curve.colour.filled()).into_dyn(),
+        Mark::Span => Circle::new(at, 5, curve.colour.stroke_width(2)).into_dyn(),
+        Mark::Blocks => TriangleMarker::new(at, 6, curve.colour.filled()).into_dyn(),
+        Mark::Corrected => Cross::new(at, 5, curve.colour.stroke_width(2)).into_dyn(),
+    }
+}
+
+fn mark(settings: &Settings) -> Mark {
+    match (settings.mean_correction, settings.block_size == BLOCK, settings.scope.query_span) {
+        (true, _, _) => Mark::Corrected,
+        (_, false, _) => Mark::Blocks,
+        (_, _, 0) => Mark::Chunk,
+        _ => Mark::Span,
+    }
 }
 
 /// Rows by contender, those with least error at the last density first.
@@ -104,7 +141,7 @@ fn curves(rows: &[Row]) -> Vec<Curve<'_>> {
         let settings = &row.contender.settings;
         let span = row.contender.scope();
         let span = span.rsplit(' ').next().unwrap_or_default();
-        let blocks = if settings.block_size == 128 { String::new() } else { format!(", blocks of {}", settings.block_size) };
+        let blocks = if settings.block_size == BLOCK { String::new() } else { format!(", blocks of {}", settings.block_size) };
         let name = format!("{}, {span}{blocks}", row.contender.name());
         let point = (row.density, row.error);
         match curves.iter_mut().find(|curve| curve.first.contender.settings.scope == settings.scope && curve.name == name) {
@@ -112,7 +149,7 @@ fn curves(rows: &[Row]) -> Vec<Curve<'_>> {
             None => curves.push(Curve {
                 name,
                 colour: plot::colour(settings.selector),
-                dashed: settings.scope.query_span != 0 || settings.mean_correction || settings.block_size != 128,
+                mark: mark(settings),
                 points: vec![point],
                 first: row,
             }),

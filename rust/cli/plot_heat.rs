@@ -14,7 +14,7 @@ use crate::sweep::Row;
 /// What the strip is about.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Heat<'a> {
-    /// The layer's name.
+    /// Which layer is drawn, in words.
     pub(crate) layer: &'a str,
     /// The density asked for.
     pub(crate) density: f64,
@@ -33,7 +33,7 @@ pub(crate) struct Heat<'a> {
 pub(crate) fn draw(path: &Path, heat: &Heat, rows: &[&Row]) -> Result<()> {
     let height = HEAD + rows.iter().map(|row| strip_height(heat, row) + GAP).sum::<i32>() + FOOT;
     let area = plot::bitmap(path, (WIDTH, u32::try_from(height).unwrap_or(u32::MAX)))?;
-    let title = format!("KV blocks that each list reads (layer {}, density {})", heat.layer, fraction(heat.density, 2));
+    let title = format!("KV blocks that each list reads ({}, density {})", heat.layer, fraction(heat.density, 2));
     let under = format!(
         "one row a list: {} KV heads (group) or their query heads (head) | columns: blocks of 128 tokens",
         heat.num_kv_heads
