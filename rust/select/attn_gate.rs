@@ -289,7 +289,7 @@ mod tests {
 
     /// Chunks at and off the edges of pages and blocks; the last span ragged.
     fn paged(shape: Shape) -> Paged {
-        Paged::random(5, shape, &[(150, 406), (128, 512), (37, 1301), (5, 100), (1, 257)])
+        Paged::random(5, shape, &[(150, 450), (128, 512), (37, 1301), (5, 100), (1, 257)])
     }
 
     fn model() -> Shape {
@@ -327,7 +327,6 @@ mod tests {
 
     #[test]
     fn keys_after_a_span_do_not_matter_to_it() {
-        // Request 2's kind: the chunk starts off a block's edge. Spans end at 1264 + 37.
         let gate = gate("later", &model(), Form::Both, 64);
         let paged = Paged::random(9, model(), &[(150, 450)]);
         // Spans of 64 from 300 on: the first ends at 364, within block 320..384.

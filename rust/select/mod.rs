@@ -13,6 +13,7 @@ pub(crate) mod keep;
 mod oracle;
 mod pooled_mass;
 mod quoka;
+mod rope;
 mod rows;
 mod sampled_exact;
 #[cfg(test)]
@@ -20,7 +21,8 @@ mod scored;
 mod two_level;
 mod xattention;
 
-pub use gate_weights::{Gate, GateLayer, Pairing, Rope};
+pub use gate_weights::{Gate, GateLayer};
+pub use rope::{Pairing, Rope};
 
 use crate::batch::Batch;
 use crate::parallel::Parallel;
