@@ -219,7 +219,7 @@ impl Plan {
         table::build(layout, batch, lists, &mut TableMut { counts, stream_lens, boxes });
         let table = Table { counts, stream_lens, boxes };
         let corrected = summaries.filter(|s| layout.settings.mean_correction && s.v_mean.is_some());
-        let correction = corrected.map(|summaries| Correction { lists, summaries });
+        let correction = corrected.and_then(|summaries| Correction::new(lists, summaries).ok());
         let rows = batch.total_q() * layout.shape.num_q_heads;
         let mut partials = Partials {
             splits: self.splits,

@@ -23,7 +23,7 @@ fn ten_thousand() {
     run(0..10_000);
 }
 
-/// `cargo test --release --test differential -- --ignored one --case SEED`, as failures print it.
+/// What a failure prints: `CASE=SEED cargo test --release --test differential -- --ignored --exact one`.
 #[test]
 #[ignore = "needs a seed: CASE=..."]
 fn one() {

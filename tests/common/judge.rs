@@ -163,7 +163,7 @@ fn tables(
 }
 
 /// (c) Outputs and log-sum-exps within f32 arithmetic and one rounding to the output's type.
-fn outputs(
+pub(crate) fn outputs(
     case: &Case,
     layout: &Layout,
     requests: &[Request],
