@@ -1,5 +1,11 @@
 //! The laws of each stage, as properties of random steps; the reference plays no part unless a law names it.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "test sizes are small and not negative"
+)]
+
 mod common;
 
 use common::case::{Case, Lens};
