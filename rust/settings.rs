@@ -89,7 +89,8 @@ impl Scope {
 pub enum Keep {
     /// Scores of at least this, in (0, 1]. What a score means is the selector's.
     Threshold(f32),
-    /// The fewest best blocks that hold this share, in (0, 1], of the row's total score.
+    /// The fewest best blocks that hold this share, in (0, 1], of the row's total score; for `xattention` of all it
+    /// attends to, what the open region holds included.
     Mass(f32),
     /// The best `ceil(share * candidates)` blocks, share in (0, 1].
     Density(f32),

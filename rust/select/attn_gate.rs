@@ -209,3 +209,146 @@ fn unrotate_rows(gate: &GateLayer, turns: &[[f32; 2]], rows: &mut [f32]) {
 
 /// Blocks projected together: enough rows to reuse a head's weights from cache.
 const TILE_BLOCKS: usize = 16;
+
+#[cfg(test)]
+mod tests {
+    use super::super::gate_weights::tests::{Form, gate};
+    use super::*;
+    use crate::fixture::{Paged, Request, shape};
+    use crate::plan::Layout;
+    use crate::select::Gate;
+    use crate::select::scored::{
+        assert_equals, assert_later_keys_do_not_matter, assert_laws, k, q, score as scores, settings, softmax,
+    };
+    use crate::settings::{Selector, Settings};
+    use crate::types::{Dtype, Shape};
+
+    /// Turns pairs `(i, i + dim / 2)` by `sign * position * freq[i]`, the angle rounded to f32, and scales.
+    fn turned(x: &[f64], freq: &[f32], position: usize, (sign, scale): (f64, f64)) -> Vec<f64> {
+        let half = x.len() / 2;
+        let angle = |i: usize| f64::from(position as f32 * freq[i]) * sign;
+        let low = (0..half).map(|i| x[i] * angle(i).cos() - x[i + half] * angle(i).sin());
+        let high = (0..half).map(|i| x[i + half] * angle(i).cos() + x[i] * angle(i).sin());
+        low.chain(high).map(|v| v * scale).collect()
+    }
+
+    fn times(x: &[f64], weights: &Projection, head: usize) -> Vec<f64> {
+        let w = weights.head(head);
+        let column = |o| x.iter().enumerate().map(|(i, v)| v * f64::from(w[i * weights.gate_dim + o])).sum();
+        (0..weights.gate_dim).map(column).collect()
+    }
+
+    fn mean(rows: &[Vec<f64>]) -> Vec<f64> {
+        (0..rows[0].len()).map(|x| rows.iter().map(|r| r[x]).sum::<f64>() / rows.len() as f64).collect()
+    }
+
+    /// The definition, block by block.
+    fn formula(gate: &GateLayer, layout: &Layout, r: &Request, span: &Span, head: usize) -> Vec<f64> {
+        let (group, size) = (layout.shape.group_size(), layout.geometry.block_size);
+        let (kv_head, rope) = (head / group, &gate.rope);
+        let gate_freq = rope.gate_inv_freq.as_ref().unwrap_or(&rope.inv_freq);
+        let back = (-1.0, 1.0 / f64::from(rope.scale));
+        let there = (1.0, f64::from(rope.scale));
+        let first = span.past + span.first;
+        let mean_query = |head: usize| {
+            let plain = |i: usize| {
+                let query: Vec<f64> = q(layout, r, span.first + i, head).collect();
+                turned(&query, &rope.inv_freq, first + i, back)
+            };
+            mean(&(0..span.len).map(plain).collect::<Vec<_>>())
+        };
+        let query = match &gate.q {
+            None => mean_query(head),
+            Some(w) if w.heads == layout.shape.num_q_heads => times(&mean_query(head), w, head),
+            Some(w) => {
+                let group: Vec<f64> = (kv_head * group..(kv_head + 1) * group).flat_map(mean_query).collect();
+                times(&group, w, kv_head)
+            }
+        };
+        let query = turned(&query, gate_freq, first, there);
+        let last = first + span.len - 1;
+        let logit = |j: usize| {
+            let tokens = j * size..((j + 1) * size).min(last + 1);
+            let plain = |t: usize| {
+                let key: Vec<f64> = k(layout, r, t, kv_head).collect();
+                turned(&key, &rope.inv_freq, t, back)
+            };
+            let keys: Vec<Vec<f64>> = tokens.map(plain).collect();
+            let fold = |f: fn(f64, f64) -> f64| -> Vec<f64> {
+                (0..keys[0].len()).map(|x| keys.iter().map(|k| k[x]).reduce(f).unwrap()).collect()
+            };
+            let features = [fold(f64::max), fold(f64::min), mean(&keys)].concat();
+            let key_head = if gate.k.heads == layout.shape.num_q_heads { head } else { kv_head };
+            let key = turned(&times(&features, &gate.k, key_head), gate_freq, j * size, there);
+            query.iter().zip(&key).map(|(a, b)| a * b).sum::<f64>() / (gate.k.gate_dim as f64).sqrt()
+        };
+        let mut probabilities = softmax(&(0..=last / size).map(logit).collect::<Vec<_>>());
+        probabilities.truncate(span.past / size);
+        probabilities
+    }
+
+    /// Chunks at and off the edges of pages and blocks; the last span ragged.
+    fn paged(shape: Shape) -> Paged {
+        Paged::random(5, shape, &[(150, 450), (128, 512), (37, 1301), (5, 100), (1, 257)])
+    }
+
+    fn model() -> Shape {
+        shape(2, 3, 64, 16, Dtype::Bf16)
+    }
+
+    fn attn_gate() -> Settings {
+        settings(Selector::AttnGate)
+    }
+
+    fn layer(gate: &Gate) -> Option<&GateLayer> {
+        gate.layer(0)
+    }
+
+    #[test]
+    fn scores_are_the_gates_softmax_in_every_published_form() {
+        for (form, gate_dim) in [(Form::KeysOnly, 64), (Form::Both, 64), (Form::ByGroup, 32)] {
+            let gate = gate("softmax", &model(), form, gate_dim);
+            let layer = layer(&gate);
+            // A feature or gate element errs by at most n * eps / 2 of the sum of its terms' magnitudes, n = 3 *
+            // head_dim + block_size; a logit's terms sum to less than 32 here (|query| < 2, |key| < 100 over 8);
+            // a probability errs by twice its logit's error, relatively.
+            let tolerance = 2.0 * 256.0 * 0.5 * f64::from(f32::EPSILON) * 32.0;
+            let want =
+                |l: &Layout, r: &Request, s: &Span, head: usize| formula(layer.unwrap(), l, r, s, head);
+            assert_equals(&paged(model()), attn_gate(), layer, tolerance, want);
+        }
+    }
+
+    #[test]
+    fn scores_ignore_pages_neighbours_and_dirty_slots() {
+        let gate = gate("laws", &model(), Form::KeysOnly, 64);
+        assert_laws(&paged(model()), attn_gate(), layer(&gate));
+    }
+
+    #[test]
+    fn keys_after_a_span_do_not_matter_to_it() {
+        let gate = gate("later", &model(), Form::Both, 64);
+        let paged = Paged::random(9, model(), &[(150, 450)]);
+        // Spans of 64 from 300 on: the first ends at 364, within block 320..384.
+        let later = (364, |span: &Span| span.kv_end <= 364);
+        assert!(assert_later_keys_do_not_matter(&paged, attn_gate(), layer(&gate), later) > 0);
+    }
+
+    #[test]
+    fn an_unaligned_chunk_keeps_the_whole_past_in_view() {
+        let gate = gate("unaligned", &model(), Form::KeysOnly, 64);
+        let paged = Paged::random(9, model(), &[(64, 64 * 9 + 33)]);
+        let (_, found) = scores(&paged, attn_gate(), layer(&gate));
+        // 545 past tokens: 8 whole blocks, and all of them have a probability.
+        assert!(found[..8].iter().all(|&x| x > 0.0));
+        assert!(found[..8].iter().sum::<f32>() > 0.1);
+    }
+
+    #[test]
+    fn without_a_gate_nothing_is_dropped() {
+        let (layout, found) = scores(&paged(model()), attn_gate(), None);
+        let mut row = vec![0; layout.mask_words()];
+        super::super::keep::keep(&layout.settings, &found[..4], &mut row);
+        assert_eq!(crate::mask::count(&row, 4), 4);
+    }
+}

@@ -1,6 +1,6 @@
-//! Weights of the `attn_gate` selector, as SeerAttention publishes them, and the rotary embedding they need.
+//! Weights of the `attn_gate` selector, as SeerAttention publishes them.
 //!
-//! The released `attn_gate_weights.pth` is a torch state dict; written as safetensors under the same keys it loads
+//! The released `attn_gate_weights.pth` is a pickled state dict; saved as safetensors under the same keys it loads
 //! here. Keys end in `layers.{i}.self_attn.attn_gate.mask_linear_{k,q}.weight`. Every tensor holds all heads of the
 //! model: `[heads, inputs, gate_dim]`, applied as `x [inputs] . W[head]`. Three published forms are told apart by
 //! their shapes:
@@ -17,6 +17,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype as FileDtype, SafeTensors};
 
+use super::rope::Rope;
 use crate::error::{Error, Result, Status};
 use crate::types::Shape;
 
@@ -35,6 +36,8 @@ pub struct GateLayer {
     pub(super) q: Option<Projection>,
     /// Whether `q` reads the means of the whole group and gives one vector a KV head.
     pub(super) by_group: bool,
+    /// `[num_q_heads, num_kv_heads, head_dim]` of the model.
+    made_for: [usize; 3],
     /// How q and k were rotated, and how the gate's vectors are.
     pub(super) rope: Arc<Rope>,
 }
@@ -46,30 +49,6 @@ pub(super) struct Projection {
     pub(super) inputs: usize,
     pub(super) gate_dim: usize,
     data: Vec<f32>,
-}
-
-/// Which elements of a head vector rotate together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pairing {
-    /// `x[i]` with `x[i + head_dim / 2]`: Llama and Qwen as Hugging Face stores them.
-    HalfSplit,
-    /// `x[2i]` with `x[2i + 1]`.
-    Interleaved,
-}
-
-/// The model's rotary embedding: pair `i` at position `p` turns by `p * inv_freq[i]`, computed in f32 as engines do.
-///
-/// A token's position is its index in the request's KV.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Rope {
-    /// `[head_dim / 2]`, any length scaling (Llama 3, `YaRN`) already in it.
-    pub inv_freq: Vec<f32>,
-    /// `[gate_dim / 2]`; needed only where the gate's width is not `head_dim`.
-    pub gate_inv_freq: Option<Vec<f32>>,
-    /// Which elements turn together.
-    pub pairing: Pairing,
-    /// Factor on cosine and sine: 1 except under `YaRN` and its like. Finite and > 0.
-    pub scale: f32,
 }
 
 impl Gate {
@@ -137,7 +116,21 @@ impl GateLayer {
             }
         }
         rope.check_gate(head_dim, k.gate_dim)?;
-        Ok(Self { k, q: q.map(|(_, q)| q), by_group, rope: Arc::clone(rope) })
+        let made_for = [num_q_heads, num_kv_heads, head_dim];
+        Ok(Self { k, q: q.map(|(_, q)| q), by_group, made_for, rope: Arc::clone(rope) })
+    }
+
+    /// Refuses heads other than those the gate was loaded for.
+    ///
+    /// # Errors
+    /// [`Status::Shape`].
+    pub fn check(&self, shape: &Shape) -> Result<()> {
+        let got = [shape.num_q_heads, shape.num_kv_heads, shape.head_dim];
+        if got == self.made_for {
+            return Ok(());
+        }
+        let wanted = format!("a gate for q heads, KV heads, head_dim {got:?}");
+        Err(Error::new(Status::Shape, "gate", wanted, format!("one for {:?}", self.made_for)))
     }
 
     /// Length of the vectors whose product is a score.
@@ -208,70 +201,168 @@ fn widen(dtype: FileDtype, bytes: &[u8]) -> Option<Vec<f32>> {
     }
 }
 
-impl Rope {
-    fn check(&self, shape: &Shape) -> Result<()> {
-        frequencies("rope.inv_freq", &self.inv_freq, shape.head_dim)?;
-        if !self.scale.is_finite() || self.scale <= 0.0 {
-            return Err(Error::new(Status::Value, "rope.scale", "finite and > 0", self.scale));
-        }
-        Ok(())
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::fixture::{self, Rng};
+    use crate::select::Pairing;
+    use crate::types::Dtype;
+    use safetensors::tensor::TensorView;
+
+    /// A tensor to write: key, extents, values.
+    type Tensor = (String, Vec<usize>, Vec<f32>);
+
+    /// The three published forms.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(in crate::select) enum Form {
+        KeysOnly,
+        Both,
+        ByGroup,
     }
 
-    fn check_gate(&self, head_dim: usize, gate_dim: usize) -> Result<()> {
-        match &self.gate_inv_freq {
-            Some(freq) => frequencies("rope.gate_inv_freq", freq, gate_dim),
-            None if gate_dim == head_dim => Ok(()),
-            None => {
-                let wanted = format!(
-                    "{} frequencies, as gate_dim {gate_dim} is not head_dim {head_dim}",
-                    gate_dim / 2
-                );
-                Err(Error::new(Status::Config, "rope.gate_inv_freq", wanted, "none"))
+    fn tensors(seed: u64, shape: &Shape, form: Form, gate_dim: usize, layer: usize) -> Vec<Tensor> {
+        let Shape { num_q_heads, num_kv_heads, head_dim, .. } = *shape;
+        let k_heads = if form == Form::KeysOnly { num_q_heads } else { num_kv_heads };
+        let mut parts = vec![("mask_linear_k", vec![k_heads, 3 * head_dim, gate_dim])];
+        match form {
+            Form::KeysOnly => {}
+            Form::Both => parts.push(("mask_linear_q", vec![num_q_heads, head_dim, gate_dim])),
+            Form::ByGroup => {
+                parts.push(("mask_linear_q", vec![num_kv_heads, shape.group_size() * head_dim, gate_dim]));
+            }
+        }
+        let mut rng = Rng::new(seed + layer as u64);
+        let random = |(part, extents): (&str, Vec<usize>)| {
+            let scale = 4.0 / (extents[1] as f32).sqrt();
+            let n = extents.iter().product();
+            let values =
+                (0..n).map(|_| fixture::round(Dtype::Bf16, rng.normal()) * scale.log2().round().exp2());
+            (format!("model.{}", key(layer, part)), extents, values.collect())
+        };
+        parts.into_iter().map(random).collect()
+    }
+
+    fn bytes(tensors: &[Tensor], dtype: FileDtype) -> Vec<u8> {
+        let encode = |x: &f32| match dtype {
+            FileDtype::BF16 => bf16::from_f32(*x).to_le_bytes().to_vec(),
+            FileDtype::F16 => f16::from_f32(*x).to_le_bytes().to_vec(),
+            _ => x.to_le_bytes().to_vec(),
+        };
+        let data: Vec<Vec<u8>> = tensors.iter().map(|t| t.2.iter().flat_map(encode).collect()).collect();
+        let views = tensors.iter().zip(&data).map(|((name, extents, _), data)| {
+            (name.clone(), TensorView::new(dtype, extents.clone(), data).unwrap())
+        });
+        safetensors::serialize(views, None).unwrap()
+    }
+
+    fn as_stored(dtype: FileDtype, values: &[f32]) -> Vec<f32> {
+        let as_f16 = |&x: &f32| fixture::round(Dtype::F16, x);
+        // All values are exact in bf16; the smallest are not in f16.
+        if dtype == FileDtype::F16 { values.iter().map(as_f16).collect() } else { values.to_vec() }
+    }
+
+    /// Writes `bytes` to a file of this process, loads it, removes it.
+    fn load(name: &str, bytes: &[u8], shape: &Shape, num_layers: usize, rope: Rope) -> Result<Gate> {
+        let path = std::env::temp_dir().join(format!("compactattn-{}-{name}", std::process::id()));
+        std::fs::write(&path, bytes).unwrap();
+        let gate = Gate::load(&path, shape, num_layers, rope);
+        std::fs::remove_file(&path).unwrap();
+        gate
+    }
+
+    pub(in crate::select) fn rope(head_dim: usize, gate_dim: usize, pairing: Pairing) -> Rope {
+        let freq = |dim: usize| (0..dim / 2).map(|i| 1e4_f32.powf(-2.0 * i as f32 / dim as f32)).collect();
+        let gate_inv_freq = (gate_dim != head_dim).then(|| freq(gate_dim));
+        Rope { inv_freq: freq(head_dim), gate_inv_freq, pairing, scale: 1.25 }
+    }
+
+    /// One layer of random weights, through a file.
+    pub(in crate::select) fn gate(name: &str, shape: &Shape, form: Form, gate_dim: usize) -> Gate {
+        let file = bytes(&tensors(11, shape, form, gate_dim, 0), FileDtype::F32);
+        load(name, &file, shape, 1, rope(shape.head_dim, gate_dim, Pairing::HalfSplit)).unwrap()
+    }
+
+    fn shape() -> Shape {
+        fixture::shape(2, 3, 64, 16, Dtype::Bf16)
+    }
+
+    fn half_split() -> Rope {
+        rope(64, 64, Pairing::HalfSplit)
+    }
+
+    #[test]
+    fn weights_of_every_dtype_layer_and_form_come_back() {
+        for dtype in [FileDtype::BF16, FileDtype::F16, FileDtype::F32] {
+            for form in [Form::KeysOnly, Form::Both, Form::ByGroup] {
+                // Layers 1 and 11 share the end of their names.
+                let layers = (0..12).map(|i| tensors(3, &shape(), form, 64, i));
+                let all: Vec<Tensor> = layers.rev().flatten().collect();
+                let gate = load("trip", &bytes(&all, dtype), &shape(), 12, half_split()).unwrap();
+                assert_eq!(gate.num_layers(), 12);
+                for i in 0..12 {
+                    let (layer, want) = (gate.layer(i).unwrap(), tensors(3, &shape(), form, 64, i));
+                    let stored: Vec<Vec<f32>> = want.iter().map(|t| as_stored(dtype, &t.2)).collect();
+                    assert!(layer.k.data == stored[0], "{dtype:?} {form:?} layer {i}");
+                    assert!(
+                        layer.q.as_ref().map(|q| &q.data) == stored.get(1),
+                        "{dtype:?} {form:?} layer {i}"
+                    );
+                    assert_eq!(layer.is_group_aware(), form == Form::ByGroup);
+                    assert!(layer.k.head(1) == &stored[0][192 * 64..2 * 192 * 64]);
+                }
             }
         }
     }
 
-    /// Undoes the model's rotation of a head vector at `position`; exact up to rounding.
-    pub(super) fn unrotate(&self, turns: &[[f32; 2]], x: &mut [f32]) {
-        self.turn(turns, x, |[cos, sin]| [cos / self.scale, -sin / self.scale]);
-    }
-
-    /// Rotates a gate vector.
-    pub(super) fn rotate_gate(&self, position: usize, x: &mut [f32]) {
-        let freq = self.gate_inv_freq.as_ref().unwrap_or(&self.inv_freq);
-        let turns: Vec<_> = turns_of(freq, position).collect();
-        self.turn(&turns, x, |[cos, sin]| [cos * self.scale, sin * self.scale]);
-    }
-
-    /// Cosine and sine of each pair of a head vector at `position`.
-    pub(super) fn turns(&self, position: usize) -> impl Iterator<Item = [f32; 2]> {
-        turns_of(&self.inv_freq, position)
-    }
-
-    fn turn(&self, turns: &[[f32; 2]], x: &mut [f32], way: impl Fn([f32; 2]) -> [f32; 2]) {
-        let half = turns.len();
-        for (i, &turn) in turns.iter().enumerate() {
-            let (a, b) = match self.pairing {
-                Pairing::HalfSplit => (i, i + half),
-                Pairing::Interleaved => (2 * i, 2 * i + 1),
-            };
-            let [cos, sin] = way(turn);
-            (x[a], x[b]) = (x[a] * cos - x[b] * sin, x[b] * cos + x[a] * sin);
+    #[test]
+    fn a_bad_file_is_refused_by_the_name_of_what_is_wrong() {
+        let good = || tensors(3, &shape(), Form::Both, 64, 0);
+        let renamed = |name: &str| {
+            let mut all = good();
+            all[0].0 = name.to_owned();
+            all
+        };
+        let mut other_heads = good();
+        other_heads[1].1 = vec![3, 128, 64];
+        let mut flat = good();
+        flat[0].1 = vec![2 * 192, 64];
+        let k_key = "layers.0.self_attn.attn_gate.mask_linear_k.weight";
+        let q_key = "layers.0.self_attn.attn_gate.mask_linear_q.weight";
+        let decode = "model.layers.0.self_attn.attn_gate.attngate_linear_k.weight";
+        for (tensors, status, named) in [
+            (renamed("model.layers.1.self_attn.attn_gate.mask_linear_k.weight"), Status::Config, k_key),
+            (renamed(decode), Status::Unsupported, "decode"),
+            (other_heads, Status::Shape, q_key),
+            (flat, Status::Shape, k_key),
+        ] {
+            let error = load("bad", &bytes(&tensors, FileDtype::F32), &shape(), 1, half_split()).unwrap_err();
+            assert_eq!(error.status(), status, "{error}");
+            assert!(error.to_string().contains(named), "{error}");
         }
+        let ints = load("ints", &bytes(&good(), FileDtype::I32), &shape(), 1, half_split()).unwrap_err();
+        assert_eq!(ints.status(), Status::Dtype);
+        assert!(ints.to_string().contains(k_key), "{ints}");
+        let torn = load("torn", &bytes(&good(), FileDtype::F32)[..900], &shape(), 1, half_split());
+        assert_eq!(torn.unwrap_err().status(), Status::Io);
+        let absent = Gate::load(Path::new("/no/such/file"), &shape(), 1, half_split());
+        assert_eq!(absent.unwrap_err().status(), Status::Io);
     }
-}
 
-fn turns_of(freq: &[f32], position: usize) -> impl Iterator<Item = [f32; 2]> {
-    freq.iter().map(move |freq| {
-        let (sin, cos) = (position as f32 * freq).sin_cos();
-        [cos, sin]
-    })
-}
-
-fn frequencies(name: &str, freq: &[f32], dim: usize) -> Result<()> {
-    if freq.len() * 2 != dim || !freq.iter().all(|f| f.is_finite()) {
-        let got = format!("{} values", freq.len());
-        return Err(Error::new(Status::Shape, name, format!("{} finite values", dim / 2), got));
+    #[test]
+    fn frequencies_must_cover_the_head_and_a_gate_of_another_width() {
+        let file = bytes(&tensors(3, &shape(), Form::Both, 32, 0), FileDtype::F32);
+        let narrow = |rope| load("narrow", &file, &shape(), 1, rope).map(|_| ()).map_err(|e| e.status());
+        assert_eq!(narrow(rope(64, 32, Pairing::HalfSplit)), Ok(()));
+        assert_eq!(narrow(half_split()), Err(Status::Config));
+        assert_eq!(narrow(rope(32, 32, Pairing::HalfSplit)), Err(Status::Shape));
+        assert_eq!(narrow(Rope { scale: 0.0, ..rope(64, 32, Pairing::HalfSplit) }), Err(Status::Value));
     }
-    Ok(())
+
+    #[test]
+    fn a_gate_fits_only_the_heads_it_was_loaded_for() {
+        let gate = gate("fits", &shape(), Form::Both, 64);
+        assert_eq!(gate.layer(0).unwrap().check(&shape()), Ok(()));
+        let other = fixture::shape(3, 2, 64, 16, Dtype::Bf16);
+        assert_eq!(gate.layer(0).unwrap().check(&other).unwrap_err().status(), Status::Shape);
+    }
 }

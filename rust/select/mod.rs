@@ -11,14 +11,20 @@ mod flashprefill;
 mod gate_weights;
 pub(crate) mod keep;
 mod oracle;
+#[cfg(test)]
+mod plain;
 mod pooled_mass;
 mod quoka;
+mod rope;
 mod rows;
 mod sampled_exact;
+#[cfg(test)]
+mod scored;
 mod two_level;
 mod xattention;
 
-pub use gate_weights::{Gate, GateLayer, Pairing, Rope};
+pub use gate_weights::{Gate, GateLayer};
+pub use rope::{Pairing, Rope};
 
 use crate::batch::Batch;
 use crate::parallel::Parallel;

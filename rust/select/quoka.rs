@@ -109,3 +109,94 @@ const TILE_TOKENS: usize = 256;
 
 /// Vectors shorter than this count as zero: they are like nothing.
 const SHORTEST: f32 = 1e-12;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Paged, Request, shape};
+    use crate::plan::Layout;
+    use crate::select::scored::{
+        assert_equals, assert_later_keys_do_not_matter, assert_laws, k, q, score, settings,
+    };
+    use crate::settings::{Selector, Settings};
+    use crate::types::Dtype;
+
+    fn unit(x: Vec<f64>) -> Vec<f64> {
+        let norm = x.iter().map(|v| v * v).sum::<f64>().sqrt();
+        x.into_iter().map(|v| v / norm).collect()
+    }
+
+    fn dot(a: &[f64], b: &[f64]) -> f64 {
+        a.iter().zip(b).map(|(x, y)| x * y).sum()
+    }
+
+    /// The definition, a query, a rank and a key at a time.
+    fn formula(layout: &Layout, r: &Request, span: &Span, head: usize) -> Vec<f64> {
+        let group = layout.shape.group_size();
+        let kv_head = head / group;
+        assert_eq!(layout.settings.quoka_query_ratio, 0.25);
+        let kept = (span.len / 4).max(1);
+        let mut averaged = vec![vec![0.0; layout.shape.head_dim]; kept];
+        for h in kv_head * group..(kv_head + 1) * group {
+            let all: Vec<Vec<f64>> =
+                (0..span.len).map(|i| q(layout, r, span.first + i, h).collect()).collect();
+            let mean = (0..layout.shape.head_dim).map(|x| all.iter().map(|v| v[x]).sum()).collect();
+            let mean = unit(mean);
+            let mut units: Vec<Vec<f64>> = all.into_iter().map(unit).collect();
+            units.sort_by(|a, b| dot(a, &mean).total_cmp(&dot(b, &mean)));
+            for (sum, query) in averaged.iter_mut().zip(units) {
+                sum.iter_mut().zip(query).for_each(|(s, x)| *s += x / group as f64);
+            }
+        }
+        let size = layout.geometry.block_size;
+        let token = |t: usize| {
+            let key = unit(k(layout, r, t, kv_head).collect());
+            averaged.iter().map(|query| (1.0 + dot(query, &key)) / 2.0).fold(0.0, f64::max)
+        };
+        (0..span.past / size).map(|j| (j * size..(j + 1) * size).map(token).fold(0.0, f64::max)).collect()
+    }
+
+    fn paged() -> Paged {
+        Paged::random(3, shape(2, 3, 64, 16, Dtype::Bf16), &[(40, 333), (3, 20), (130, 400)])
+    }
+
+    #[test]
+    fn scores_are_the_best_cosine_of_a_kept_query() {
+        // A dot product of two vectors no longer than 1 over n terms errs by at most n * eps / 2, here halved again by
+        // (1 + x) / 2; normalising adds another n / 2 for each vector. Scores of the best queries exceed 1/2.
+        let tolerance = 2.0 * 64.0 * f64::from(f32::EPSILON);
+        for block_size in [1, 16] {
+            let settings = Settings { block_size, ..settings(Selector::Quoka) };
+            assert_equals(&paged(), settings, None, tolerance, formula);
+        }
+    }
+
+    #[test]
+    fn scores_ignore_pages_neighbours_and_dirty_slots() {
+        assert_laws(&paged(), settings(Selector::Quoka), None);
+    }
+
+    #[test]
+    fn keys_of_the_chunk_never_matter_and_those_of_the_past_do() {
+        let settings = settings(Selector::Quoka);
+        assert_later_keys_do_not_matter(&paged(), settings, None, (293, |_| true));
+        assert!(assert_later_keys_do_not_matter(&paged(), settings, None, (292, |_| false)) > 0);
+    }
+
+    #[test]
+    fn a_key_along_the_odd_query_out_scores_one_whatever_its_length() {
+        let shape = shape(1, 1, 64, 16, Dtype::F32);
+        let mut request = Request::random(1, &shape, 8, 108);
+        request.q.fill(1.0);
+        let (odd, needle) = (5 * 64, 77 * 64);
+        for x in 0..64 {
+            let value = if x % 2 == 0 { 1.0 } else { -1.0 };
+            request.q[odd + x] = value;
+            request.k[needle + x] = 1e-3 * value;
+        }
+        let (_, scores) = score(&Paged::place(2, shape, vec![request]), settings(Selector::Quoka), None);
+        // 0.25 of 8 queries are kept: the odd one first. Two normalisations round.
+        assert!((scores[77] - 1.0).abs() < 1e-5, "{}", scores[77]);
+        assert!(scores[..100].iter().enumerate().all(|(j, &x)| j == 77 || x < 0.9));
+    }
+}

@@ -160,3 +160,119 @@ impl Samples {
 
 /// Key groups per matrix product: 1024 keys at S = 16.
 const TILE_GROUPS: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Paged, Request, shape};
+    use crate::mask;
+    use crate::plan::Layout;
+    use crate::select::keep::keep;
+    use crate::select::scored::{
+        assert_equals, assert_later_keys_do_not_matter, assert_laws, k, q, score, settings,
+    };
+    use crate::settings::{Keep, Scope, Selector, Settings};
+    use crate::types::Dtype;
+
+    /// The definition, a pair of tokens at a time.
+    fn formula(layout: &Layout, r: &Request, span: &Span, head: usize) -> Vec<f64> {
+        let stride = layout.settings.xattention_stride;
+        let kv_head = head / layout.shape.group_size();
+        let mut scores = vec![0.0; layout.geometry.past_blocks(span.past)];
+        for first in (0..span.len).step_by(stride) {
+            let rows = stride.min(span.len - first);
+            // Absolute position of the group's last row.
+            let last = span.past + span.first + first + rows - 1;
+            let masses: Vec<f64> = (0..=last / stride)
+                .map(|v| {
+                    let tokens = stride.min(last + 1 - v * stride);
+                    let sum: f64 = (0..tokens)
+                        .map(|t| {
+                            let row = span.first + first + rows - 1 - t % rows;
+                            let key = k(layout, r, v * stride + t, kv_head);
+                            q(layout, r, row, head).zip(key).map(|(a, b)| a * b).sum::<f64>()
+                        })
+                        .sum();
+                    let logit = sum * f64::from(layout.shape.sm_scale) / tokens as f64;
+                    logit.exp() * tokens as f64 / stride as f64
+                })
+                .collect();
+            let total: f64 = masses.iter().sum();
+            for (v, mass) in masses.iter().enumerate() {
+                if let Some(score) = scores.get_mut(v * stride / layout.geometry.block_size) {
+                    *score += mass / total * rows as f64 / span.len as f64;
+                }
+            }
+        }
+        scores
+    }
+
+    /// Chunks at and off every edge: of pages, strides, blocks; the last span ragged.
+    fn paged() -> Paged {
+        let lens = [(150, 406), (128, 512), (37, 301), (5, 100), (1, 257)];
+        Paged::random(5, shape(2, 3, 64, 16, Dtype::Bf16), &lens)
+    }
+
+    fn small_blocks() -> Settings {
+        Settings { block_size: 64, ..settings(Selector::XAttention) }
+    }
+
+    #[test]
+    fn scores_are_shares_of_antidiagonal_mass() {
+        for stride in [8, 16, 64] {
+            let settings = Settings { xattention_stride: stride, ..small_blocks() };
+            // A logit sums n = S * head_dim products one by one: its error is below n * eps / 2 of the sum of
+            // magnitudes, itself below sm_scale * |q| * |k| < 2 * sqrt(head_dim) after division by S (|x|^2 of a
+            // normal vector stays below 2 * head_dim). A mass errs by that much of itself, its total by as much.
+            let tolerance = 2.0 * (stride * 64) as f64 * f64::from(f32::EPSILON) / 2.0 * 2.0 * 8.0;
+            assert_equals(&paged(), settings, None, tolerance, formula);
+        }
+    }
+
+    #[test]
+    fn spans_shorter_than_a_block_score_their_own_rows() {
+        let scope = Scope { query_span: 128, heads_per_list: 1 };
+        let settings = Settings { block_size: 256, scope, ..settings(Selector::XAttention) };
+        let paged = Paged::random(6, shape(1, 2, 64, 64, Dtype::F32), &[(200, 900)]);
+        assert_equals(&paged, settings, None, 1e-3, formula);
+    }
+
+    #[test]
+    fn scores_ignore_pages_neighbours_and_dirty_slots() {
+        assert_laws(&paged(), small_blocks(), None);
+    }
+
+    #[test]
+    fn keys_after_a_span_do_not_matter_to_it() {
+        // Request 0's chunk covers 256..406 in spans of 64; its second ends at 384.
+        let paged = paged();
+        let later = (384, |span: &Span| span.kv_end <= 384);
+        assert!(assert_later_keys_do_not_matter(&paged, small_blocks(), None, later) > 0);
+        let within = (383, |span: &Span| span.kv_end <= 383);
+        assert!(assert_later_keys_do_not_matter(&paged, small_blocks(), None, within) > 6);
+    }
+
+    #[test]
+    fn equal_keys_give_each_block_its_tokens_share_of_the_visible_ones() {
+        let shape = shape(1, 1, 64, 16, Dtype::F32);
+        let mut request = Request::random(4, &shape, 1, 200);
+        request.k.fill(0.5);
+        let (_, scores) = score(&Paged::place(1, shape, vec![request]), small_blocks(), None);
+        // One row sees 200 tokens. Counting the cut group of 8 as a whole one would give 64 / 208, off by 0.012.
+        assert!(scores[..3].iter().all(|x| (x - 64.0 / 200.0).abs() < 1e-3), "{scores:?}");
+    }
+
+    #[test]
+    fn mass_held_by_the_open_region_counts_as_kept() {
+        let settings = Settings { keep: Keep::Mass(0.9), ..settings(Selector::XAttention) };
+        let kept = |scores: &[f32]| {
+            let mut row = [0];
+            keep(&settings, scores, &mut row);
+            mask::ones(&row, scores.len()).collect::<Vec<_>>()
+        };
+        // Open 0.5, block 0 always: 0.55 held; 0.9 of 1 needs 0.25 and 0.12 more.
+        assert_eq!(kept(&[0.05, 0.12, 0.25, 0.04, 0.04]), [0, 1, 2]);
+        // Open 0.95: nothing but block 0.
+        assert_eq!(kept(&[0.01, 0.02, 0.01, 0.005, 0.005]), [0]);
+    }
+}
