@@ -69,7 +69,9 @@ pub(crate) fn scope_name(scope: Scope) -> String {
 /// Every contender, in the order of the summary. `open` = past tokens beyond the last whole block of 128, which are
 /// attended whatever is selected.
 pub(crate) fn all(open: usize) -> Vec<Contender> {
-    use Selector::{External, FlashPrefill, Oracle, PooledMass, SampledExact, Streaming, TwoLevel, XAttention};
+    use Selector::{
+        External, FlashPrefill, Oracle, PooledMass, SampledExact, Streaming, TwoLevel, XAttention,
+    };
     let scopes = [Scope::GROUP_CHUNK, Scope::HEAD_CHUNK, GROUP_256, Scope::HEAD_128];
     let of = |selector, knob, scopes: &[Scope]| {
         let contender = |&scope: &Scope| Contender { settings: even(selector, scope), knob };
@@ -112,8 +114,7 @@ pub(crate) fn even(selector: Selector, scope: Scope) -> Settings {
 /// By token, with as many first and last tokens forced as the others have in blocks; and by block.
 fn quoka(open: usize) -> [Contender; 2] {
     let by_block = even(Selector::Quoka, Scope::GROUP_CHUNK);
-    let by_token =
-        Settings { block_size: 1, sink_blocks: BLOCK, local_blocks: BLOCK + open, ..by_block };
+    let by_token = Settings { block_size: 1, sink_blocks: BLOCK, local_blocks: BLOCK + open, ..by_block };
     let by_block = Settings { keep_at: KeepAt::List, ..by_block };
     [by_token, by_block].map(|settings| Contender { settings, knob: Knob::Density })
 }

@@ -64,10 +64,15 @@ fn introduce(args: &Args, trace: &Trace, prefill: &Prefill, out: &mut impl Write
     if let Some(model) = trace.metadata.get("model") {
         writeln!(out, "model: {model}")?;
     }
-    let heads = format!("{} query heads, {} KV heads of {}", shape.num_q_heads, shape.num_kv_heads, shape.head_dim);
+    let heads =
+        format!("{} query heads, {} KV heads of {}", shape.num_q_heads, shape.num_kv_heads, shape.head_dim);
     writeln!(out, "shape: {heads}, {}, pages of {}", shape.dtype.name(), shape.page_size)?;
     let (kv_len, q_len) = (trace.kv_len(), trace.q_len());
-    writeln!(out, "chunk: the last {q_len} of {kv_len} tokens; {} past blocks of {BLOCK}", (kv_len - q_len) / BLOCK)?;
+    writeln!(
+        out,
+        "chunk: the last {q_len} of {kv_len} tokens; {} past blocks of {BLOCK}",
+        (kv_len - q_len) / BLOCK
+    )?;
     writeln!(out, "{}", host::path(prefill.parallel))?;
     Ok(())
 }
@@ -95,7 +100,9 @@ fn measure(sweep: &mut Sweep, past: usize) -> Result<Vec<Row>> {
 fn print_table(rows: &[Row], target: f64, out: &mut impl Write) -> Outcome {
     let mut here: Vec<_> = rows.iter().filter(|row| (row.target - target).abs() < 1e-9).collect();
     here.sort_by(|a, b| a.error.total_cmp(&b.error));
-    let union = |c: &Contender| c.settings.selector == Selector::FlashPrefill && c.settings.scope == Scope::GROUP_CHUNK;
+    let union = |c: &Contender| {
+        c.settings.selector == Selector::FlashPrefill && c.settings.scope == Scope::GROUP_CHUNK
+    };
     let paper = here.iter().find(|row| union(&row.contender)).map_or(f64::NAN, |row| row.error);
     let cells = here.iter().enumerate().map(|(i, row)| {
         vec![
@@ -109,7 +116,11 @@ fn print_table(rows: &[Row], target: f64, out: &mut impl Write) -> Outcome {
             format!("{:.0}", row.ms),
         ]
     });
-    writeln!(out, "\nDensity {}, least error first (x union = error / flashprefill group x chunk)", fraction(target, 2))?;
+    writeln!(
+        out,
+        "\nDensity {}, least error first (x union = error / flashprefill group x chunk)",
+        fraction(target, 2)
+    )?;
     report::table(out, &COLUMNS, &cells.collect::<Vec<_>>())?;
     Ok(())
 }
@@ -136,7 +147,10 @@ fn draw(args: &Args, trace: &Trace, prefill: &Prefill, rows: &[Row]) -> Result<(
     plot_heat::draw(&args.out.join(HEAT_PNG), &heat, &strips)?;
     let about = format!(
         "{} layer(s), {} KV heads, the last {} of {} tokens | solid: whole chunk, dashed: variants",
-        trace.layers.len(), prefill.shape.num_kv_heads, trace.q_len(), trace.kv_len(),
+        trace.layers.len(),
+        prefill.shape.num_kv_heads,
+        trace.q_len(),
+        trace.kv_len(),
     );
     plot_error::draw(&args.out.join(ERROR_PNG), &about, rows)
 }

@@ -1,11 +1,11 @@
 //! The library's own forward pass over one prepared layer, with memory of ours.
 
+use compactattn::Result;
 use compactattn::run::{Output, Plan, PlanDesc, Step};
 use compactattn::settings::Settings;
 use compactattn::stats::Stats;
 use compactattn::tensor::{LseMut, TokensMut};
 use compactattn::workspace::Sizes;
-use compactattn::Result;
 
 use crate::prefill::Prefill;
 use crate::stages::{Timed, timed};

@@ -92,7 +92,8 @@ fn inspect(prefill: &Prefill, layer: &str, settings: &Settings) -> Result<Vec<In
         let wanted = format!("at least {} KV tokens before the queries", settings.block_size);
         return Err(Error::new(Status::Shape, "trace", wanted, "fewer"));
     }
-    let (select, list) = (layout.select_spans(&prefill.batch()?).len(), layout.list_spans(&prefill.batch()?).len());
+    let (select, list) =
+        (layout.select_spans(&prefill.batch()?).len(), layout.list_spans(&prefill.batch()?).len());
     let head = |kv_head| {
         let of = Head { layout: &layout, kv_head, past_blocks };
         Inflation {
@@ -203,7 +204,8 @@ mod tests {
 
     #[test]
     fn without_union_a_list_is_a_row() {
-        let settings = Settings { keep: Keep::Threshold(0.3), ..even(Selector::FlashPrefill, Scope::HEAD_128) };
+        let settings =
+            Settings { keep: Keep::Threshold(0.3), ..even(Selector::FlashPrefill, Scope::HEAD_128) };
         for head in heads(&settings) {
             assert_eq!(head.before, head.after);
         }

@@ -9,7 +9,6 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{FontStyle, register_font};
 
-
 /// A bitmap, or a part of one.
 pub(crate) type Area<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
 

@@ -7,7 +7,7 @@ use compactattn::mask;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, VPos};
 
-use crate::plot::{self, failed, Area, INK, MARGIN, text};
+use crate::plot::{self, Area, INK, MARGIN, failed, text};
 use crate::report::fraction;
 use crate::sweep::Row;
 
@@ -33,7 +33,8 @@ pub(crate) struct Heat<'a> {
 pub(crate) fn draw(path: &Path, heat: &Heat, rows: &[&Row]) -> Result<()> {
     let height = HEAD + rows.iter().map(|row| strip_height(heat, row) + GAP).sum::<i32>() + FOOT;
     let area = plot::bitmap(path, (WIDTH, u32::try_from(height).unwrap_or(u32::MAX)))?;
-    let title = format!("KV blocks that each list reads ({}, density {})", heat.layer, fraction(heat.density, 2));
+    let title =
+        format!("KV blocks that each list reads ({}, density {})", heat.layer, fraction(heat.density, 2));
     let under = format!(
         "one row a list: {} KV heads (group) or their query heads (head) | columns: blocks of 128 tokens",
         heat.num_kv_heads
@@ -90,8 +91,11 @@ fn axis(area: &Area, heat: &Heat, y: i32) -> Result<()> {
 }
 
 fn legend(area: &Area) -> Result<()> {
-    let entries = [("read (selector's colour)", plot::colour(compactattn::settings::Selector::SampledExact)),
-        ("skipped", EMPTY), ("open region: always read", OPEN)];
+    let entries = [
+        ("read (selector's colour)", plot::colour(compactattn::settings::Selector::SampledExact)),
+        ("skipped", EMPTY),
+        ("open region: always read", OPEN),
+    ];
     let mut x = LEFT;
     for (name, colour) in entries {
         let box_ = [(x, HEAD - 32), (x + 16, HEAD - 18)];

@@ -29,13 +29,15 @@ pub(crate) fn draw(path: &Path, about: &str, heads: &[Inflation]) -> Result<()> 
 
 fn bars(area: &Area, head: &Inflation, top: i32) -> Result<()> {
     let name = format!("layer {}, KV head {}", head.layer, head.kv_head);
-    area.draw_text(&name, &text(17, HPos::Right, VPos::Center), (LEFT - 12, top + STEP / 2)).map_err(failed)?;
+    area.draw_text(&name, &text(17, HPos::Right, VPos::Center), (LEFT - 12, top + STEP / 2))
+        .map_err(failed)?;
     for (density, colour, y) in [(head.before, BEFORE, top + 5), (head.after, AFTER, top + STEP / 2)] {
         let bar = [(LEFT, y), (x_of(density), y + STEP / 2 - 6)];
         area.draw(&Rectangle::new(bar, colour.filled())).map_err(failed)?;
     }
     let figures = format!("x {:.2}, mass {}", head.factor(), fraction(head.mass, 3));
-    area.draw_text(&figures, &text(16, HPos::Left, VPos::Center), (RIGHT + 14, top + STEP / 2)).map_err(failed)
+    area.draw_text(&figures, &text(16, HPos::Left, VPos::Center), (RIGHT + 14, top + STEP / 2))
+        .map_err(failed)
 }
 
 fn grid(area: &Area, bottom: i32) -> Result<()> {

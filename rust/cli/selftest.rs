@@ -43,7 +43,11 @@ fn compare() -> Result<f64> {
         sm_scale: None,
         parallel: Parallel::new(0),
     };
-    let settings = Settings { block_size: 64, keep: Keep::Density(0.4), ..even(Selector::SampledExact, Scope::HEAD_CHUNK) };
+    let settings = Settings {
+        block_size: 64,
+        keep: Keep::Density(0.4),
+        ..even(Selector::SampledExact, Scope::HEAD_CHUNK)
+    };
     let prefill = Prefill::run(&trace, &trace.layers[0], &engine, &[64])?;
     let layout = prefill.layout(&settings)?;
     let batch = prefill.batch()?;

@@ -80,7 +80,8 @@ impl<'a> Sweep<'a> {
         for _ in 0..BISECTIONS {
             let at = f64::midpoint(low, high);
             let knob = knob_at(contender.knob, at);
-            let density = self.density(&self.lists(contender, &scored, knob)?.value, contender.settings.block_size);
+            let density =
+                self.density(&self.lists(contender, &scored, knob)?.value, contender.settings.block_size);
             if (density - target).abs() < (nearest.0 - target).abs() {
                 nearest = (density, knob);
             }

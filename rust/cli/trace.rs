@@ -304,7 +304,12 @@ fn find_layers(tensors: &SafeTensors, name: &str) -> Result<BTreeMap<Option<usiz
         }
     }
     if layers.is_empty() {
-        return Err(Error::new(Status::Shape, name, "tensors layerN.q, layerN.k, layerN.v (or q, k, v)", "none"));
+        return Err(Error::new(
+            Status::Shape,
+            name,
+            "tensors layerN.q, layerN.k, layerN.v (or q, k, v)",
+            "none",
+        ));
     }
     Ok(layers)
 }
