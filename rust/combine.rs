@@ -117,10 +117,6 @@ impl Splits<'_> {
         }
         for split in 0..self.partials.splits {
             let weight = self.weight(split, row, base) / sum;
-            // A split without weight holds zeros that may be stale; it has nothing to say.
-            if weight == 0.0 {
-                continue;
-            }
             let at = (split * self.rows + row) * into.len();
             for (x, y) in into.iter_mut().zip(&self.partials.out[at..]) {
                 *x = weight.mul_add(*y, *x);
@@ -144,3 +140,58 @@ impl Splits<'_> {
 
 /// Tokens merged by one thread at a time.
 const TOKEN_CHUNK: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Paged, shape};
+    use crate::settings::{Scope, Selector, Settings};
+    use crate::types::Dtype;
+
+    /// Two splits whose rows hold their own number, and the second's weight is three times the first's.
+    fn combined(stride_token: usize, stride_head: usize, threads: usize) -> (Vec<f32>, Vec<f32>) {
+        let paged = Paged::random(1, shape(1, 2, 64, 16, Dtype::F32), &[(100, 120), (0, 0), (3, 9)]);
+        let settings = Settings { scope: Scope::HEAD_128, ..Settings::of(Selector::Dense) };
+        let (layout, rows) = (paged.layout(settings), 103 * 2);
+        let mut out: Vec<f32> = (0..2 * rows * 64).map(|i| (i / 64 % rows) as f32).collect();
+        out[rows * 64..].iter_mut().for_each(|x| *x += 4.0);
+        let mut lse = vec![0.0; 2 * rows];
+        lse[rows..].fill(3.0_f32.ln());
+        lse[5] = f32::NEG_INFINITY;
+        lse[rows + 5] = f32::NEG_INFINITY;
+        let partials = Partials { splits: 2, out: &mut out, lse: &mut lse };
+        let mut got = vec![-1.0; 102 * stride_token + stride_head + 64];
+        let elements = ElementsMut::F32(&mut got);
+        let mut got_lse = vec![-1.0; 2 * 110];
+        let mut tokens = TokensMut { elements, stride_token, stride_head };
+        let mut lse = LseMut { elements: &mut got_lse, stride_head: 110 };
+        let parallel = Parallel::new(threads);
+        combine(&layout, &paged.batch(), &partials, &mut tokens, Some(&mut lse), parallel);
+        (got, got_lse)
+    }
+
+    #[test]
+    fn rows_are_weighted_means_and_gaps_stay_as_they_were() {
+        // Token-major, with gaps; and head-major, where one token's heads lie around the next token's.
+        for (stride_token, stride_head, threads) in [(150, 70, 3), (64, 7000, 3)] {
+            let (out, lse) = combined(stride_token, stride_head, threads);
+            let mut expected = vec![-1.0; out.len()];
+            for (token, head) in (0..103).flat_map(|t| [(t, 0), (t, 1)]) {
+                let row = if token < 100 { head * 100 + token } else { 200 + head * 3 + token - 100 };
+                let want = if row == 5 { 0.0 } else { row as f32 + 3.0 };
+                expected[token * stride_token + head * stride_head..][..64].fill(want);
+                let want = if row == 5 { f32::NEG_INFINITY } else { 4.0_f32.ln() };
+                // ln, exp and a sum of two: a few units in the last place of a number near 1.4.
+                let got = lse[head * 110 + token];
+                assert!(got == want || (got - want).abs() < 4.0 * f32::EPSILON, "{got}, wanted {want}");
+            }
+            for (i, (got, want)) in out.iter().zip(&expected).enumerate() {
+                assert!(
+                    (got - want).abs() <= 4.0 * f32::EPSILON * want.abs(),
+                    "out[{i}]: {got}, wanted {want}"
+                );
+            }
+            assert!(lse[103..110].iter().chain(&lse[213..]).all(|&x| x == -1.0));
+        }
+    }
+}

@@ -36,58 +36,58 @@ impl<'a> Cells<'a> {
         self.input.layout.geometry.blocks(self.rows.kv_end())
     }
 
-    /// Fills the cells of `blocks`, whole ones that every row sees, from their mean keys.
-    pub(super) fn pool(&mut self, summaries: &Summaries, blocks: std::ops::Range<usize>) {
+    /// Fills the cells of the first `blocks` blocks for the rows that see them whole, from their mean keys.
+    pub(super) fn pool(&mut self, summaries: &Summaries, blocks: usize) {
         let (layout, width) = (self.input.layout, self.rows.len());
-        let dim = layout.shape.head_dim;
-        let means = mean_keys(self.input, summaries, self.at, blocks.clone());
-        let cells = blocks.start * width..blocks.end * width;
-        let logits = &mut self.max[cells.clone()];
-        logits.fill(0.0);
-        let extents = [blocks.len(), width, dim];
-        math::gemm(Mat::new(&means, dim), Mat::new(&self.rows.q, width), logits, width, extents);
-        self.sum[cells].fill(layout.geometry.block_size as f32);
+        let (dim, block_size) = (layout.shape.head_dim, layout.geometry.block_size);
+        let means = mean_keys(self.input, summaries, self.at, 0..blocks);
+        let max = &mut self.max[..blocks * width];
+        max.fill(0.0);
+        math::gemm(Mat::new(&means, dim), Mat::new(&self.rows.q, width), max, width, [blocks, width, dim]);
+        let cells = max.chunks_exact_mut(width).zip(self.sum.chunks_exact_mut(width));
+        for (block, (max, sum)) in cells.enumerate() {
+            let blind = self.rows.blind_to((block + 1) * block_size);
+            let per_head = self.rows.visible.len();
+            for (max, sum) in max.chunks_exact_mut(per_head).zip(sum.chunks_exact_mut(per_head)) {
+                max[..blind].fill(f32::MIN);
+                sum[..blind].fill(0.0);
+                sum[blind..].fill(block_size as f32);
+            }
+        }
     }
 
     /// Fills the cells of `blocks` from their keys, each row as far as it sees.
-    pub(super) fn read(&mut self, blocks: &[usize]) {
-        let (block_size, dim) = (self.input.layout.geometry.block_size, self.input.layout.shape.head_dim);
-        let per_tile = (TILE_TOKENS / block_size).max(1);
-        let mut keys = vec![0.0; per_tile * block_size * dim];
-        let mut logits = vec![0.0; per_tile * block_size * self.rows.len()];
-        for tile in blocks.chunks(per_tile) {
-            self.read_tile(tile, &mut keys, &mut logits);
-        }
-    }
-
-    fn read_tile(&mut self, tile: &[usize], keys: &mut [f32], logits: &mut [f32]) {
-        let (layout, width) = (self.input.layout, self.rows.len());
-        let dim = layout.shape.head_dim;
-        let ranges = || tile.iter().map(|&j| self.tokens(j));
-        let mut loaded = 0;
-        for range in ranges() {
-            let end = loaded + range.len();
-            self.input.batch.load_k(self.at.0, self.at.1, range, &mut keys[loaded * dim..end * dim]);
-            loaded = end;
-        }
-        let logits = &mut logits[..loaded * width];
-        logits.fill(0.0);
-        math::gemm(Mat::new(keys, dim), Mat::new(&self.rows.q, width), logits, width, [loaded, width, dim]);
-        let mut rest = logits;
-        for &block in tile {
-            let range = self.tokens(block);
-            let (block_logits, after) = std::mem::take(&mut rest).split_at_mut(range.len() * width);
-            hide(self.rows, range, block_logits);
+    pub(super) fn read(&mut self, blocks: impl Iterator<Item = usize>) {
+        let width = self.rows.len();
+        let mut scratch = Scratch::default();
+        for block in blocks {
             let cell = block * width..(block + 1) * width;
-            fold(block_logits, &mut self.max[cell.clone()], &mut self.sum[cell]);
-            rest = after;
+            let into = (&mut self.max[cell.clone()], &mut self.sum[cell]);
+            scratch.read(self.input, self.at, self.rows, block, into);
         }
     }
 
-    /// KV tokens of a block that some row sees.
-    fn tokens(&self, block: usize) -> std::ops::Range<usize> {
+    /// Fills each row's cell of the block that it sees in part, from `first` on, from the block's keys.
+    pub(super) fn read_tails(&mut self, first: usize) {
         let block_size = self.input.layout.geometry.block_size;
-        block * block_size..((block + 1) * block_size).min(self.rows.kv_end())
+        let (width, per_head) = (self.rows.len(), self.rows.visible.len());
+        let mut scratch = Scratch::default();
+        for block in first..self.blocks() {
+            let (start, end) = (block * block_size, (block + 1) * block_size);
+            let tokens = self.rows.blind_to(start + 1)..self.rows.blind_to(end);
+            if tokens.is_empty() {
+                continue;
+            }
+            let rows = self.rows.slice(tokens.clone());
+            let (mut max, mut sum) = (vec![0.0; rows.len()], vec![0.0; rows.len()]);
+            scratch.read(self.input, self.at, &rows, block, (&mut max, &mut sum));
+            for head in 0..rows.heads {
+                let to = block * width + head * per_head;
+                let from = head * tokens.len()..(head + 1) * tokens.len();
+                self.max[to + tokens.start..to + tokens.end].copy_from_slice(&max[from.clone()]);
+                self.sum[to + tokens.start..to + tokens.end].copy_from_slice(&sum[from]);
+            }
+        }
     }
 
     /// Adds each past block's share of every row's weight, times `weight`, to the row's head in `unit`.
@@ -101,6 +101,39 @@ impl<'a> Cells<'a> {
                 row[j] += shares[rows].iter().sum::<f32>();
             }
         }
+    }
+}
+
+/// Buffers of the product of one block's keys with the rows.
+#[derive(Default)]
+struct Scratch {
+    /// `[tokens, head_dim]`.
+    keys: Vec<f32>,
+    /// `[tokens, rows]`.
+    logits: Vec<f32>,
+}
+
+impl Scratch {
+    /// Exact cells of one block, `(max, sum)`, one a row.
+    fn read(
+        &mut self,
+        input: &Input,
+        (req, kv_head): (usize, usize),
+        rows: &Rows,
+        block: usize,
+        (max, sum): (&mut [f32], &mut [f32]),
+    ) {
+        let (block_size, dim) = (input.layout.geometry.block_size, input.layout.shape.head_dim);
+        let tokens = block * block_size..((block + 1) * block_size).min(rows.kv_end());
+        let (count, width) = (tokens.len(), rows.len());
+        self.keys.resize(count * dim, 0.0);
+        input.batch.load_k(req, kv_head, tokens.clone(), &mut self.keys);
+        self.logits.clear();
+        self.logits.resize(count * width, 0.0);
+        let (keys, q) = (Mat::new(&self.keys, dim), Mat::new(&rows.q, width));
+        math::gemm(keys, q, &mut self.logits, width, [count, width, dim]);
+        hide(rows, tokens, &mut self.logits);
+        fold(&mut self.logits, max, sum);
     }
 }
 
@@ -187,6 +220,3 @@ fn raise(max: &mut [f32], row: &[f32]) {
         *m = if x > *m { x } else { *m };
     }
 }
-
-/// Keys per product, where a block is not longer: 128 x 64 f32 fill a level-1 cache.
-const TILE_TOKENS: usize = 128;

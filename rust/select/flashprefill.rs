@@ -63,3 +63,27 @@ fn relate(sums: &mut [f32], scores: &mut [f32]) {
 
 /// Blocks per product.
 const TILE_BLOCKS: usize = 128;
+
+#[cfg(test)]
+mod tests {
+    use super::super::plain::{assert_scores, batches, settings};
+    use crate::settings::{FlashPrefill, Selector, Settings};
+
+    #[test]
+    fn scores_are_relative_to_the_best_block_that_a_row_sees_whole() {
+        for (paged, block_size) in batches() {
+            let settings = settings(Selector::FlashPrefill, block_size);
+            assert_scores(&paged, settings, |row| row.relative(row.span.kv_end / block_size));
+        }
+    }
+
+    #[test]
+    fn scores_can_be_relative_to_past_blocks_only() {
+        for (paged, block_size) in batches() {
+            let settings = settings(Selector::FlashPrefill, block_size);
+            let flashprefill = FlashPrefill { relative_to_past: true, ..settings.flashprefill };
+            let settings = Settings { flashprefill, ..settings };
+            assert_scores(&paged, settings, |row| row.relative(row.past_blocks()));
+        }
+    }
+}

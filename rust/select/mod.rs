@@ -11,6 +11,8 @@ mod flashprefill;
 mod gate_weights;
 pub(crate) mod keep;
 mod oracle;
+#[cfg(test)]
+mod plain;
 mod pooled_mass;
 mod quoka;
 mod rope;

@@ -8,3 +8,19 @@ use super::{Input, Unit, sampled_exact};
 pub(super) fn score(input: &Input, unit: &mut Unit) {
     sampled_exact::of_rows(input, unit, &strided(unit.span.len, 0));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::plain::{assert_scores, batches, settings};
+    use super::*;
+    use crate::settings::Selector;
+
+    #[test]
+    fn scores_are_the_mean_attention_shares_of_all_rows() {
+        for (paged, block_size) in batches() {
+            assert_scores(&paged, settings(Selector::Oracle, block_size), |row| {
+                row.mass(&strided(row.span.len, 0), |i, j| row.exact(i, j))
+            });
+        }
+    }
+}

@@ -2,6 +2,10 @@
 //!
 //! The scoring of FlashPrefill (arXiv 2603.06199), normalised row by row instead of over 128 rows together, so that
 //! rows with large logits do not speak for the others. Reads no past keys, only one mean a block.
+//!
+//! A row's total holds every block it sees whole, those of the open region too, by its mean key, and the block it
+//! sees in part by that block's keys. Pooling the open region like the past matters: pooled weights are too low
+//! (Jensen), so an exact open region would make rows that attend far away count for less.
 
 use super::cells::Cells;
 use super::rows::{Rows, strided, tokens_per_tile};
@@ -19,7 +23,7 @@ pub(super) fn score(input: &Input, unit: &mut Unit) {
     }
 }
 
-/// Past blocks by their mean keys, the open region by its keys.
+/// Blocks seen whole by their mean keys, those seen in part by their keys.
 pub(super) fn cells<'a>(
     input: &'a Input<'a>,
     unit: &Unit,
@@ -27,8 +31,26 @@ pub(super) fn cells<'a>(
     summaries: &Summaries,
 ) -> Cells<'a> {
     let mut cells = Cells::new(input, unit, rows);
-    let open: Vec<usize> = (unit.past_blocks..cells.blocks()).collect();
-    cells.pool(summaries, 0..unit.past_blocks);
-    cells.read(&open);
+    cells.pool(summaries, rows.kv_end() / input.layout.geometry.block_size);
+    cells.read_tails(unit.past_blocks);
     cells
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::plain::{assert_scores, batches, settings};
+    use super::*;
+    use crate::settings::{Selector, Settings};
+
+    #[test]
+    fn scores_are_the_mean_shares_of_mean_keys() {
+        for (paged, block_size) in batches() {
+            for sample_rows in [0, 5] {
+                let settings = Settings { sample_rows, ..settings(Selector::PooledMass, block_size) };
+                assert_scores(&paged, settings, |row| {
+                    row.mass(&strided(row.span.len, sample_rows), |i, j| row.pooled(i, j))
+                });
+            }
+        }
+    }
 }

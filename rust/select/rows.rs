@@ -35,6 +35,13 @@ impl Rows {
         Self { q, visible: tokens.iter().map(|&i| unit.span.visible(i)).collect(), heads }
     }
 
+    /// The rows of some of the tokens.
+    pub(super) fn slice(&self, tokens: std::ops::Range<usize>) -> Self {
+        let heads = self.q.chunks_exact(self.visible.len());
+        let q = heads.flat_map(|row| &row[tokens.clone()]).copied().collect();
+        Self { q, visible: self.visible[tokens].to_vec(), heads: self.heads }
+    }
+
     /// Rows: heads times tokens.
     pub(super) fn len(&self) -> usize {
         self.heads * self.visible.len()
