@@ -18,7 +18,8 @@ fn demo_writes_a_row_per_selector_scope_and_density_and_three_files() {
     let run = tool(&["demo", "--trace", text(&trace), "--out", text(&out), "--threads", "1"]);
     let printed = stdout(&run);
     assert!(run.status.success(), "{}", stderr(&run));
-    for needed in ["Density .10", "Density .20", "Density .30", "path: CPU, 1 thread,", "skipped: attn_gate"] {
+    for needed in ["Density .10", "Density .20", "Density .30", "path: CPU, 1 thread,", "skipped: attn_gate"]
+    {
         assert!(printed.contains(needed), "{needed} is missing from\n{printed}");
     }
     // Not a terminal: no bar.
@@ -42,8 +43,16 @@ fn check_summary(path: &Path) {
         }
     }
     for selector in [
-        "dense", "sampled_exact", "flashprefill", "pooled_mass", "two_level", "quoka", "xattention", "streaming",
-        "oracle", "external",
+        "dense",
+        "sampled_exact",
+        "flashprefill",
+        "pooled_mass",
+        "two_level",
+        "quoka",
+        "xattention",
+        "streaming",
+        "oracle",
+        "external",
     ] {
         let of: Vec<_> = rows.iter().filter(|row| row["selector"] == selector).collect();
         let targets: Vec<_> = of.iter().filter_map(|row| row["target_density"].as_f64()).collect();
@@ -60,8 +69,21 @@ fn attend_in_pages_of_any_size_and_order_gives_the_same_result() {
     for (i, engine) in [["16", "nhd"], ["64", "hnd"]].iter().enumerate() {
         let output = dir.join(format!("out{i}.safetensors"));
         let run = tool(&[
-            "attend", "--input", text(&trace), "--output", text(&output), "--density", "0.4", "--block-size", "64",
-            "--scope", "head:chunk", "--page-size", engine[0], "--kv-layout", engine[1],
+            "attend",
+            "--input",
+            text(&trace),
+            "--output",
+            text(&output),
+            "--density",
+            "0.4",
+            "--block-size",
+            "64",
+            "--scope",
+            "head:chunk",
+            "--page-size",
+            engine[0],
+            "--kv-layout",
+            engine[1],
         ]);
         assert!(run.status.success(), "{}", stderr(&run));
         results.push(std::fs::read(&output).unwrap());
@@ -153,7 +175,10 @@ fn a_trace_that_cannot_be_used_is_refused_by_tensor() {
         (vec![q.clone(), k.clone()], "layer0.v"),
         (vec![q.clone(), k.clone(), Made::bf16("layer0.v", &[31, 2, 64])], "layer0.v"),
         (vec![q.clone(), Made::bf16("layer0.k", &[32, 128]), v.clone()], "layer0.k"),
-        (vec![q.clone(), Made::bf16("layer0.k", &[32, 2, 96]), Made::bf16("layer0.v", &[32, 2, 96])], "layer0.k"),
+        (
+            vec![q.clone(), Made::bf16("layer0.k", &[32, 2, 96]), Made::bf16("layer0.v", &[32, 2, 96])],
+            "layer0.k",
+        ),
         (vec![Made::bf16("layer0.q", &[33, 4, 64]), k.clone(), v.clone()], "layer0.q"),
         (vec![Made::bf16("layer0.q", &[8, 3, 64]), k.clone(), v.clone()], "layer0.q"),
         (vec![q.clone(), Made { dtype: Dtype::U16, ..k.clone() }, v.clone()], "layer0.k"),
