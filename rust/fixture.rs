@@ -219,6 +219,11 @@ impl Paged {
     }
 
     pub(crate) fn batch(&self) -> Batch<'_> {
+        Batch::new(self.shape, self.parts()).unwrap()
+    }
+
+    /// What [`Paged::batch`] checks.
+    pub(crate) fn parts(&self) -> BatchParts<'_> {
         let shape = &self.shape;
         let k = Pool {
             elements: self.k.view(),
@@ -229,7 +234,7 @@ impl Paged {
         };
         let q =
             Tokens { elements: self.q.view(), stride_token: stride_q(shape), stride_head: shape.head_dim };
-        let parts = BatchParts {
+        BatchParts {
             q,
             k,
             v: Pool { elements: self.v.view(), ..k },
@@ -237,8 +242,7 @@ impl Paged {
             seq_lens: &self.seq_lens,
             block_table: BlockTable { entries: &self.block_table, stride_row: self.width, width: self.width },
             total_q: self.requests.iter().map(|r| r.q_len(shape)).sum(),
-        };
-        Batch::new(*shape, parts).unwrap()
+        }
     }
 
     /// A layout with limits a little above this batch.
