@@ -108,7 +108,7 @@ inline void done(const Status& status) {
 template <class T>
 T done(const Status& status, T value) {
   done(status);
-  return Returned<T>(std::move(value));
+  return value;
 }
 }  // namespace detail
 #endif
