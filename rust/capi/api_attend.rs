@@ -249,7 +249,7 @@ impl CorrectionViews {
         // SAFETY: this function's contract; the dtype is u32.
         let lists = unsafe { self.lists.slice() };
         // SAFETY: this function's contract.
-        Ok(Correction { lists, summaries: unsafe { self.summaries.open() } })
+        Correction::new(lists, unsafe { self.summaries.open() })
     }
 }
 

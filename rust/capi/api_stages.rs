@@ -91,7 +91,8 @@ pub unsafe extern "C" fn compactattn_select(
         let summaries = summaries.map(|summaries| unsafe { summaries.open() });
         // SAFETY: as above; the dtype is f32.
         let scores = unsafe { scores.slice_mut() };
-        let input = select::Input { layout, batch: &batch, summaries };
+        let gate = plan.plan.gate(plan.layer(layer)?, layout)?;
+        let input = select::Input { layout, batch: &batch, summaries, gate };
         select::score(&input, scores, plan.context.parallel);
         if let Some(masks) = out.masks {
             // SAFETY: as above; the dtype is u32.

@@ -98,7 +98,8 @@ mod tests {
             sm_scale: 0.125,
         };
         let limits = Limits { max_num_reqs: 1, max_total_q: 1, max_kv_len: 1 };
-        let desc = PlanDesc { shape, limits, layers: vec![Settings::of(Selector::Dense)], splits: 1 };
+        let desc =
+            PlanDesc { shape, limits, layers: vec![Settings::of(Selector::Dense)], splits: 1, gate: None };
         let context = Arc::new(Context::cpu(1));
         let plan = PlanObject::new(context.clone(), Plan::new(&desc, context.parallel).unwrap());
         assert_eq!(guard(|| plan.run(|_| Ok(()))), compactattn_status::COMPACTATTN_OK);

@@ -1,11 +1,14 @@
 //! `compactattn_settings` to and from [`Settings`], and `compactattn_plan_desc` to [`PlanDesc`].
 
+use std::path::Path;
+
 use super::read;
 use super::structs::{compactattn_keep, compactattn_plan_desc, compactattn_settings};
 use super::tensor;
 use crate::error::{Error, Result, Status};
 use crate::plan::Limits;
 use crate::run::PlanDesc;
+use crate::select::{Gate, Pairing, Rope};
 use crate::settings::{DenseRules, FlashPrefill, Keep, KeepAt, Scope, Selector, Settings};
 use crate::types::{Dtype, Shape};
 
@@ -101,12 +104,6 @@ pub(super) fn selector(number: i32) -> Result<Selector> {
 /// The pointers in `desc` are NULL or as `compactattn_plan_desc` says.
 pub(super) unsafe fn plan_desc(desc: &compactattn_plan_desc) -> Result<PlanDesc> {
     refuse_what_is_not_offered(desc)?;
-    // SAFETY: this function's contract.
-    let gate = unsafe { read::path("desc.gate_weights_path", desc.gate_weights_path) }?;
-    if gate.is_some() || !desc.rope_inv_freq.is_null() || desc.rope_inv_freq_len != 0 {
-        let wanted = "NULL (gates are not in this build)";
-        return Err(Error::new(Status::Unsupported, "desc.gate_weights_path", wanted, "a gate or rope"));
-    }
     let limits = Limits {
         max_num_reqs: count("desc.max_num_reqs", desc.max_num_reqs)?,
         max_total_q: long("desc.max_total_q", desc.max_total_q)?,
@@ -115,7 +112,31 @@ pub(super) unsafe fn plan_desc(desc: &compactattn_plan_desc) -> Result<PlanDesc>
     // SAFETY: this function's contract.
     let layers = unsafe { layers(desc) }?;
     let splits = count("desc.num_splits", desc.num_splits)?.max(1);
-    Ok(PlanDesc { shape: shape(desc)?, limits, layers, splits })
+    let shape = shape(desc)?;
+    shape.check()?;
+    // SAFETY: this function's contract.
+    let gate = unsafe { gate(desc, &shape, layers.len()) }?;
+    Ok(PlanDesc { shape, limits, layers, splits, gate })
+}
+
+/// The gates of the file that `desc` names, if it names one.
+///
+/// # Safety
+/// As [`plan_desc`].
+unsafe fn gate(desc: &compactattn_plan_desc, shape: &Shape, num_layers: usize) -> Result<Option<Gate>> {
+    // SAFETY: this function's contract.
+    let Some(path) = (unsafe { read::path("desc.gate_weights_path", desc.gate_weights_path) })? else {
+        return Ok(None);
+    };
+    // SAFETY: this function's contract; NULL and a negative length are refused inside.
+    let inv_freq = unsafe { read::floats("desc.rope_inv_freq", desc.rope_inv_freq, desc.rope_inv_freq_len) }?;
+    let pairing = match desc.rope_interleaved {
+        0 => Pairing::HalfSplit,
+        1 => Pairing::Interleaved,
+        other => return Err(Error::new(Status::Value, "desc.rope_interleaved", "0 or 1", other)),
+    };
+    let rope = Rope { inv_freq, gate_inv_freq: None, pairing, scale: 1.0 };
+    Gate::load(Path::new(&path), shape, num_layers, rope).map(Some)
 }
 
 fn shape(desc: &compactattn_plan_desc) -> Result<Shape> {
