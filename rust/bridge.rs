@@ -1,17 +1,16 @@
 //! Where C++ types cross: an engine built by cargo whose scheduler keeps its block map in C++ containers.
 //!
-//! Such an engine has `std::string` request ids and a `std::vector` of pages for each; the C ABI would have it flatten
-//! them by hand on the C++ side. Here its scheduler implements `compactattn::BlockMap`
-//! (`cpp_shim/include/compactattn/block_map.hpp`), and [`BlockTableBuf::gather`] makes a step's `block_table` and
-//! `seq_lens` straight from it, with a C++ exception as an [`Error`]. Everything else goes through the Rust API or the
-//! C ABI. A dependent's own bridge names the type by `type BlockMap = compactattn::bridge::ffi::BlockMap;`.
+//! The C ABI would have such an engine flatten them by hand. Here its scheduler implements `compactattn::BlockMap`
+//! (`cpp_shim/include/compactattn/block_map.hpp`: `std::string` ids, a `std::vector` of pages each), and
+//! [`BlockTableBuf::gather`] makes a step's `block_table` and `seq_lens` from it; a C++ exception becomes an [`Error`].
+//! A dependent's own bridge names the type by `type BlockMap = compactattn::bridge::ffi::BlockMap;`.
 
 use cxx::let_cxx_string;
 
 use crate::batch::BlockTable;
 use crate::error::{Error, Result, Status};
 
-/// The C++ side.
+/// The C++ side; its header has the details.
 #[cxx::bridge(namespace = "compactattn")]
 pub mod ffi {
     unsafe extern "C++" {
@@ -19,25 +18,19 @@ pub mod ffi {
 
         /// Which KV pages each request owns.
         type BlockMap;
-
         /// Physical pages of the request, in logical order.
         fn pages(self: &BlockMap, request: &CxxString) -> Result<&CxxVector<i32>>;
-
-        /// KV tokens of the request.
+        /// KV tokens of the request, this step's chunk included.
         fn seq_len(self: &BlockMap, request: &CxxString) -> Result<i32>;
 
         /// A map of its own memory, for schedulers that have none yet.
         type HashBlockMap;
-
         /// An empty map.
         fn make_hash_block_map() -> UniquePtr<HashBlockMap>;
-
         /// Adds the request, or replaces what is known of it.
         fn set(self: Pin<&mut HashBlockMap>, request: &CxxString, pages: &CxxVector<i32>, seq_len: i32);
-
         /// Forgets the request; an error if it is not there.
         fn erase(self: Pin<&mut HashBlockMap>, request: &CxxString) -> Result<()>;
-
         /// The map as what [`gather`](super::BlockTableBuf::gather) reads.
         fn as_block_map(map: &HashBlockMap) -> &BlockMap;
     }
@@ -59,8 +52,7 @@ impl BlockTableBuf {
     /// [`Status::Table`] with the exception's text if the map throws; then the table is empty.
     pub fn gather(&mut self, map: &ffi::BlockMap, requests: &[&str]) -> Result<()> {
         self.clear();
-        let filled = self.measure(map, requests).and_then(|()| self.fill(map, requests));
-        filled.inspect_err(|_| self.clear())
+        self.read(map, requests).inspect_err(|_| self.clear())
     }
 
     /// `[requests, width]` page ids, for [`BatchParts`](crate::batch::BatchParts).
@@ -81,16 +73,12 @@ impl BlockTableBuf {
         self.width = 0;
     }
 
-    fn measure(&mut self, map: &ffi::BlockMap, requests: &[&str]) -> Result<()> {
+    fn read(&mut self, map: &ffi::BlockMap, requests: &[&str]) -> Result<()> {
         for request in requests {
             let_cxx_string!(id = request);
             self.width = self.width.max(map.pages(&id).map_err(|e| thrown(&e))?.len());
             self.seq_lens.push(map.seq_len(&id).map_err(|e| thrown(&e))?);
         }
-        Ok(())
-    }
-
-    fn fill(&mut self, map: &ffi::BlockMap, requests: &[&str]) -> Result<()> {
         for (row, request) in requests.iter().enumerate() {
             let_cxx_string!(id = request);
             self.entries.extend_from_slice(map.pages(&id).map_err(|e| thrown(&e))?.as_slice());
@@ -123,10 +111,9 @@ mod tests {
         step.gather(ffi::as_block_map(&map), &["b", "a"]).unwrap();
         assert_eq!(step.block_table().entries, [4, -1, -1, 7, 3, 9]);
         assert_eq!((step.block_table().width, step.seq_lens()), (3, &[16, 40][..]));
-
         let_cxx_string!(gone = "a");
         map.pin_mut().erase(&gone).unwrap();
-        assert!(map.pin_mut().erase(&gone).unwrap_err().what().contains("\"a\""));
+        assert!(map.pin_mut().erase(&gone).is_err());
         let error = step.gather(ffi::as_block_map(&map), &["b", "a"]).unwrap_err();
         assert_eq!(error.to_string(), "E_TABLE: block_map: request \"a\" is not in the block map");
         assert!(step.block_table().entries.is_empty() && step.seq_lens().is_empty());

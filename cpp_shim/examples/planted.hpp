@@ -50,10 +50,11 @@ class Planted {
   static constexpr int kSinkTopic = kTopics;
   static constexpr int kSegment = 64;
   static constexpr int kSinkTokens = 4;
-  // A shared topic adds kBeta^2 / sqrt(kHeadDim) = 6 to a score whose noise has deviation 1: with
-  // two dozen segments, the two that answer a query hold most of its weight.
-  static constexpr float kBeta = 7.0F;
-  static constexpr float kSink = 6.0F;
+  // What two vectors share adds its square over sqrt(kHeadDim) = 8 to a score whose noise has
+  // deviation 1. A topic adds 8: the few segments that answer a query hold nearly all of its
+  // weight. A sink token adds 10, which makes four of them worth a tenth of it.
+  static constexpr float kBeta = 8.0F;
+  static constexpr float kSink = 9.0F;
   static constexpr float kValue = 4.0F;
 
   std::size_t kv_topic(const Place& at) const {

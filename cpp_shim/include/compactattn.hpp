@@ -1,18 +1,22 @@
 // CompactAttention for C++17: owning handles and typed tensors over compactattn.h, header-only.
 //
 //   auto context = compactattn::Context::cpu();
-//   compactattn::PlanDesc desc;                  // every struct starts zeroed (= defaults), its
-//   size filled in desc.num_q_heads = 32; desc.num_kv_heads = 8; desc.head_dim = 128; ... auto plan
-//   = compactattn::Plan::create(context, desc); auto workspace = plan.workspace();
-//   compactattn::ForwardArgs args;               // each step and layer: fill batch, out, workspace
+//   compactattn::PlanDesc desc;     // every struct starts zeroed, which means defaults
+//   desc.num_q_heads = 32;          // ... and the other fields of compactattn_plan_desc
+//   auto plan = compactattn::Plan::create(context, desc);
+//   auto workspace = plan.workspace();
+//
+//   compactattn::ForwardArgs args;  // each step and layer: batch, out, and
+//   workspace.lend(args);
 //   plan.forward(args);
 //
 // Failures throw compactattn::Error. With COMPACTATTN_NO_EXCEPTIONS (set by itself under
-// -fno-exceptions) nothing throws: calls that return T return Result<T>, calls that return nothing
-// return Status, neither may be ignored. Both kinds may meet in one program. Calls on the per-step
-// path (forward, the stages, stats) allocate nothing unless they fail. Structs are those of
-// compactattn.h, whose comments say what each field means; what they point to is borrowed for the
-// call.
+// -fno-exceptions) nothing throws: what would return T returns Result<T>, what would return nothing
+// returns Status, and neither may be ignored. Both kinds may meet in one program.
+//
+// Calls on the per-step path (forward, the stages, stats) allocate nothing here unless they fail.
+// Structs are those of compactattn.h, whose comments say what each field means; what they point to
+// is borrowed for the call.
 #pragma once
 
 #include <compactattn.h>
@@ -69,8 +73,7 @@ class Workspace {
   [[nodiscard]] void* data() const noexcept { return data_.get(); }
   [[nodiscard]] std::size_t size() const noexcept { return bytes_; }
 
-  // Lends the memory to the call that `args` (ForwardArgs or AttendArgs) is for; one call at a
-  // time.
+  // Lends the memory to the call of `args` (ForwardArgs or AttendArgs); one call at a time.
   template <class Args>
   void lend(Args& args) const noexcept {
     args.workspace = data();
@@ -288,8 +291,9 @@ class Summaries {
     Sizes sizes;
     std::int64_t bytes = 0;
     Status status(compactattn_plan_sizes(plan.get(), layer, nullptr, &sizes));
-    if (status.ok())
+    if (status.ok()) {
       status = Status(compactattn_summary_bytes(plan.get(), layer, num_pages, &bytes));
+    }
     if (status.ok()) {
       const auto buffers = static_cast<std::size_t>(with_values ? 2 : 1);
       status =

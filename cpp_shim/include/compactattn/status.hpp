@@ -11,8 +11,7 @@
 #if !defined(COMPACTATTN_NO_EXCEPTIONS) && !defined(__cpp_exceptions)
 #define COMPACTATTN_NO_EXCEPTIONS 1
 #endif
-// What reports differently has another name in each mode, so that objects built either way link
-// together.
+// What reports differently has another name in each mode: objects built either way link together.
 #ifdef COMPACTATTN_NO_EXCEPTIONS
 #define COMPACTATTN_REPORTING reporting
 #else
