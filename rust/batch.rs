@@ -286,3 +286,56 @@ fn check_elements(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Paged, shape};
+    use crate::types::Dtype;
+
+    fn paged() -> Paged {
+        Paged::random(2, shape(2, 2, 64, 16, Dtype::Bf16), &[(5, 40), (0, 3), (7, 2)])
+    }
+
+    /// The error of the batch after `change`.
+    fn refused(change: impl Fn(&mut Paged)) -> Error {
+        let mut paged = paged();
+        change(&mut paged);
+        Batch::new(paged.shape, paged.parts()).unwrap_err()
+    }
+
+    #[test]
+    fn lengths_and_entries_are_refused_by_name() {
+        type Change = fn(&mut Paged);
+        let cases: [(Change, Status, &str); 9] = [
+            (|p| p.cu_seqlens_q[0] = 1, Status::Value, "cu_seqlens_q[0]"),
+            (|p| p.cu_seqlens_q[1] = 99, Status::Value, "cu_seqlens_q[2]"),
+            (|p| p.cu_seqlens_q[3] = 13, Status::Value, "cu_seqlens_q[3]"),
+            (|p| drop(p.cu_seqlens_q.pop()), Status::Shape, "cu_seqlens_q"),
+            (|p| p.seq_lens[0] = -1, Status::SeqLen, "seq_lens[0]"),
+            (|p| p.seq_lens[2] = 1000, Status::SeqLen, "seq_lens[2]"),
+            (|p| p.block_table[1] = -1, Status::Table, "block_table[0][1]"),
+            (|p| p.block_table[2] = i32::MAX, Status::Table, "block_table[0][2]"),
+            (|p| p.num_pages += 100, Status::Shape, "k: wanted storage"),
+        ];
+        for (change, status, name) in cases {
+            let error = refused(change);
+            assert_eq!(error.status(), status, "{error}");
+            assert!(error.to_string().contains(name), "{error}");
+        }
+    }
+
+    #[test]
+    fn garbage_after_a_valid_prefix_is_never_looked_at() {
+        let paged = paged();
+        assert!(paged.block_table.iter().any(|&page| page < 0), "the fixture leaves garbage in the tails");
+        assert_eq!(paged.batch().visible(2, 0), 0);
+        assert_eq!(paged.batch().visible(0, 4), 40);
+    }
+
+    #[test]
+    fn an_extent_that_leaves_63_bits_is_an_overflow() {
+        assert_eq!(extent("k", &[(3, usize::MAX / 2)], 64).unwrap_err().status(), Status::Overflow);
+        assert_eq!(extent("k", &[(0, usize::MAX)], 64), Ok(0));
+    }
+}

@@ -134,22 +134,22 @@ impl Config {
             .map_err(|e| Error::new(Status::Config, FILE, "JSON", e.to_string()))?;
         let mut fields = object("the file", value)?;
         let layers = fields.remove("layers").map_or(Ok(Map::new()), |value| object("layers", value))?;
-        self.apply(None, fields, path)?;
+        self.apply(None, &fields, path)?;
         for (key, value) in layers {
             let layer =
                 key.parse().map_err(|_| Error::new(Status::Config, "layers", "layer numbers", &key))?;
-            self.apply(Some(layer), object(&key, value)?, path)?;
+            self.apply(Some(layer), &object(&key, value)?, path)?;
         }
         Ok(())
     }
 
-    fn apply(&mut self, layer: Option<usize>, fields: Map<String, Value>, path: &str) -> Result<()> {
+    fn apply(&mut self, layer: Option<usize>, fields: &Map<String, Value>, path: &str) -> Result<()> {
         let mut settings = self.settings;
         // A selector brings its own published constants, which the other fields then change.
         if let Some(value) = fields.get("selector") {
             settings = Settings::of(Selector::from_name(&string("selector", value)?)?);
         }
-        for (name, value) in &fields {
+        for (name, value) in fields {
             set(&mut settings, name, value)?;
             let name = layer.map_or(name.clone(), |layer| format!("layers.{layer}.{name}"));
             self.sources.push((name, value.to_string(), path.to_owned()));

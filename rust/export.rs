@@ -126,3 +126,71 @@ fn check(name: &str, len: usize, needed: usize) -> Result<()> {
 fn to_i32(x: usize) -> i32 {
     i32::try_from(x).unwrap_or(i32::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Lists, Paged, shape};
+    use crate::settings::{Scope, Selector, Settings};
+    use crate::types::Dtype;
+
+    /// Pages with a selected token, and the tokens the span sees in them, token by token.
+    fn plain(layout: &Layout, batch: &Batch, span: &Span, bits: &[u32]) -> (Vec<i32>, usize) {
+        let page_size = layout.shape.page_size;
+        let selected = (0..span.kv_end).filter(|t| mask::get(bits, t / layout.geometry.block_size));
+        let mut logical: Vec<_> = selected.map(|t| t / page_size).collect();
+        logical.dedup();
+        let tokens = (0..span.kv_end).filter(|t| logical.contains(&(t / page_size))).count();
+        (logical.iter().map(|&page| to_i32(batch.page(span.req, page))).collect(), tokens)
+    }
+
+    #[test]
+    fn both_exports_name_every_page_with_a_selected_token_once_in_order() {
+        for (page_size, block_size) in [(16, 64), (128, 32), (64, 64)] {
+            let paged =
+                Paged::random(5, shape(2, 3, 64, page_size, Dtype::Bf16), &[(70, 700), (3, 50), (0, 9)]);
+            let batch = paged.batch();
+            let mut settings =
+                Settings { block_size, scope: Scope::GROUP_CHUNK, ..Settings::of(Selector::External) };
+            settings.dense.below_kv_len = 0;
+            let layout = paged.layout(settings);
+            let lists = Lists::random(4, &layout, &batch, 0.3);
+            let width = 60;
+            let (mut counts, mut seq_lens, mut pages) = ([-1; 4], [-1; 4], [-1; 4 * 60]);
+            let mut out =
+                PaddedMut { counts: &mut counts, seq_lens: &mut seq_lens, pages: &mut pages, width };
+            assert_eq!(padded(&layout, &batch, &lists.bits, &mut out), Ok(4));
+            let (mut indptr, mut indices, mut last_page_len) = ([-1; 5], [-1; 240], [-1; 4]);
+            let mut out =
+                CsrMut { indptr: &mut indptr, indices: &mut indices, last_page_len: &mut last_page_len };
+            let (rows, nnz) = csr(&layout, &batch, &lists.bits, &mut out).unwrap();
+            assert_eq!((rows, i32::try_from(nnz)), (4, Ok(indptr[4])));
+            for row in 0..4 {
+                let span = layout.list_spans(&batch)[row / 2];
+                let (want, tokens) = plain(&layout, &batch, &span, &lists.bits[row * layout.mask_words()..]);
+                let count = usize::try_from(counts[row]).unwrap();
+                assert_eq!(pages[row * width..][..count], want);
+                assert!(pages[row * width + count..(row + 1) * width].iter().all(|&page| page == 0));
+                assert_eq!(usize::try_from(seq_lens[row]), Ok(tokens));
+                let [from, to] = [indptr[row], indptr[row + 1]].map(|x| usize::try_from(x).unwrap());
+                assert_eq!(indices[from..to], want);
+                let last = usize::try_from(last_page_len[row]).unwrap();
+                assert_eq!((want.len() - 1) * page_size + last, tokens);
+            }
+        }
+    }
+
+    #[test]
+    fn a_short_buffer_is_named_and_nothing_is_written() {
+        let paged = Paged::random(5, shape(1, 1, 64, 16, Dtype::Bf16), &[(20, 200)]);
+        let batch = paged.batch();
+        let layout = paged.layout(Settings::of(Selector::Dense));
+        let lists = Lists::random(4, &layout, &batch, 1.0);
+        let (mut indptr, mut indices, mut last_page_len) = ([-1; 2], [-1; 3], [-1; 1]);
+        let mut out =
+            CsrMut { indptr: &mut indptr, indices: &mut indices, last_page_len: &mut last_page_len };
+        let error = csr(&layout, &batch, &lists.bits, &mut out).unwrap_err();
+        assert!(error.to_string().contains("indices: wanted at least 13, got 3"), "{error}");
+        assert_eq!((indptr, indices, last_page_len), ([-1; 2], [-1; 3], [-1; 1]));
+    }
+}

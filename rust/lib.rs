@@ -15,6 +15,8 @@ pub mod config;
 pub mod cuda;
 pub mod error;
 pub mod export;
+#[cfg(test)]
+mod fixture;
 pub mod mask;
 mod math;
 mod parallel;

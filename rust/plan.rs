@@ -247,3 +247,83 @@ impl Layout {
             || self.geometry.past_blocks(batch.past_len(req)) == 0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Paged, shape};
+    use crate::settings::Scope;
+    use crate::types::Dtype;
+
+    fn paged() -> Paged {
+        Paged::random(1, shape(2, 7, 64, 16, Dtype::F32), &[(300, 900), (0, 5), (1, 40), (129, 129), (9, 4)])
+    }
+
+    fn settings(query_span: usize, heads_per_list: usize) -> Settings {
+        Settings { scope: Scope { query_span, heads_per_list }, ..Settings::of(Selector::SampledExact) }
+    }
+
+    #[test]
+    fn spans_cover_every_query_once_and_fit_the_planned_number() {
+        let paged = paged();
+        let batch = paged.batch();
+        for tokens in [0, 128, 256, 512] {
+            let layout = paged.layout(settings(tokens, 1));
+            let spans = layout.list_spans(&batch);
+            let covered: Vec<_> = spans.iter().flat_map(|s| s.q_start..s.q_start + s.len).collect();
+            assert_eq!(covered, (0..batch.total_q()).collect::<Vec<_>>());
+            assert!(spans.len() * layout.lists_per_span() <= layout.max_list_rows());
+        }
+    }
+
+    #[test]
+    fn a_span_sees_what_bottom_right_causality_says() {
+        let paged = paged();
+        let batch = paged.batch();
+        for span in paged.layout(settings(128, 1)).list_spans(&batch) {
+            for i in 0..span.len {
+                let position =
+                    (batch.kv_len(span.req) + span.first + i + 1).saturating_sub(batch.q_len(span.req));
+                assert_eq!(span.visible(i), position);
+            }
+        }
+    }
+
+    #[test]
+    fn lists_of_a_span_serve_every_query_head_once() {
+        for heads_per_list in [0, 1, 2, 4, 7, 9] {
+            let layout = paged().layout(settings(0, heads_per_list));
+            let served: Vec<_> =
+                (0..layout.lists_per_span()).flat_map(|list| layout.list_heads(list).1).collect();
+            assert_eq!(served, (0..14).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn policy_leaves_decode_short_and_first_chunks_dense() {
+        let paged = paged();
+        let batch = paged.batch();
+        let mut sparse = settings(0, 1);
+        sparse.dense.below_kv_len = 200;
+        let dense = |settings| -> Vec<_> {
+            paged.layout(settings).list_spans(&batch).iter().map(|s| s.dense).collect()
+        };
+        assert_eq!(dense(sparse), [false, true, true, true]);
+        sparse.dense.prefix_tokens = 900;
+        assert_eq!(dense(sparse), [true; 4]);
+    }
+
+    #[test]
+    fn a_batch_beyond_a_limit_is_refused_by_name() {
+        let paged = paged();
+        let limits = Limits { max_num_reqs: 5, max_total_q: 439, max_kv_len: 900 };
+        assert_eq!(limits.admit(&paged.batch()), Ok(()));
+        for (limits, name) in [
+            (Limits { max_num_reqs: 4, ..limits }, "num_reqs"),
+            (Limits { max_total_q: 438, ..limits }, "total_q"),
+            (Limits { max_kv_len: 899, ..limits }, "seq_lens"),
+        ] {
+            assert!(limits.admit(&paged.batch()).unwrap_err().to_string().contains(name));
+        }
+    }
+}

@@ -71,3 +71,51 @@ fn build_row(
 fn to_i32(x: usize) -> i32 {
     i32::try_from(x).unwrap_or(i32::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Lists, Paged, shape};
+    use crate::settings::{Scope, Selector, Settings};
+    use crate::types::Dtype;
+
+    #[test]
+    fn a_row_names_each_selected_box_once_in_order_through_the_block_table() {
+        for (page_size, block_size) in [(16, 64), (64, 16), (32, 32), (256, 128)] {
+            let paged =
+                Paged::random(5, shape(2, 2, 64, page_size, Dtype::F16), &[(70, 700), (3, 50), (90, 600)]);
+            let batch = paged.batch();
+            let mut settings =
+                Settings { block_size, scope: Scope::HEAD_CHUNK, ..Settings::of(Selector::External) };
+            settings.dense.below_kv_len = 0;
+            let layout = paged.layout(settings);
+            let lists = Lists::random(9, &layout, &batch, 0.4);
+            let table = lists.table();
+            for (row, bits) in lists.bits.chunks(layout.mask_words()).enumerate() {
+                let span = layout.list_spans(&batch)[row / layout.lists_per_span()];
+                let want = plain_boxes(&layout, &batch, &span, bits);
+                let got = &table.boxes[row * layout.max_boxes()..][..want.len()];
+                assert_eq!(usize::try_from(table.counts[row]), Ok(want.len()));
+                assert_eq!(got, want);
+                let tokens = (0..span.kv_end).filter(|t| mask::get(bits, t / block_size)).count();
+                assert_eq!(usize::try_from(table.stream_lens[row]), Ok(tokens));
+            }
+        }
+    }
+
+    /// Boxes of selected tokens, token by token.
+    fn plain_boxes(layout: &Layout, batch: &Batch, span: &Span, bits: &[u32]) -> Vec<i32> {
+        let Geometry { page_size, block_size } = layout.geometry;
+        let tokens = (0..span.kv_end).filter(|t| mask::get(bits, t / block_size));
+        let mut boxes: Vec<_> = tokens
+            .map(|t| {
+                let slot = batch.page(span.req, t / page_size) * page_size + t % page_size;
+                i32::try_from(slot / layout.geometry.box_tokens()).unwrap()
+            })
+            .collect();
+        boxes.dedup();
+        boxes
+    }
+
+    use crate::types::Geometry;
+}

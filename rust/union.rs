@@ -165,3 +165,117 @@ fn finish(layout: &Layout, span: &Span, row: &mut [u32], counts: &mut Counts) {
     counts.selected += mask::count(row, past) as u64;
     mask::set_range(row, past.min(total)..total);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Paged, Rng, shape};
+    use crate::settings::{Keep, Scope, Selector, Settings};
+    use crate::types::Dtype;
+
+    /// External masks of 16-token blocks, nothing forced, so that only the union speaks.
+    fn settings(scope: Scope) -> Settings {
+        let mut settings = Settings { block_size: 16, scope, ..Settings::of(Selector::External) };
+        (settings.sink_blocks, settings.local_blocks, settings.density_guard) = (0, 0, 1.0);
+        settings.dense.below_kv_len = 0;
+        settings
+    }
+
+    fn paged() -> Paged {
+        Paged::random(3, shape(2, 3, 64, 16, Dtype::F32), &[(300, 900), (1, 40), (50, 333), (0, 7)])
+    }
+
+    /// Random bits in the past of every row, the open region set.
+    fn masks(layout: &Layout, batch: &Batch, seed: u64) -> Vec<u32> {
+        let mut rng = Rng::new(seed);
+        let mut masks = vec![0; layout.select_spans(batch).len() * 6 * layout.mask_words()];
+        for (i, row) in masks.chunks_mut(layout.mask_words()).enumerate() {
+            let span = layout.select_spans(batch)[i / 6];
+            let total = layout.geometry.blocks(span.kv_end);
+            let past = layout.geometry.past_blocks(span.past);
+            (0..total).filter(|&j| j >= past || rng.below(10) == 0).for_each(|j| mask::set(row, j));
+        }
+        masks
+    }
+
+    fn united(layout: &Layout, batch: &Batch, masks: &[u32]) -> Vec<u32> {
+        let mut lists = vec![u32::MAX; layout.max_list_rows() * layout.mask_words()];
+        of_masks(layout, batch, masks, &mut lists);
+        lists
+    }
+
+    #[test]
+    fn a_list_holds_exactly_what_some_row_under_it_asked_for() {
+        let paged = paged();
+        let batch = paged.batch();
+        for scope in [Scope::GROUP_CHUNK, Scope::HEAD_CHUNK, Scope { query_span: 128, heads_per_list: 2 }] {
+            let layout = paged.layout(settings(scope));
+            let masks = masks(&layout, &batch, 1);
+            let lists = united(&layout, &batch, &masks);
+            let select = layout.select_spans(&batch);
+            for (row, list) in lists.chunks(layout.mask_words()).enumerate() {
+                let Some(span) = layout.list_spans(&batch).get(row / layout.lists_per_span()).copied() else {
+                    break;
+                };
+                let (_, heads) = layout.list_heads(row % layout.lists_per_span());
+                for j in 0..layout.geometry.blocks(span.kv_end) {
+                    let asked = select.iter().enumerate().any(|(s, part)| {
+                        let inside =
+                            part.req == span.req && (span.first..span.first + span.len).contains(&part.first);
+                        inside
+                            && heads
+                                .clone()
+                                .any(|h| mask::get(&masks[(s * 6 + h) * layout.mask_words()..], j))
+                    });
+                    let open = j >= layout.geometry.past_blocks(span.past);
+                    assert_eq!(mask::get(list, j), asked || open || span.dense, "row {row} block {j}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_list_above_the_density_guard_becomes_dense_and_is_counted() {
+        let paged = paged();
+        let batch = paged.batch();
+        let layout = paged.layout(Settings { density_guard: 0.05, ..settings(Scope::HEAD_CHUNK) });
+        let mut lists = vec![0; layout.max_list_rows() * layout.mask_words()];
+        let counts = of_masks(&layout, &batch, &masks(&layout, &batch, 2), &mut lists);
+        assert_eq!(counts.guarded, 12);
+        assert_eq!(counts.selected, counts.candidates);
+        assert_eq!((counts.lists, counts.dense), (18, 6));
+    }
+
+    #[test]
+    fn merged_mass_is_the_mean_and_merged_relative_scores_the_maximum() {
+        let (mut mean, mut max) = ([0.0; 2], [f32::NEG_INFINITY; 2]);
+        for row in [[0.25, 1.0], [0.75, f32::NAN]] {
+            merge_row(Merge::Mean, &mut mean, &row, 2);
+            merge_row(Merge::Max, &mut max, &row, 2);
+        }
+        assert!(mean[0] == 0.5 && mean[1].is_nan());
+        assert!(max[0] == 0.75 && max[1].is_nan());
+    }
+
+    #[test]
+    fn spans_that_do_not_vote_leave_the_list_alone() {
+        let paged = paged();
+        let batch = paged.batch();
+        let mut base = Settings { keep: Keep::Density(0.01), ..Settings::of(Selector::FlashPrefill) };
+        (base.block_size, base.scope, base.dense.below_kv_len) = (16, Scope::GROUP_CHUNK, 0);
+        (base.sink_blocks, base.local_blocks) = (0, 0);
+        let mut silent = base;
+        silent.flashprefill.non_voting_spans = 18;
+        let layout = paged.layout(silent);
+        let stride = layout.max_blocks();
+        // Each select span of request 0 (19 of them) wants a block of its own.
+        let mut scores = vec![0.0; layout.max_select_spans() * 6 * stride];
+        (0..19).for_each(|s| scores[s * 6 * stride + 5 + s] = 1.0);
+        let (mut masks, mut lists) = (vec![0; scores.len()], vec![0; scores.len()]);
+        unite(&layout, &batch, &scores, &mut masks, &mut lists);
+        let kept: Vec<_> = (5..24).filter(|&j| mask::get(&lists, j)).collect();
+        assert_eq!(kept, [5], "only the first span votes");
+        unite(&paged.layout(base), &batch, &scores, &mut masks, &mut lists);
+        assert_eq!((5..24).filter(|&j| mask::get(&lists, j)).count(), 19);
+    }
+}

@@ -97,3 +97,56 @@ impl<'a> Carver<'a> {
             .map_err(|_| Error::plain(Status::Internal, "workspace piece is misaligned"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::Limits;
+    use crate::settings::{Selector, Settings};
+    use crate::types::{Dtype, Shape};
+
+    fn bytes(limits: Limits) -> usize {
+        let shape = Shape {
+            num_q_heads: 8,
+            num_kv_heads: 2,
+            head_dim: 64,
+            page_size: 16,
+            dtype: Dtype::Bf16,
+            sm_scale: 0.125,
+        };
+        let layout = Layout::new(shape, Settings::of(Selector::FlashPrefill), limits).unwrap();
+        Sizes::of(&layout, 2).unwrap().workspace_bytes
+    }
+
+    #[test]
+    fn the_workspace_grows_with_every_limit() {
+        let limits = Limits { max_num_reqs: 4, max_total_q: 1024, max_kv_len: 8192 };
+        let small = bytes(limits);
+        assert!(small < bytes(Limits { max_num_reqs: 64, ..limits }));
+        assert!(small < bytes(Limits { max_total_q: 2048, ..limits }));
+        assert!(small < bytes(Limits { max_kv_len: 16384, ..limits }));
+    }
+
+    #[test]
+    fn a_short_or_misaligned_workspace_is_refused_with_what_it_needs() {
+        let mut memory = vec![0_u8; 4096];
+        let start = memory.as_ptr().align_offset(Sizes::ALIGNMENT);
+        assert!(Carver::new(&mut memory[start..start + 256], 256).is_ok());
+        let error = Carver::new(&mut memory[start..start + 255], 256).err().unwrap();
+        assert!(error.to_string().contains("256 bytes"), "{error}");
+        assert_eq!(Carver::new(&mut memory[start + 4..], 256).err().unwrap().status(), Status::Workspace);
+    }
+
+    #[test]
+    fn pieces_are_disjoint_and_aligned() {
+        let mut memory = vec![0_u8; 4096];
+        let start = memory.as_ptr().align_offset(Sizes::ALIGNMENT);
+        let mut carver = Carver::new(&mut memory[start..], 1024).unwrap();
+        let a: &mut [f32] = carver.take(3).unwrap();
+        let b: &mut [i32] = carver.take(65).unwrap();
+        a.fill(1.0);
+        b.fill(-1);
+        assert_eq!(a, [1.0; 3]);
+        assert_eq!(b.as_ptr().addr() % Sizes::ALIGNMENT, 0);
+    }
+}
