@@ -6,7 +6,7 @@ use crate::combine;
 use crate::error::{Error, Result, Status};
 use crate::parallel::Parallel;
 use crate::plan::{Layout, Limits};
-use crate::select;
+use crate::select::{self, Gate, GateLayer, Input};
 use crate::settings::{Selector, Settings};
 use crate::stats::{LayerStats, Stats};
 use crate::summaries::{self, Summaries, SummariesMut, Which};
@@ -27,6 +27,8 @@ pub struct PlanDesc {
     pub layers: Vec<Settings>,
     /// KV splits of every list, 1..=64. Fixed by the plan, so a request's result does not depend on its neighbours.
     pub splits: usize,
+    /// Learned gates, one a layer, where a layer's selector is `attn_gate`.
+    pub gate: Option<Gate>,
 }
 
 /// Shapes and settings of one model on one rank: immutable, shared between threads that bring their own workspaces.
@@ -35,6 +37,7 @@ pub struct Plan {
     layouts: Vec<Layout>,
     splits: usize,
     parallel: Parallel,
+    gate: Option<Gate>,
     stats: Vec<LayerStats>,
 }
 
@@ -84,7 +87,10 @@ impl Plan {
         let layout = |settings: &Settings| Layout::new(desc.shape, *settings, desc.limits);
         let layouts = desc.layers.iter().map(layout).collect::<Result<Vec<_>>>()?;
         let stats = layouts.iter().map(|_| LayerStats::default()).collect();
-        let plan = Self { layouts, splits: desc.splits, parallel, stats };
+        let plan = Self { layouts, splits: desc.splits, parallel, gate: desc.gate.clone(), stats };
+        for (layer, layout) in plan.layouts.iter().enumerate() {
+            plan.gate(layer, layout)?;
+        }
         tracing::debug!(layers = plan.layouts.len(), threads = parallel.threads(), "plan: CPU backend");
         Ok(plan)
     }
@@ -114,6 +120,20 @@ impl Plan {
     #[must_use]
     pub fn parallel(&self) -> Parallel {
         self.parallel
+    }
+
+    /// The layer's gate where its selector needs one.
+    ///
+    /// # Errors
+    /// [`Status::Null`] without one, [`Status::Shape`] for a gate of another model.
+    pub fn gate(&self, layer: usize, layout: &Layout) -> Result<Option<&GateLayer>> {
+        if !select::needs_gate(layout.settings.selector) {
+            return Ok(None);
+        }
+        let missing = || Error::new(Status::Null, "gate", "the layer's gate, for selector attn_gate", "none");
+        let gate = self.gate.as_ref().and_then(|gate| gate.layer(layer)).ok_or_else(missing)?;
+        gate.check(&layout.shape)?;
+        Ok(Some(gate))
     }
 
     /// What the largest step of any layer needs.
@@ -191,6 +211,7 @@ impl Plan {
         };
         check_output(batch, output)?;
         check_external(&layout, batch, step)?;
+        let gate = self.gate(step.layer, &layout)?;
         if let Some(given) = step.summaries {
             check_summaries(&layout, batch, given)?;
         }
@@ -200,26 +221,20 @@ impl Plan {
         }
         let mut own = OwnSummaries::default();
         let summaries = own.or_given(&layout, batch, step.summaries, self.parallel);
-        let counts = select_lists(&layout, batch, step, (summaries, self.parallel), &mut buffers);
+        let input = Input { layout: &layout, batch, summaries, gate };
+        let counts = select_lists(&input, step.external, &mut buffers, self.parallel);
         self.stats[step.layer].add(&counts);
-        self.attend_lists(&layout, batch, summaries, &mut buffers, output);
-        Ok(())
+        self.attend_lists(&input, &mut buffers, output)
     }
 
     /// table → attend → combine over `buffers.lists`.
-    fn attend_lists(
-        &self,
-        layout: &Layout,
-        batch: &Batch,
-        summaries: Option<Summaries>,
-        buffers: &mut Buffers,
-        output: &mut Output,
-    ) {
+    fn attend_lists(&self, input: &Input, buffers: &mut Buffers, output: &mut Output) -> Result<()> {
+        let Input { layout, batch, summaries, .. } = *input;
         let Buffers { lists, counts, stream_lens, boxes, .. } = buffers;
         table::build(layout, batch, lists, &mut TableMut { counts, stream_lens, boxes });
         let table = Table { counts, stream_lens, boxes };
-        let corrected = summaries.filter(|s| layout.settings.mean_correction && s.v_mean.is_some());
-        let correction = corrected.map(|summaries| Correction { lists, summaries });
+        let corrected = summaries.filter(|_| layout.settings.mean_correction);
+        let correction = corrected.map(|summaries| Correction::new(lists, summaries)).transpose()?;
         let rows = batch.total_q() * layout.shape.num_q_heads;
         let mut partials = Partials {
             splits: self.splits,
@@ -228,28 +243,25 @@ impl Plan {
         };
         attend::attend(layout, batch, &table, correction.as_ref(), &mut partials, self.parallel);
         combine::combine(layout, batch, &partials, &mut output.out, output.lse.as_mut(), self.parallel);
+        Ok(())
     }
 }
 
 /// select → union.
 fn select_lists(
-    layout: &Layout,
-    batch: &Batch,
-    step: &Step,
-    (summaries, parallel): (Option<Summaries>, Parallel),
+    input: &Input,
+    external: Option<External>,
     buffers: &mut Buffers,
+    parallel: Parallel,
 ) -> union::Counts {
+    let Input { layout, batch, .. } = *input;
     let Buffers { scores, masks, lists, .. } = buffers;
-    match step.external {
-        Some(External::Masks(masks)) if layout.settings.selector == Selector::External => {
-            union::of_masks(layout, batch, masks, lists)
-        }
-        Some(External::Scores(scores)) if layout.settings.selector == Selector::External => {
-            union::unite(layout, batch, scores, masks, lists)
-        }
-        _ => {
-            let input = select::Input { layout, batch, summaries };
-            select::score(&input, scores, parallel);
+    let external = external.filter(|_| layout.settings.selector == Selector::External);
+    match external {
+        Some(External::Masks(masks)) => union::of_masks(layout, batch, masks, lists),
+        Some(External::Scores(scores)) => union::unite(layout, batch, scores, masks, lists),
+        None => {
+            select::score(input, scores, parallel);
             union::unite(layout, batch, scores, masks, lists)
         }
     }

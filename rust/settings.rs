@@ -89,7 +89,8 @@ impl Scope {
 pub enum Keep {
     /// Scores of at least this, in (0, 1]. What a score means is the selector's.
     Threshold(f32),
-    /// The fewest best blocks that hold this share, in (0, 1], of the row's total score.
+    /// The fewest best blocks that hold this share, in (0, 1], of the row's total score; for `xattention` of all it
+    /// attends to, what the open region holds included.
     Mass(f32),
     /// The best `ceil(share * candidates)` blocks, share in (0, 1].
     Density(f32),
@@ -204,8 +205,14 @@ impl Settings {
                 sample_rows: 0,
                 ..by_row
             },
-            // arXiv 2410.13276 with the compact threshold of arXiv 2605.16839.
-            Selector::AttnGate => Self { block_size: 64, keep: Keep::Threshold(5e-4), ..by_row },
+            // arXiv 2410.13276 with the compact threshold of arXiv 2605.16839; no sink, no window.
+            Selector::AttnGate => Self {
+                block_size: 64,
+                keep: Keep::Threshold(5e-4),
+                sink_blocks: 0,
+                local_blocks: 0,
+                ..by_row
+            },
             // arXiv 2602.08722: a quarter of the tokens, one list per KV head, no floor of any kind.
             Selector::Quoka => Self {
                 block_size: 1,
@@ -216,8 +223,8 @@ impl Settings {
                 local_blocks: 0,
                 ..by_row
             },
-            // arXiv 2503.16428: stride 16, tau 0.9, block 0 always.
-            Selector::XAttention => Self { keep: Keep::Mass(0.9), ..by_row },
+            // arXiv 2503.16428: stride 16, tau 0.9, block 0 always (and the diagonal, which lies in the open region).
+            Selector::XAttention => Self { keep: Keep::Mass(0.9), local_blocks: 0, ..by_row },
             Selector::Streaming => Self { sink_blocks: 1, local_blocks: 8, min_density: 0.0, ..self },
             _ => self,
         }

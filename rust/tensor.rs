@@ -2,6 +2,7 @@
 
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 
+use crate::math;
 use crate::types::Dtype;
 
 /// Elements of one allocation, from a view's first element to its last.
@@ -46,7 +47,7 @@ impl Elements<'_> {
     pub fn load(&self, offset: usize, into: &mut [f32]) {
         let range = offset..offset + into.len();
         match self {
-            Self::Bf16(x) => x[range].convert_to_f32_slice(into),
+            Self::Bf16(x) => math::widen_bf16(&x[range], into),
             Self::F16(x) => x[range].convert_to_f32_slice(into),
             Self::F32(x) => into.copy_from_slice(&x[range]),
         }

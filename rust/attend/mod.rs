@@ -1,10 +1,23 @@
 //! attend: softmax attention over the listed boxes only, in place, by online softmax; split over KV where asked.
+//!
+//! A work item is a tile of rows of one list and one KV split. It reads the list's boxes in order, so its bits depend
+//! on the request, the list and the split alone: not on threads, neighbours in the batch, or physical pages.
+
+mod lanes;
+mod stream;
+#[cfg(test)]
+mod tests;
+mod tile;
 
 use crate::batch::Batch;
+use crate::error::{Error, Result, Status};
+use crate::mask;
 use crate::parallel::Parallel;
-use crate::plan::Layout;
-use crate::summaries::Summaries;
+use crate::plan::{Layout, Span};
+use crate::summaries::{BlockAt, Summaries};
 use crate::table::Table;
+use stream::Stream;
+use tile::{KvTile, QueryTile, STREAM_TILE};
 
 /// Results of one or more KV splits before they are combined.
 ///
@@ -24,19 +37,122 @@ pub struct Partials<'a> {
 /// with value `v_mean` (FlashPrefill V2, arXiv 2608.19758).
 #[derive(Clone, Copy, Debug)]
 pub struct Correction<'a> {
-    /// `[list spans, lists per span, mask_words]`: what the lists do read.
-    pub lists: &'a [u32],
-    /// Means of keys and values.
-    pub summaries: Summaries<'a>,
+    lists: &'a [u32],
+    /// Means of keys, and means of values in the place of keys.
+    means: [Summaries<'a>; 2],
+}
+
+impl<'a> Correction<'a> {
+    /// `lists [list spans, lists per span, mask_words]` is what the lists do read; `summaries` stands for the rest.
+    ///
+    /// # Errors
+    /// [`Status::Null`] where `summaries` has no mean values.
+    pub fn new(lists: &'a [u32], summaries: Summaries<'a>) -> Result<Self> {
+        let missing = || Error::new(Status::Null, "v_mean", "mean values, for mean correction", "none");
+        let v_mean = summaries.v_mean.ok_or_else(missing)?;
+        let of = |k_mean| Summaries { k_mean, v_mean: None };
+        Ok(Self { lists, means: [of(summaries.k_mean), of(v_mean)] })
+    }
 }
 
 /// Attends every query of the batch to its list in `table`.
 pub fn attend(
-    _layout: &Layout,
-    _batch: &Batch,
-    _table: &Table,
-    _correction: Option<&Correction>,
-    _partials: &mut Partials,
-    _parallel: Parallel,
+    layout: &Layout,
+    batch: &Batch,
+    table: &Table,
+    correction: Option<&Correction>,
+    partials: &mut Partials,
+    parallel: Parallel,
 ) {
+    let spans = layout.list_spans(batch);
+    let splits = partials.splits;
+    let items = items(layout, batch, &spans, partials);
+    parallel.for_each(items.into_iter(), |item| {
+        let stream = Stream::new(layout, batch, table, item.row);
+        let tokens = stream.split(item.split, splits);
+        let mut rows = queries(layout, batch, &item, stream.len);
+        let mut kv = KvTile::new(layout.shape.head_dim);
+        let end = tokens.end.min(rows.max_visible());
+        for first in (tokens.start..end).step_by(STREAM_TILE) {
+            stream.load(first..end.min(first + STREAM_TILE), &mut kv);
+            rows.absorb(&kv, first);
+        }
+        if let Some(correction) = correction.filter(|_| item.split == 0) {
+            correction.absorb(layout, batch, &item, (&mut rows, &mut kv));
+        }
+        rows.write(item.out, item.lse);
+    });
 }
+
+/// A tile of the rows of one list, and one split of its stream.
+#[derive(Debug)]
+struct Item<'a> {
+    split: usize,
+    span: Span,
+    /// Row of the table, and of the lists' bits.
+    row: usize,
+    /// First row within the list: head by head, token by token.
+    first: usize,
+    /// `[rows, head_dim]`.
+    out: &'a mut [f32],
+    /// `[rows]`.
+    lse: &'a mut [f32],
+}
+
+/// Cuts `partials` into items that share nothing; its row layout makes each item's rows contiguous.
+fn items<'a>(layout: &Layout, batch: &Batch, spans: &[Span], partials: &'a mut Partials) -> Vec<Item<'a>> {
+    let (head_dim, per_span) = (layout.shape.head_dim, layout.lists_per_span());
+    let rows = batch.total_q() * layout.shape.num_q_heads;
+    let (mut out, mut lse) = (&mut *partials.out, &mut *partials.lse);
+    let mut items = Vec::new();
+    for split in 0..if rows == 0 { 0 } else { partials.splits } {
+        for row in 0..spans.len() * per_span {
+            let span = spans[row / per_span];
+            let (_, heads) = layout.list_heads(row % per_span);
+            let rows = heads.len() * span.len;
+            for first in (0..rows).step_by(ROW_TILE) {
+                let n = ROW_TILE.min(rows - first);
+                let (item_out, item_lse);
+                (item_out, out) = std::mem::take(&mut out).split_at_mut(n * head_dim);
+                (item_lse, lse) = std::mem::take(&mut lse).split_at_mut(n);
+                items.push(Item { split, span, row, first, out: item_out, lse: item_lse });
+            }
+        }
+    }
+    items
+}
+
+/// The item's queries; `stream_len` tokens end at the span's last token (bottom-right causal).
+fn queries(layout: &Layout, batch: &Batch, item: &Item, stream_len: usize) -> QueryTile {
+    let (_, heads) = layout.list_heads(item.row % layout.lists_per_span());
+    let span = item.span;
+    QueryTile::new(&layout.shape, item.lse.len(), |i, into| {
+        let (head, token) = ((item.first + i) / span.len, (item.first + i) % span.len);
+        batch.q().load(span.q_start + token, heads.start + head, into);
+        (stream_len + token + 1).saturating_sub(span.len)
+    })
+}
+
+impl Correction<'_> {
+    /// Adds the mean of every past block that the item's list leaves out.
+    fn absorb(&self, layout: &Layout, batch: &Batch, item: &Item, (rows, kv): (&mut QueryTile, &mut KvTile)) {
+        let bits = &self.lists[item.row * layout.mask_words()..][..layout.mask_words()];
+        let (kv_head, _) = layout.list_heads(item.row % layout.lists_per_span());
+        let past = layout.geometry.past_blocks(item.span.past);
+        let skipped: Vec<usize> = (0..past).filter(|&j| !mask::get(bits, j)).collect();
+        let head_dim = layout.shape.head_dim;
+        for blocks in skipped.chunks(STREAM_TILE) {
+            kv.len = blocks.len();
+            for (means, into) in self.means.iter().zip([&mut kv.k, &mut kv.v]) {
+                for (&block, into) in blocks.iter().zip(into.chunks_exact_mut(head_dim)) {
+                    let at = BlockAt { req: item.span.req, block, kv_head };
+                    into.copy_from_slice(means.k(layout, batch, at));
+                }
+            }
+            rows.absorb_means(kv, layout.geometry.block_size);
+        }
+    }
+}
+
+/// Query rows of one item: enough to make widening keys and values cheap, few enough to share out small batches.
+const ROW_TILE: usize = 128;

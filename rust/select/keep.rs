@@ -1,7 +1,7 @@
 //! Which blocks of one row of scores stay: threshold, mass or density, between a floor and a cap.
 
 use crate::mask;
-use crate::settings::{Keep, Settings};
+use crate::settings::{Keep, Selector, Settings};
 
 /// Blocks kept whatever their score.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +18,11 @@ impl Forced {
         Self { sink: settings.sink_blocks, local: settings.local_blocks }
     }
 
+    /// How many of `n` past blocks are forced.
+    pub(super) fn count(&self, n: usize) -> usize {
+        self.sink.saturating_add(self.local).min(n)
+    }
+
     /// Whether block `j` of `n` past blocks is forced.
     pub(crate) fn has(&self, j: usize, n: usize) -> bool {
         j < self.sink || j + self.local >= n
@@ -32,23 +37,35 @@ pub(crate) fn keep(settings: &Settings, scores: &[f32], row: &mut [u32]) {
     let n = scores.len();
     let forced = Forced::of(settings);
     let order = ranked(scores, forced);
-    let forced_blocks = (0..n).filter(|&j| forced.has(j, n)).count();
+    let forced_blocks = forced.count(n);
     let wanted = match settings.keep {
         Keep::Threshold(t) => {
             forced_blocks + order[forced_blocks..].iter().take_while(|&&j| worth(scores[j]) >= t).count()
         }
-        Keep::Mass(share) => smallest_mass(scores, &order, share),
+        Keep::Mass(share) => smallest_mass(scores, &order, share, counts_open_region(settings.selector)),
         Keep::Density(share) => blocks(share, n),
     };
     let most = blocks(settings.max_density, n);
-    let kept = wanted.max(blocks(settings.min_density, n)).min(most).max(forced_blocks);
+    let least = blocks(settings.min_density, n).max(budget(settings, scores, forced));
+    let kept = wanted.max(least).min(most).max(forced_blocks);
     for &j in &order[..kept] {
         mask::set(row, j);
     }
 }
 
+/// Length of the prefix of the ranked blocks that holds `flashprefill`'s `min_budget` best of the row, forced or not.
+fn budget(settings: &Settings, scores: &[f32], forced: Forced) -> usize {
+    let best = settings.flashprefill.min_budget;
+    if best == 0 || settings.selector != Selector::FlashPrefill {
+        return 0;
+    }
+    let by_score = ranked(scores, Forced { sink: 0, local: 0 });
+    let free = by_score.iter().take(best).filter(|&&j| !forced.has(j, scores.len())).count();
+    forced.count(scores.len()) + free
+}
+
 /// Forced blocks first, then by score, best first; equal scores by block.
-fn ranked(scores: &[f32], forced: Forced) -> Vec<usize> {
+pub(super) fn ranked(scores: &[f32], forced: Forced) -> Vec<usize> {
     let n = scores.len();
     let mut order: Vec<usize> = (0..n).collect();
     let key = |j: usize| if forced.has(j, n) { f32::INFINITY } else { worth(scores[j]) };
@@ -64,13 +81,20 @@ fn worth(score: f32) -> f32 {
     if score.is_nan() { f32::INFINITY } else { score }
 }
 
-/// Length of the shortest prefix of `order` that holds `share` of all finite scores.
-fn smallest_mass(scores: &[f32], order: &[usize], share: f32) -> usize {
+/// Whether `selector`'s scores are shares of all that a row attends to, so that what they lack to 1 is the mass of the
+/// open region. Those blocks are always read: their mass counts as held before any past block is taken.
+fn counts_open_region(selector: Selector) -> bool {
+    selector == Selector::XAttention
+}
+
+/// Length of the shortest prefix of `order` that holds `share` of all finite scores (and of the open region's mass).
+fn smallest_mass(scores: &[f32], order: &[usize], share: f32, with_open: bool) -> usize {
     let mass = |j: usize| if scores[j].is_finite() { f64::from(scores[j].max(0.0)) } else { 0.0 };
-    let total: f64 = order.iter().map(|&j| mass(j)).sum();
-    let mut held = 0.0;
+    let past: f64 = order.iter().map(|&j| mass(j)).sum();
+    let open = if with_open { (1.0 - past).max(0.0) } else { 0.0 };
+    let mut held = open;
     for (i, &j) in order.iter().enumerate() {
-        if held >= f64::from(share) * total && !scores[j].is_nan() {
+        if held >= f64::from(share) * (past + open) && !scores[j].is_nan() {
             return i;
         }
         held += mass(j);
@@ -79,7 +103,129 @@ fn smallest_mass(scores: &[f32], order: &[usize], share: f32) -> usize {
 }
 
 /// `ceil(share * n)`, at most `n`.
+///
+/// The last bit of an f32 share must not buy a block: 0.4 of 5 is 2, although the f32 nearest to 0.4 lies above it.
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of n, between 0 and n")]
-fn blocks(share: f32, n: usize) -> usize {
-    ((f64::from(share) * n as f64).ceil() as usize).min(n)
+pub(super) fn blocks(share: f32, n: usize) -> usize {
+    if share >= 1.0 {
+        return n;
+    }
+    let product = f64::from(share) * n as f64 * (1.0 - f64::from(f32::EPSILON));
+    (product.ceil() as usize).min(n)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::FlashPrefill;
+
+    /// No floor, no cap, nothing forced.
+    fn plain(keep: Keep) -> Settings {
+        Settings {
+            keep,
+            min_density: 0.0,
+            max_density: 1.0,
+            sink_blocks: 0,
+            local_blocks: 0,
+            ..Settings::of(Selector::SampledExact)
+        }
+    }
+
+    fn kept(settings: &Settings, scores: &[f32]) -> Vec<usize> {
+        let mut row = vec![0; mask::words(scores.len())];
+        keep(settings, scores, &mut row);
+        mask::ones(&row, scores.len()).collect()
+    }
+
+    #[test]
+    fn a_threshold_keeps_scores_at_and_above_it() {
+        let scores = [0.1, 0.5, 0.49, 0.9, 0.0];
+        assert_eq!(kept(&plain(Keep::Threshold(0.5)), &scores), [1, 3]);
+        assert!(kept(&plain(Keep::Threshold(1.0)), &scores).is_empty());
+    }
+
+    #[test]
+    fn mass_keeps_the_fewest_best_blocks_that_hold_the_share() {
+        let scores = [0.125, 0.5, 0.0, 0.25, 0.125];
+        assert_eq!(kept(&plain(Keep::Mass(0.5)), &scores), [1]);
+        assert_eq!(kept(&plain(Keep::Mass(0.625)), &scores), [1, 3]);
+        assert_eq!(kept(&plain(Keep::Mass(1.0)), &scores), [0, 1, 3, 4]);
+    }
+
+    #[test]
+    fn mass_is_a_share_of_the_total_not_of_one() {
+        assert_eq!(kept(&plain(Keep::Mass(0.75)), &[0.03, 0.01]), [0]);
+        assert!(kept(&plain(Keep::Mass(0.75)), &[0.0, 0.0]).is_empty());
+    }
+
+    #[test]
+    fn density_rounds_up_and_ties_go_to_the_lower_block() {
+        let scores = [0.2, 0.5, 0.2, 0.2, 0.2];
+        assert_eq!(kept(&plain(Keep::Density(0.41)), &scores), [0, 1, 2]);
+        assert_eq!(kept(&plain(Keep::Density(0.4)), &scores), [0, 1]);
+        for percent in 1..=100 {
+            let share = percent as f32 / 100.0;
+            assert_eq!((blocks(share, 100), blocks(share, 700)), (percent, percent * 7), "{share}");
+        }
+    }
+
+    #[test]
+    fn the_floor_fills_up_with_the_best_and_the_cap_drops_the_worst() {
+        let scores = [0.4, 0.3, 0.2, 0.1];
+        let floor = Settings { min_density: 0.5, ..plain(Keep::Threshold(1.0)) };
+        assert_eq!(kept(&floor, &scores), [0, 1]);
+        let cap = Settings { max_density: 0.5, ..plain(Keep::Threshold(0.05)) };
+        assert_eq!(kept(&cap, &scores), [0, 1]);
+    }
+
+    #[test]
+    fn forced_blocks_stay_and_count_against_the_budget() {
+        let scores = [0.0, 0.9, 0.5, 0.8, 0.1];
+        let forced = Settings { sink_blocks: 1, local_blocks: 1, ..plain(Keep::Density(0.6)) };
+        assert_eq!(kept(&forced, &scores), [0, 1, 4]);
+        let threshold = Settings { keep: Keep::Threshold(0.7), ..forced };
+        assert_eq!(kept(&threshold, &scores), [0, 1, 3, 4]);
+        let mass = Settings { keep: Keep::Mass(0.4), ..forced };
+        assert_eq!(kept(&mass, &scores), [0, 1, 4]);
+    }
+
+    #[test]
+    fn the_cap_never_drops_a_forced_block_even_where_forced_ranges_meet() {
+        let forced = Settings { sink_blocks: 2, local_blocks: 2, ..plain(Keep::Density(0.1)) };
+        let capped = Settings { max_density: 0.1, ..forced };
+        assert_eq!(kept(&capped, &[0.5; 6]), [0, 1, 4, 5]);
+        assert_eq!(kept(&capped, &[0.5; 3]), [0, 1, 2]);
+    }
+
+    #[test]
+    fn nan_is_the_best_score_under_every_rule() {
+        let scores = [0.5, 0.25, f32::NAN, 0.75];
+        assert_eq!(kept(&plain(Keep::Threshold(1.0)), &scores), [2]);
+        assert_eq!(kept(&plain(Keep::Density(0.25)), &scores), [2]);
+        assert_eq!(kept(&plain(Keep::Mass(0.5)), &scores), [2, 3]);
+        assert_eq!(kept(&plain(Keep::Mass(0.5)), &[f32::NAN; 3]), [0, 1, 2]);
+    }
+
+    #[test]
+    fn bits_already_set_stay_set() {
+        let mut row = [1 << 4];
+        keep(&plain(Keep::Density(0.2)), &[0.0, 1.0, 0.0, 0.0, 0.0], &mut row);
+        assert_eq!(row, [1 << 4 | 1 << 1]);
+    }
+
+    #[test]
+    fn min_budget_keeps_the_best_of_the_row_beside_the_forced() {
+        let flashprefill = FlashPrefill { non_voting_spans: 0, min_budget: 2, relative_to_past: false };
+        let fp = Settings {
+            selector: Selector::FlashPrefill,
+            sink_blocks: 1,
+            flashprefill,
+            ..plain(Keep::Threshold(0.95))
+        };
+        assert_eq!(kept(&fp, &[0.1, 0.2, 0.9, 0.8, 0.3]), [0, 2, 3]);
+        // A forced block among the best uses up one of them.
+        assert_eq!(kept(&fp, &[0.9, 0.2, 0.9, 0.8, 0.3]), [0, 2]);
+        let other = Settings { selector: Selector::AttnGate, ..fp };
+        assert_eq!(kept(&other, &[0.1, 0.2, 0.9, 0.8, 0.3]), [0]);
+    }
 }

@@ -6,14 +6,25 @@
 //! request's past blocks, and all of a dense span, are left as they are.
 
 mod attn_gate;
+mod cells;
 mod flashprefill;
+mod gate_weights;
 pub(crate) mod keep;
 mod oracle;
+#[cfg(test)]
+mod plain;
 mod pooled_mass;
 mod quoka;
+mod rope;
+mod rows;
 mod sampled_exact;
+#[cfg(test)]
+mod scored;
 mod two_level;
 mod xattention;
+
+pub use gate_weights::{Gate, GateLayer};
+pub use rope::{Pairing, Rope};
 
 use crate::batch::Batch;
 use crate::parallel::Parallel;
@@ -30,6 +41,8 @@ pub struct Input<'a> {
     pub batch: &'a Batch<'a>,
     /// Block means, for selectors that [`needs_summaries`].
     pub summaries: Option<Summaries<'a>>,
+    /// The layer's gate, for selectors that [`needs_gate`].
+    pub gate: Option<&'a GateLayer>,
 }
 
 /// Scores of one span for the query heads of one KV head: `[group_size, max_blocks]`.
@@ -71,6 +84,12 @@ pub fn needs_summaries(selector: Selector) -> bool {
     matches!(selector, Selector::FlashPrefill | Selector::PooledMass | Selector::TwoLevel)
 }
 
+/// Whether this selector reads learned gate weights.
+#[must_use]
+pub fn needs_gate(selector: Selector) -> bool {
+    selector == Selector::AttnGate
+}
+
 /// Scores the batch into `scores`, `[select spans, num_q_heads, max_blocks]`.
 pub fn score(input: &Input, scores: &mut [f32], parallel: Parallel) {
     let layout = input.layout;
@@ -83,6 +102,10 @@ pub fn score(input: &Input, scores: &mut [f32], parallel: Parallel) {
         Unit { span, kv_head: i % heads, past_blocks, scores, stride }
     });
     let sparse = units.filter(|unit| !unit.span.dense);
+    if layout.settings.selector == Selector::AttnGate {
+        let keys = attn_gate::GateKeys::new(input, parallel);
+        return parallel.for_each(sparse, |mut unit| attn_gate::score(input, &keys, &mut unit));
+    }
     let scorer = scorer(layout.settings.selector);
     parallel.for_each(sparse, |mut unit| scorer(input, &mut unit));
 }
@@ -95,6 +118,13 @@ fn scorer(selector: Selector) -> Scorer {
         Selector::Dense => |_, unit| unit.fill(1.0),
         // Only the forced sink and local blocks stay.
         Selector::Streaming => |_, unit| unit.fill(0.0),
+        Selector::FlashPrefill => flashprefill::score,
+        Selector::SampledExact => sampled_exact::score,
+        Selector::Oracle => oracle::score,
+        Selector::PooledMass => pooled_mass::score,
+        Selector::TwoLevel => two_level::score,
+        Selector::Quoka => quoka::score,
+        Selector::XAttention => xattention::score,
         _ => |_, unit| unit.fill(0.0),
     }
 }
@@ -106,4 +136,17 @@ impl Unit<'_> {
             row[..self.past_blocks].fill(score);
         }
     }
+
+    /// Gives the other heads of the group the first one's scores.
+    fn share_first_row(&mut self) {
+        let (first, others) = self.scores.split_at_mut(self.stride);
+        for row in others.chunks_mut(self.stride) {
+            row[..self.past_blocks].copy_from_slice(&first[..self.past_blocks]);
+        }
+    }
+}
+
+/// The larger of two numbers; NaN if either is one, so what cannot be judged stays visible as such.
+fn max_or_nan(a: f32, b: f32) -> f32 {
+    if a.is_nan() || b.is_nan() { f32::NAN } else { a.max(b) }
 }

@@ -1,0 +1,336 @@
+//! Exported: attention itself, from a table (attend), over two parts (combine), and the whole pass (forward).
+
+use std::ffi::c_void;
+
+use super::api_stages::read_lists;
+use super::batch::BatchViews;
+use super::compactattn_status;
+use super::guard::guard;
+use super::handle;
+use super::merge::{Side, merge};
+use super::objects::PlanObject;
+use super::read::{input, optional};
+use super::settings;
+use super::structs::{compactattn_plan, compactattn_tensor};
+use super::structs_step::{compactattn_attend_args, compactattn_combine_args, compactattn_forward_args};
+use super::table::{Rows, list_rows};
+use super::tensor::{Dim, View, Wanted, check, check_apart, workspace};
+use super::views::{OutputViews, SelectionViews, SummaryViews, check_rows, q_like};
+use crate::attend::{self, Correction, Partials};
+use crate::batch::Batch;
+use crate::combine;
+use crate::error::{Error, Result, Status};
+use crate::plan::Layout;
+use crate::run::{External, Output, Step};
+use crate::tensor::Tokens;
+use crate::types::Dtype;
+use crate::workspace::{Carver, Sizes};
+
+/// Attends every query of the batch to the boxes its list names, and combines: the last stages of a step.
+///
+/// # Safety
+/// args: NULL, or readable for its struct_size bytes, with pointers and tensors as its fields say; nobody else writes
+/// to those, or reads the outputs or the workspace, during the call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn compactattn_attend(
+    plan: *const compactattn_plan,
+    args: *const compactattn_attend_args,
+) -> compactattn_status {
+    guard(|| {
+        handle::plan(plan.cast())?.run(|plan| {
+            // SAFETY: this function's contract.
+            let args = unsafe { input("args", args) }?;
+            // SAFETY: this function's contract.
+            unsafe { attend_args(plan, &args) }
+        })
+    })
+}
+
+/// Merges two results of the same queries over disjoint KV, weighted by their lse; for prefix and suffix, or for ranks
+/// that hold parts of the context.
+///
+/// # Safety
+/// As compactattn_attend.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn compactattn_combine(
+    plan: *const compactattn_plan,
+    args: *const compactattn_combine_args,
+) -> compactattn_status {
+    guard(|| {
+        handle::plan(plan.cast())?.run(|plan| {
+            // SAFETY: this function's contract.
+            let args = unsafe { input("args", args) }?;
+            // SAFETY: this function's contract.
+            unsafe { combine_args(plan, &args) }
+        })
+    })
+}
+
+/// One layer of one step: select, union, table, attend, combine; counts into the layer's statistics.
+///
+/// No requests, or no queries: COMPACTATTN_OK, and nothing is written. On any other status nothing was written
+/// either. Threads may call it on one plan at once, each with a workspace of its own.
+///
+/// # Safety
+/// As compactattn_attend.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn compactattn_forward(
+    plan: *const compactattn_plan,
+    args: *const compactattn_forward_args,
+) -> compactattn_status {
+    guard(|| {
+        handle::plan(plan.cast())?.run(|plan| {
+            // SAFETY: this function's contract.
+            let args = unsafe { input("args", args) }?;
+            // SAFETY: this function's contract.
+            unsafe { forward_args(plan, &args) }
+        })
+    })
+}
+
+/// # Safety
+/// As [`compactattn_forward`], for what `args` points to.
+unsafe fn forward_args(plan: &PlanObject, args: &compactattn_forward_args) -> Result<()> {
+    plan.check_stream(args.stream)?;
+    let planned = plan.layout(args.layer)?;
+    // SAFETY: this function's contract.
+    let own = unsafe { optional("args.settings", args.settings) }?;
+    let own = own.map(|own| settings::from_c(&own)).transpose()?;
+    let layout = own.map_or(Ok(*planned), |own| Layout::new(planned.shape, own, planned.limits))?;
+    // SAFETY: this function's contract.
+    let step = unsafe { StepViews::read(plan, &layout, args) }?;
+    let results = OutputViews::check(plan, &layout.shape, step.batch.total_q, (&args.out, &args.lse))?;
+    let scratch = if step.batch.is_empty() {
+        None
+    } else {
+        Some(scratch(plan, &layout, args.workspace, args.workspace_bytes)?)
+    };
+    let outputs: Vec<View> = results.views().into_iter().chain(scratch.map(|scratch| scratch.view)).collect();
+    check_apart(&outputs, &step.views())?;
+    // SAFETY: this function's contract; outputs lie apart from it.
+    let batch = unsafe { step.batch.open(plan, args.layer) }?;
+    if let Some(external) = step.external {
+        external.check_rows(&layout, &batch)?;
+    }
+    let Some(scratch) = scratch else { return Ok(()) };
+    // SAFETY: as above.
+    let (summaries, external) = unsafe { step.open() };
+    let step = Step { layer: plan.layer(args.layer)?, summaries, external, settings: own };
+    // SAFETY: this function's contract; outputs lie apart from each other and from inputs.
+    let (out, lse) = unsafe { results.open() };
+    // SAFETY: as above; `scratch` has checked pointer and length.
+    let workspace = unsafe { workspace(scratch.data, scratch.bytes) };
+    plan.plan.forward(&batch, &step, &mut Output { out, lse }, workspace)
+}
+
+/// What forward reads.
+struct StepViews {
+    batch: BatchViews,
+    summaries: Option<SummaryViews>,
+    external: Option<SelectionViews>,
+}
+
+impl StepViews {
+    /// # Safety
+    /// As [`forward_args`].
+    unsafe fn read(plan: &PlanObject, layout: &Layout, args: &compactattn_forward_args) -> Result<Self> {
+        // SAFETY: this function's contract.
+        let batch = unsafe { BatchViews::read(plan, layout, args.batch) }?;
+        let summaries = match args.summaries.is_null() {
+            true => None,
+            // SAFETY: this function's contract.
+            false => Some(unsafe { SummaryViews::read(plan, layout, batch.num_pages, args.summaries) }?),
+        };
+        let names = ["external", "external.scores", "external.masks"];
+        let external = match args.external.is_null() {
+            true => None,
+            // SAFETY: this function's contract.
+            false => Some(unsafe { SelectionViews::read(plan, layout, names, args.external) }?),
+        };
+        external.iter().try_for_each(|external| external.check_one("external"))?;
+        Ok(Self { batch, summaries, external })
+    }
+
+    fn views(&self) -> Vec<View> {
+        let summaries = self.summaries.map_or(Vec::new(), |summaries| summaries.views());
+        let external = self.external.map_or(Vec::new(), |external| external.views());
+        [&self.batch.views[..], &summaries, &external].concat()
+    }
+
+    /// # Safety
+    /// As [`BatchViews::open`].
+    unsafe fn open<'a>(&self) -> (Option<crate::summaries::Summaries<'a>>, Option<External<'a>>) {
+        // SAFETY: this function's contract.
+        let summaries = self.summaries.map(|summaries| unsafe { summaries.open() });
+        let external = self.external.and_then(|external| match (external.scores, external.masks) {
+            // SAFETY: this function's contract; the dtype is f32.
+            (Some(scores), _) => Some(External::Scores(unsafe { scores.slice() })),
+            // SAFETY: this function's contract; the dtype is u32.
+            (_, Some(masks)) => Some(External::Masks(unsafe { masks.slice() })),
+            _ => None,
+        });
+        (summaries, external)
+    }
+}
+
+/// # Safety
+/// As [`compactattn_attend`], for what `args` points to.
+unsafe fn attend_args(plan: &PlanObject, args: &compactattn_attend_args) -> Result<()> {
+    plan.check_stream(args.stream)?;
+    let layout = plan.layout(args.layer)?;
+    // SAFETY: this function's contract.
+    let views = unsafe { BatchViews::read(plan, layout, args.batch) }?;
+    // SAFETY: this function's contract.
+    let table = unsafe { Rows::table(plan, layout, args.table) }?;
+    // SAFETY: this function's contract.
+    let correction = unsafe { CorrectionViews::read(plan, layout, views.num_pages, args) }?;
+    let results = OutputViews::check(plan, &layout.shape, views.total_q, (&args.out, &args.lse))?;
+    let scratch = if views.is_empty() {
+        None
+    } else {
+        Some(scratch(plan, layout, args.workspace, args.workspace_bytes)?)
+    };
+    let outputs: Vec<View> = results.views().into_iter().chain(scratch.map(|scratch| scratch.view)).collect();
+    let read = correction.as_ref().map_or(Vec::new(), CorrectionViews::views);
+    check_apart(&outputs, &[&views.views[..], &table.views, &read].concat())?;
+    // SAFETY: this function's contract; outputs lie apart from it.
+    let batch = unsafe { views.open(plan, args.layer) }?;
+    // SAFETY: as above.
+    let table = unsafe { table.open(layout, &batch) }?;
+    // SAFETY: as above.
+    let correction = correction.map(|correction| unsafe { correction.open(layout, &batch) }).transpose()?;
+    let Some(scratch) = scratch else { return Ok(()) };
+    // SAFETY: as above; `scratch` has checked pointer and length.
+    let mut partials = partials(plan, layout, &batch, unsafe { workspace(scratch.data, scratch.bytes) })?;
+    attend::attend(layout, &batch, &table, correction.as_ref(), &mut partials, plan.context.parallel);
+    // SAFETY: this function's contract; outputs lie apart from each other and from inputs.
+    let (mut out, mut lse) = unsafe { results.open() };
+    combine::combine(layout, &batch, &partials, &mut out, lse.as_mut(), plan.context.parallel);
+    Ok(())
+}
+
+/// What mean correction reads.
+struct CorrectionViews {
+    lists: View,
+    summaries: SummaryViews,
+}
+
+impl CorrectionViews {
+    /// # Safety
+    /// As [`attend_args`].
+    unsafe fn read(
+        plan: &PlanObject,
+        layout: &Layout,
+        num_pages: usize,
+        args: &compactattn_attend_args,
+    ) -> Result<Option<Self>> {
+        if args.lists.is_null() && args.summaries.is_null() {
+            return Ok(None);
+        }
+        // SAFETY: this function's contract.
+        let lists = unsafe { read_lists(plan, layout, args.lists) }?;
+        // SAFETY: this function's contract.
+        let summaries = unsafe { SummaryViews::read(plan, layout, num_pages, args.summaries) }?;
+        if summaries.v_mean.is_none() {
+            let wanted = "mean values, for mean correction";
+            return Err(Error::new(Status::Null, "summaries.v_mean", wanted, "none"));
+        }
+        Ok(Some(Self { lists, summaries }))
+    }
+
+    fn views(&self) -> Vec<View> {
+        [self.lists].into_iter().chain(self.summaries.views()).collect()
+    }
+
+    /// # Safety
+    /// As [`BatchViews::open`].
+    unsafe fn open<'a>(&self, layout: &Layout, batch: &Batch) -> Result<Correction<'a>> {
+        check_rows(&self.lists, list_rows(layout, batch), "list rows of this batch")?;
+        // SAFETY: this function's contract; the dtype is u32.
+        let lists = unsafe { self.lists.slice() };
+        // SAFETY: this function's contract.
+        Correction::new(lists, unsafe { self.summaries.open() })
+    }
+}
+
+/// # Safety
+/// As [`compactattn_combine`], for what `args` points to.
+unsafe fn combine_args(plan: &PlanObject, args: &compactattn_combine_args) -> Result<()> {
+    plan.check_stream(args.stream)?;
+    let shape = plan.layout(0)?.shape;
+    let device = plan.context.device;
+    let out_a = check(&args.out_a, &q_like("args.out_a", &shape, Dim::Any, device))?;
+    let total_q = out_a.shape[0];
+    let tokens = Dim::Is(total_q, "total_q");
+    let out_b = check(&args.out_b, &q_like("args.out_b", &shape, tokens, device))?;
+    let heads = Dim::Is(shape.num_q_heads, "num_q_heads");
+    let lse = |name, lse: &compactattn_tensor| {
+        check(lse, &Wanted::rows(name, Dtype::F32, vec![heads, tokens], device))
+    };
+    let (lse_a, lse_b) = (lse("args.lse_a", &args.lse_a)?, lse("args.lse_b", &args.lse_b)?);
+    let results = OutputViews::check(plan, &shape, total_q, (&args.out, &args.lse))?;
+    check_apart(&results.views(), &[out_a, lse_a, out_b, lse_b])?;
+    // SAFETY: this function's contract; outputs lie apart from inputs.
+    let a = unsafe { side(&out_a, &lse_a) };
+    // SAFETY: as above.
+    let b = unsafe { side(&out_b, &lse_b) };
+    // SAFETY: as above, and apart from each other.
+    let (mut out, mut lse) = unsafe { results.open() };
+    merge(&shape, total_q, (&a, &b), &mut out, lse.as_mut());
+    Ok(())
+}
+
+/// # Safety
+/// As [`View::slice`].
+unsafe fn side<'a>(out: &View, lse: &View) -> Side<'a> {
+    // SAFETY: this function's contract; the dtype is a floating-point one.
+    let elements = unsafe { out.elements() };
+    let out = Tokens { elements, stride_token: out.stride[0], stride_head: out.stride[1] };
+    // SAFETY: this function's contract; the dtype is f32.
+    Side { out, lse: unsafe { lse.slice() }, stride_head: lse.stride[0] }
+}
+
+/// A checked workspace, not yet touched.
+#[derive(Clone, Copy)]
+struct Scratch {
+    data: *mut u8,
+    bytes: usize,
+    view: View,
+}
+
+fn scratch(plan: &PlanObject, layout: &Layout, data: *mut c_void, bytes: i64) -> Result<Scratch> {
+    let needed = Sizes::of(layout, plan.plan.splits())?.workspace_bytes;
+    let refuse = |got: String| {
+        let wanted = format!("{needed} bytes aligned to {}", Sizes::ALIGNMENT);
+        Err(Error::new(Status::Workspace, "args.workspace", wanted, got))
+    };
+    if data.is_null() {
+        return refuse("NULL".into());
+    }
+    if !data.addr().is_multiple_of(Sizes::ALIGNMENT) {
+        return refuse("a misaligned address".into());
+    }
+    match usize::try_from(bytes) {
+        // What lies beyond the need is never touched, so its length does not matter.
+        Ok(given) if given >= needed => {
+            let view = View::of_bytes("args.workspace", data.cast(), needed);
+            Ok(Scratch { data: data.cast(), bytes: needed, view })
+        }
+        _ => refuse(format!("{bytes} bytes")),
+    }
+}
+
+/// The attend stage's part of a workspace, cut to this batch.
+fn partials<'a>(
+    plan: &PlanObject,
+    layout: &Layout,
+    batch: &Batch,
+    workspace: &'a mut [u8],
+) -> Result<Partials<'a>> {
+    let splits = plan.plan.splits();
+    let sizes = Sizes::of(layout, splits)?;
+    let mut carver = Carver::new(workspace, sizes.workspace_bytes)?;
+    let (out, lse) = (carver.take(sizes.partial_out)?, carver.take(sizes.partial_lse)?);
+    let rows = splits * batch.total_q() * layout.shape.num_q_heads;
+    Ok(Partials { splits, out: &mut out[..rows * layout.shape.head_dim], lse: &mut lse[..rows] })
+}

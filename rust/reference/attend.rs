@@ -1,0 +1,107 @@
+//! Softmax attention of each query over the tokens its list reads and causality allows.
+
+use super::{Request, block_means, chunks, dot};
+use crate::plan::Layout;
+
+/// One output row.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    /// `[head_dim]`; 0 where nothing is visible.
+    pub out: Vec<f64>,
+    /// Natural log-sum-exp; −inf where nothing is visible.
+    pub lse: f64,
+    /// `[head_dim]` weighted mean of |v|: what relative errors of the weights scale with.
+    pub spread: Vec<f64>,
+    /// Keys (and mean keys) that took part.
+    pub terms: usize,
+    /// Largest `|q| |k| sm_scale` among them: what absolute errors of the logits scale with.
+    pub reach: f64,
+}
+
+/// Rows `[num_q_heads][total_q]` of the batch, each attending to `lists [list spans * lists per span][blocks]`.
+///
+/// With mean correction, each past block a list skips adds `block_size * exp(q . k_mean * sm_scale)` of weight with
+/// value `v_mean`.
+#[must_use]
+pub fn attend(layout: &Layout, requests: &[Request], lists: &[Vec<bool>]) -> Vec<Vec<Row>> {
+    let shape = &layout.shape;
+    let group = shape.num_q_heads / shape.num_kv_heads;
+    let means: Vec<Vec<Means>> = requests.iter().map(|r| Means::of(layout, r)).collect();
+    let spans = chunks(layout, requests, layout.settings.scope.query_span);
+    let per_span = lists.len() / spans.len().max(1);
+    let lists_per_kv_head = per_span / shape.num_kv_heads;
+    let run = match layout.settings.scope.heads_per_list {
+        0 => group,
+        n => n,
+    };
+    let row = |head: usize, s: usize, t: usize| {
+        let kv_head = head / group;
+        let list = s * per_span + kv_head * lists_per_kv_head + head % group / run;
+        let request = &requests[spans[s].req];
+        let at = At { layout, request, means: &means[spans[s].req][kv_head], kv_head };
+        at.row(&request.q[head][t], request.visible(t), &lists[list])
+    };
+    let rows = |head: usize| {
+        let tokens = spans.iter().enumerate().flat_map(|(s, span)| span.tokens.clone().map(move |t| (s, t)));
+        tokens.map(|(s, t)| row(head, s, t)).collect()
+    };
+    (0..shape.num_q_heads).map(rows).collect()
+}
+
+/// Block means of one KV head.
+struct Means {
+    k: Vec<Vec<f64>>,
+    v: Vec<Vec<f64>>,
+}
+
+impl Means {
+    fn of(layout: &Layout, request: &Request) -> Vec<Self> {
+        let size = layout.settings.block_size;
+        let past = if layout.settings.mean_correction { request.past() / size * size } else { 0 };
+        let of = |rows: &[Vec<f64>]| block_means(&rows[..past], size);
+        request.k.iter().zip(&request.v).map(|(k, v)| Self { k: of(k), v: of(v) }).collect()
+    }
+}
+
+struct At<'a> {
+    layout: &'a Layout,
+    request: &'a Request,
+    means: &'a Means,
+    kv_head: usize,
+}
+
+impl At<'_> {
+    fn row(&self, q: &[f64], visible: usize, list: &[bool]) -> Row {
+        let block_size = self.layout.settings.block_size;
+        let (keys, values) = (&self.request.k[self.kv_head], &self.request.v[self.kv_head]);
+        let tokens = (0..visible).filter(|t| list[t / block_size]).map(|t| (1.0, &keys[t], &values[t]));
+        // A dense row skips nothing, so past blocks beyond its list do not exist.
+        let skipped = (0..self.means.k.len()).filter(|&j| !list[j]);
+        let stands = skipped.map(|j| (block_size as f64, &self.means.k[j], &self.means.v[j]));
+        let terms: Vec<(f64, &Vec<f64>, &Vec<f64>)> = tokens.chain(stands).collect();
+        weighted_mean(q, f64::from(self.layout.shape.sm_scale), &terms)
+    }
+}
+
+/// `sum_i n_i exp(q . k_i * scale) v_i / sum_i n_i exp(q . k_i * scale)` over `terms (n, k, v)`.
+fn weighted_mean(q: &[f64], scale: f64, terms: &[(f64, &Vec<f64>, &Vec<f64>)]) -> Row {
+    let zero = vec![0.0; q.len()];
+    let empty = Row { out: zero.clone(), lse: f64::NEG_INFINITY, spread: zero, terms: 0, reach: 0.0 };
+    if terms.is_empty() {
+        return empty;
+    }
+    let logits: Vec<f64> = terms.iter().map(|(_, k, _)| dot(q, k) * scale).collect();
+    let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = terms.iter().zip(&logits).map(|((n, _, _), x)| n * (x - max).exp()).collect();
+    let sum: f64 = weights.iter().sum();
+    let mut row = Row { lse: max + sum.ln(), terms: terms.len(), ..empty };
+    for ((_, k, v), w) in terms.iter().zip(&weights) {
+        let share = w / sum;
+        for (x, value) in v.iter().enumerate() {
+            row.out[x] += share * value;
+            row.spread[x] += share * value.abs();
+        }
+        row.reach = row.reach.max((dot(q, q) * dot(k, k)).sqrt() * scale);
+    }
+    row
+}

@@ -1,0 +1,8 @@
+//! Random steps, the pipeline that serves them, and the judge.
+#![allow(dead_code, reason = "each test file uses its part")]
+
+pub(crate) mod case;
+pub(crate) mod judge;
+pub(crate) mod pipeline;
+pub(crate) mod pool;
+pub(crate) mod rng;

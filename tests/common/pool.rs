@@ -1,0 +1,162 @@
+//! K and V pools in the layouts engines use; every slot that no request owns is NaN.
+
+use compactattn::tensor::{Elements, ElementsMut, Pool, Tokens, TokensMut};
+use compactattn::types::{Dtype, Shape};
+use half::{bf16, f16};
+
+use super::rng::Rng;
+
+/// Elements of one of the three types.
+#[derive(Clone)]
+pub(crate) enum Store {
+    Bf16(Vec<bf16>),
+    F16(Vec<f16>),
+    F32(Vec<f32>),
+}
+
+impl Store {
+    pub(crate) fn filled(dtype: Dtype, len: usize, with: f32) -> Self {
+        match dtype {
+            Dtype::Bf16 => Self::Bf16(vec![bf16::from_f32(with); len]),
+            Dtype::F16 => Self::F16(vec![f16::from_f32(with); len]),
+            _ => Self::F32(vec![with; len]),
+        }
+    }
+
+    pub(crate) fn view(&self) -> Elements<'_> {
+        match self {
+            Self::Bf16(x) => Elements::Bf16(x),
+            Self::F16(x) => Elements::F16(x),
+            Self::F32(x) => Elements::F32(x),
+        }
+    }
+
+    pub(crate) fn view_mut(&mut self) -> ElementsMut<'_> {
+        match self {
+            Self::Bf16(x) => ElementsMut::Bf16(x),
+            Self::F16(x) => ElementsMut::F16(x),
+            Self::F32(x) => ElementsMut::F32(x),
+        }
+    }
+
+    fn from(&self, first: usize) -> Elements<'_> {
+        match self {
+            Self::Bf16(x) => Elements::Bf16(&x[first..]),
+            Self::F16(x) => Elements::F16(&x[first..]),
+            Self::F32(x) => Elements::F32(&x[first..]),
+        }
+    }
+}
+
+/// Strides of `[pages, page_size, heads, head_dim]`, and where V lies relative to K in the one buffer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Strides {
+    page: usize,
+    token: usize,
+    head: usize,
+    v_from: usize,
+    len: usize,
+}
+
+impl Strides {
+    /// NHD or HND; K beside V per vector, per page or per pool; padded vectors, tokens and pages.
+    pub(crate) fn random(rng: &mut Rng, shape: &Shape, pages: usize) -> Self {
+        let (heads, dim, size) = (shape.num_kv_heads, shape.head_dim, shape.page_size);
+        let pad = |rng: &mut Rng| if rng.once_in(4) { 8 * rng.within(1, 3) } else { 0 };
+        let (by_token, kv_beside) = (rng.once_in(2), rng.below(3));
+        let vector = (dim + pad(rng)) * if kv_beside == 0 { 2 } else { 1 };
+        let (token, head, page) = if by_token {
+            let token = vector * heads + pad(rng);
+            (token, vector, token * size)
+        } else {
+            let head = vector * size + pad(rng);
+            (vector, head, head * heads)
+        };
+        let half = page + pad(rng);
+        let page = if kv_beside == 1 { 2 * half } else { half };
+        let v_from = [vector / 2, half, page * pages][kv_beside];
+        let len = if kv_beside == 2 { 2 * page * pages } else { page * pages };
+        Self { page, token, head, v_from, len }
+    }
+}
+
+/// One buffer that holds both pools.
+#[derive(Clone)]
+pub(crate) struct Pools {
+    pub(crate) store: Store,
+    pub(crate) strides: Strides,
+    pub(crate) num_pages: usize,
+}
+
+impl Pools {
+    pub(crate) fn poisoned(shape: &Shape, strides: Strides, num_pages: usize) -> Self {
+        let store = Store::filled(shape.dtype, strides.len, f32::NAN);
+        Self { store, strides, num_pages }
+    }
+
+    /// Where the K (`v = false`) or V vector of a slot starts.
+    pub(crate) fn offset(&self, v: bool, (page, row): (usize, usize), head: usize) -> usize {
+        let s = self.strides;
+        page * s.page + row * s.token + head * s.head + if v { s.v_from } else { 0 }
+    }
+
+    pub(crate) fn write(&mut self, v: bool, slot: (usize, usize), head: usize, x: &[f32]) {
+        let offset = self.offset(v, slot, head);
+        self.store.view_mut().store(offset, x);
+    }
+
+    pub(crate) fn read(&self, v: bool, slot: (usize, usize), head: usize, x: &mut [f32]) {
+        self.store.view().load(self.offset(v, slot, head), x);
+    }
+
+    pub(crate) fn view(&self, v: bool) -> Pool<'_> {
+        let s = self.strides;
+        Pool {
+            elements: self.store.from(if v { s.v_from } else { 0 }),
+            num_pages: self.num_pages,
+            stride_page: s.page,
+            stride_token: s.token,
+            stride_head: s.head,
+        }
+    }
+}
+
+/// `[tokens, heads, head_dim]`, perhaps padded.
+#[derive(Clone)]
+pub(crate) struct Packed {
+    pub(crate) store: Store,
+    pub(crate) stride_token: usize,
+    pub(crate) stride_head: usize,
+}
+
+impl Packed {
+    pub(crate) fn poisoned(rng: &mut Rng, shape: &Shape, tokens: usize) -> Self {
+        let pad = |rng: &mut Rng| if rng.once_in(4) { 8 * rng.within(1, 3) } else { 0 };
+        let stride_head = shape.head_dim + pad(rng);
+        let stride_token = stride_head * shape.num_q_heads + pad(rng);
+        let store = Store::filled(shape.dtype, stride_token * tokens, f32::NAN);
+        Self { store, stride_token, stride_head }
+    }
+
+    pub(crate) fn write(&mut self, token: usize, head: usize, x: &[f32]) {
+        let offset = token * self.stride_token + head * self.stride_head;
+        self.store.view_mut().store(offset, x);
+    }
+
+    pub(crate) fn view(&self) -> Tokens<'_> {
+        let Self { stride_token, stride_head, .. } = *self;
+        Tokens { elements: self.store.view(), stride_token, stride_head }
+    }
+
+    pub(crate) fn view_mut(&mut self) -> TokensMut<'_> {
+        let Self { stride_token, stride_head, .. } = *self;
+        TokensMut { elements: self.store.view_mut(), stride_token, stride_head }
+    }
+
+    /// `[head_dim]` of one token and head.
+    pub(crate) fn read(&self, token: usize, head: usize, head_dim: usize) -> Vec<f32> {
+        let mut x = vec![0.0; head_dim];
+        self.view().load(token, head, &mut x);
+        x
+    }
+}
