@@ -145,6 +145,11 @@ class Plan:
         call("compactattn_plan_stats", self.handle, int32("layer", layer), byref(stats))
         return Stats(**{name: getattr(stats, name) for name in _STATS})
 
+    def settings(self, layer: int = 0) -> Settings:
+        """The layer's settings."""
+        own = self.desc.layer_settings[layer] if self.desc.layer_settings else None
+        return own or self.desc.settings or Settings.mode("compactattn")
+
     def summary_bytes(self, num_pages: int, layer: int = 0) -> int:
         """Bytes of k_mean (and as many of v_mean) for a pool of ``num_pages``."""
         num_bytes = c_int64()

@@ -104,6 +104,8 @@ class Settings:
             value = getattr(struct, field.name)
             if field.name in _ENUMS:
                 value = _ENUMS[field.name](value).name.lower()
+            elif field.type == "float":
+                value = _shortest(value)
             values[field.name] = bool(value) if field.type == "bool" else value
         return cls(**values)  # type: ignore[arg-type]
 
@@ -130,6 +132,12 @@ def _number(name: str, value: object) -> float:
     if not isinstance(value, (int, float)):
         raise invalid(E_VALUE, name, "a number", type(value).__name__)
     return float(value)
+
+
+def _shortest(value: float) -> float:
+    """The number with the fewest digits that is the same in C's float: 0.97, not 0.9700000286102295."""
+    texts = (f"{value:.{digits}g}" for digits in range(1, 9))
+    return next((float(x) for x in texts if ctypes.c_float(float(x)).value == value), value)
 
 
 def _member(argument: str, enum: type[_E], name: object) -> _E:

@@ -42,30 +42,31 @@ def select(
 ) -> Selection:
     """Scores every past block; keeps blocks row by row into masks.
 
+    ``summaries``: None = block means are made anew in this call where the selector reads them.
     Scores of the open region, and of requests that are dense by policy, stay as they were (0 in fresh memory).
     """
     if out is None:
         sizes, heads = plan.sizes(layer), plan.desc.num_q_heads
         scores = Array((sizes.select_rows, heads, sizes.max_blocks), Dtype.F32)
         out = Selection(scores, Array((sizes.select_rows, heads, sizes.mask_words), Dtype.U32))
-    means = byref(summaries.struct) if summaries else None
+    means = _means(plan, batch, layer, summaries)
     call(
         "compactattn_select",
         plan.handle,
         int32("layer", layer),
         byref(batch.struct),
-        means,
+        byref(means.struct) if means else None,
         out.for_writing(),
     )
     return out
 
 
 def union(plan: Plan, batch: Batch, selection: Selection, *, layer: int = 0, out: Any = None) -> Lists:
-    """Unites what the rows under one list keep, by masks where the layer keeps by row, else by merged scores."""
+    """Unites scores (or, without them, masks) of the rows that share a list, the way the layer's settings say."""
     sizes = plan.sizes(layer)
     bits = Array((sizes.list_rows, sizes.mask_words), Dtype.U32) if out is None else out
-    by_masks = selection.scores is None or _keeps_by_row(plan, layer)
-    one = Selection(masks=selection.masks) if by_masks else Selection(scores=selection.scores)
+    # The library takes one of the two; from scores it goes the layer's own way.
+    one = selection if selection.scores is None else Selection(scores=selection.scores)
     tensor, rows = view("lists", bits, writable=True).tensor, c_int64()
     where = (plan.handle, int32("layer", layer), byref(batch.struct), byref(one.struct))
     call("compactattn_union", *where, byref(tensor), byref(rows))
@@ -157,11 +158,18 @@ def _on_lists(function: str, plan: Plan, batch: Batch, lists: Lists, layer: int,
     call(function, plan.handle, int32("layer", layer), byref(batch.struct), byref(tensor), *outputs)
 
 
-def _keeps_by_row(plan: Plan, layer: int) -> bool:
-    own = plan.desc.layer_settings[layer] if plan.desc.layer_settings else None
-    settings = own or plan.desc.settings
-    return settings is not None and settings.keep_at == "row"
+def _means(plan: Plan, batch: Batch, layer: int, given: Summaries | None) -> Summaries | None:
+    settings = plan.settings(layer)
+    if given or settings.selector not in _READS_MEANS:
+        return given
+    made = Summaries.empty(plan, batch.k.shape[0], layer=layer)
+    update_summaries(plan, batch, made, layer=layer, which="all")
+    return made
 
 
 def _ints(count: int) -> Array:
     return Array((count,), Dtype.I32)
+
+
+# The library refuses the others by name, should this set fall behind.
+_READS_MEANS = {"flashprefill", "pooled_mass", "two_level"}

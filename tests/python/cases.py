@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 import compactattn
+import numpy as np
 
 LAYOUTS = ("nhd", "hnd", "interleaved")
 

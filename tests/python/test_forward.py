@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import compactattn
 import numpy as np
 import pytest
 from cases import LAYOUTS, Case, loaded, tolerance
-
-import compactattn
 
 RAGGED = [(1, 1), (17, 33), (40, 190), (0, 20), (5, 5), (16, 64)]
 

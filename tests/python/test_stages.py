@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import compactattn
 import numpy as np
 import pytest
 from cases import Case
 from test_forward import sparse
-
-import compactattn
 
 LENS = [(33, 400), (64, 256), (0, 50), (7, 90)]
 
