@@ -644,6 +644,7 @@ extern "C" {
 // Returns the length of the whole text without the NUL; 0 if no call on this thread has failed. A call that
 // succeeds leaves the text as it is.
 //
+// Memory:
 // buf: NULL, or writable for cap bytes.
 size_t compactattn_last_error(char *buf, size_t cap);
 
@@ -658,6 +659,7 @@ uint32_t compactattn_abi_version(void);
 
 // Copies one line on how the library was built into buf, as compactattn_last_error does.
 //
+// Memory:
 // buf: NULL, or writable for cap bytes.
 size_t compactattn_build_info(char *buf, size_t cap);
 
@@ -667,6 +669,7 @@ size_t compactattn_build_info(char *buf, size_t cap);
 // COMPACTATTN_E_ABI for a caller built for another ABI; COMPACTATTN_E_NO_DRIVER or COMPACTATTN_E_NOT_BUILT for CUDA
 // where it cannot be served.
 //
+// Memory:
 // desc: NULL, or readable for its struct_size bytes. out_context: NULL, or writable. NULL is refused, not followed.
 compactattn_status compactattn_context_create(const struct compactattn_context_desc *desc,
                                               struct compactattn_context **out_context);
@@ -678,11 +681,13 @@ compactattn_status compactattn_context_destroy(struct compactattn_context *conte
 //
 // Set out->struct_size before the call.
 //
+// Memory:
 // out: NULL, or readable and writable for its struct_size bytes.
 compactattn_status compactattn_settings_init(int32_t selector, struct compactattn_settings *out);
 
 // Fills out with the settings of a compactattn_mode. Set out->struct_size before the call.
 //
+// Memory:
 // out: NULL, or readable and writable for its struct_size bytes.
 compactattn_status compactattn_settings_from_mode(int32_t mode, struct compactattn_settings *out);
 
@@ -691,12 +696,14 @@ compactattn_status compactattn_settings_from_mode(int32_t mode, struct compactat
 // layer -1 means: any layer the file does not name. Set out->struct_size before the call. Nothing else in this
 // library reads the environment. COMPACTATTN_E_CONFIG or COMPACTATTN_E_IO where it cannot be understood.
 //
+// Memory:
 // out: NULL, or readable and writable for its struct_size bytes. No other thread changes the environment meanwhile.
 compactattn_status compactattn_settings_from_env(int32_t layer,
                                                  struct compactattn_settings *out);
 
 // Makes a plan: checks shapes and settings once for all steps. out_plan is set only on COMPACTATTN_OK.
 //
+// Memory:
 // desc: NULL, or readable for its struct_size bytes, with pointers as its fields say. out_plan: NULL, or writable.
 // NULL is refused, not followed.
 compactattn_status compactattn_plan_create(const struct compactattn_context *context,
@@ -712,6 +719,7 @@ compactattn_status compactattn_plan_destroy(struct compactattn_plan *plan);
 //
 // reason is cut to cap bytes and ended by NUL; NULL is fine.
 //
+// Memory:
 // desc as for compactattn_plan_create. reason: NULL, or writable for cap bytes.
 compactattn_status compactattn_supports(const struct compactattn_context *context,
                                         const struct compactattn_plan_desc *desc,
@@ -722,6 +730,7 @@ compactattn_status compactattn_supports(const struct compactattn_context *contex
 //
 // Set out->struct_size before the call. Sizes grow with each limit of the plan, so asking once is enough.
 //
+// Memory:
 // settings: NULL, or readable for its struct_size bytes. out: NULL, or readable and writable for its own.
 compactattn_status compactattn_plan_sizes(const struct compactattn_plan *plan,
                                           int32_t layer,
@@ -730,6 +739,7 @@ compactattn_status compactattn_plan_sizes(const struct compactattn_plan *plan,
 
 // Bytes of k_mean (and as many of v_mean) that one layer's summaries need for a pool of num_pages.
 //
+// Memory:
 // out_bytes: NULL, or writable.
 compactattn_status compactattn_summary_bytes(const struct compactattn_plan *plan,
                                              int32_t layer,
@@ -740,6 +750,7 @@ compactattn_status compactattn_summary_bytes(const struct compactattn_plan *plan
 //
 // Set out->struct_size before the call. Calls on other threads may be half counted.
 //
+// Memory:
 // out: NULL, or readable and writable for its struct_size bytes.
 compactattn_status compactattn_plan_stats(const struct compactattn_plan *plan,
                                           int32_t layer,
@@ -747,6 +758,7 @@ compactattn_status compactattn_plan_stats(const struct compactattn_plan *plan,
 
 // Writes block means of a compactattn_which into the caller's summaries; call it after the step's KV is written.
 //
+// Memory:
 // batch, summaries: NULL, or readable for their struct_size bytes, with tensors as they say; nobody else writes to
 // those, or reads the summaries, during the call. The same goes for every function below.
 compactattn_status compactattn_summaries_update(const struct compactattn_plan *plan,
@@ -760,6 +772,7 @@ compactattn_status compactattn_summaries_update(const struct compactattn_plan *p
 // summaries may be NULL for selectors that read no block means. Scores of blocks in the open region, and of spans
 // that are dense by policy, are left as they are.
 //
+// Memory:
 // As compactattn_summaries_update.
 compactattn_status compactattn_select(const struct compactattn_plan *plan,
                                       int32_t layer,
@@ -771,6 +784,7 @@ compactattn_status compactattn_select(const struct compactattn_plan *plan,
 //
 // out_rows, if not NULL, becomes the list rows of this batch.
 //
+// Memory:
 // As compactattn_summaries_update. lists: NULL, or readable. out_rows: NULL, or writable.
 compactattn_status compactattn_union(const struct compactattn_plan *plan,
                                      int32_t layer,
@@ -781,6 +795,7 @@ compactattn_status compactattn_union(const struct compactattn_plan *plan,
 
 // Turns lists into rows of physical boxes, through the engine's block table.
 //
+// Memory:
 // As compactattn_union.
 compactattn_status compactattn_table_build(const struct compactattn_plan *plan,
                                            int32_t layer,
@@ -790,6 +805,7 @@ compactattn_status compactattn_table_build(const struct compactattn_plan *plan,
 
 // Turns lists into padded tables of whole engine pages; every page with a selected token, ascending, the chunk last.
 //
+// Memory:
 // As compactattn_union.
 compactattn_status compactattn_table_export_padded(const struct compactattn_plan *plan,
                                                    int32_t layer,
@@ -799,6 +815,7 @@ compactattn_status compactattn_table_export_padded(const struct compactattn_plan
 
 // Turns lists into CSR tables of whole engine pages. out_entries, if not NULL, becomes the entries of indices.
 //
+// Memory:
 // As compactattn_union. out_entries: NULL, or writable.
 compactattn_status compactattn_table_export_csr(const struct compactattn_plan *plan,
                                                 int32_t layer,
@@ -809,6 +826,7 @@ compactattn_status compactattn_table_export_csr(const struct compactattn_plan *p
 
 // Attends every query of the batch to the boxes its list names, and combines: the last stages of a step.
 //
+// Memory:
 // args: NULL, or readable for its struct_size bytes, with pointers and tensors as its fields say; nobody else writes
 // to those, or reads the outputs or the workspace, during the call.
 compactattn_status compactattn_attend(const struct compactattn_plan *plan,
@@ -817,6 +835,7 @@ compactattn_status compactattn_attend(const struct compactattn_plan *plan,
 // Merges two results of the same queries over disjoint KV, weighted by their lse; for prefix and suffix, or for ranks
 // that hold parts of the context.
 //
+// Memory:
 // As compactattn_attend.
 compactattn_status compactattn_combine(const struct compactattn_plan *plan,
                                        const struct compactattn_combine_args *args);
@@ -826,6 +845,7 @@ compactattn_status compactattn_combine(const struct compactattn_plan *plan,
 // No requests, or no queries: COMPACTATTN_OK, and nothing is written. On any other status nothing was written
 // either. Threads may call it on one plan at once, each with a workspace of its own.
 //
+// Memory:
 // As compactattn_attend.
 compactattn_status compactattn_forward(const struct compactattn_plan *plan,
                                        const struct compactattn_forward_args *args);

@@ -36,10 +36,8 @@ fn generated() -> String {
     }
     let mut header = Vec::new();
     builder.generate().unwrap().write(&mut header);
-    // `# Safety` headings are for Rust readers; the sentences under them hold in C as they stand.
-    let text = String::from_utf8(header).unwrap();
-    let lines = text.lines().filter(|line| line.trim() != "// # Safety").map(str::trim_end);
-    lines.flat_map(|line| [line, "\n"]).collect()
+    // What Rust calls safety is, to a C reader, about memory.
+    String::from_utf8(header).unwrap().replace("// # Safety\n", "// Memory:\n")
 }
 
 fn version_macros() -> String {
