@@ -34,13 +34,24 @@ class CargoHook(BuildHookInterface[Any]):
         cargo = shutil.which("cargo")
         if cargo is None:
             raise SystemExit("compactattn: cargo is missing; install Rust 1.88 or newer (https://rustup.rs)")
+        # Cargo's own target folder, so that a tree that was built before is not built again.
         target = Path(os.environ.get("CARGO_TARGET_DIR", Path(self.root) / "target")).absolute()
         command = [cargo, "build", "--release", "--locked", "--features", "cli", "--lib", "--bin", "compactattn"]
-        # Debug information is of no use without the sources, and several times the size of the code.
-        command += ["--config", 'profile.release.strip="symbols"', "--target-dir", str(target / "wheel")]
+        command += ["--target-dir", str(target)]
         if subprocess.run(command, cwd=self.root, check=False).returncode:
             raise SystemExit("compactattn: cargo build failed; its message stands above")
-        return target / "wheel" / "release"
+        return _stripped(target / "release", target / "wheel")
+
+
+def _stripped(built: Path, into: Path) -> Path:
+    """Copies without debug information, which is no use without the sources; whole ones where there is no strip."""
+    into.mkdir(exist_ok=True)
+    strip = shutil.which("strip")
+    for name in ("libcompactattn.so", "compactattn"):
+        shutil.copy(built / name, into / name)
+        if strip is not None:
+            subprocess.run([strip, str(into / name)], check=True)
+    return into
 
 
 def _platform() -> str:

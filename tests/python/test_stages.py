@@ -79,7 +79,7 @@ def test_stages_in_a_row_equal_forward_bit_for_bit() -> None:
 
 def test_combining_two_halves_equals_the_whole() -> None:
     case = Case([(20, 200)], seed=10)
-    plan, batch, _ = made(case)
+    plan, _, _ = made(case)
     halves = []
     for even in (0, 1):
         # Blocks of 16 tokens, every other one; the chunk's own (12 on) go to one half.
