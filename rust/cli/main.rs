@@ -1,3 +1,150 @@
 //! The `compactattn` command-line tool.
 
-fn main() {}
+mod attend;
+mod contender;
+mod demo;
+mod doctor;
+
+mod extract;
+mod forward;
+mod host;
+mod inspect;
+
+mod options;
+mod plot;
+mod plot_error;
+mod plot_heat;
+mod plot_union;
+
+mod pool;
+mod prefill;
+mod report;
+mod selftest;
+mod stages;
+mod summary;
+mod sweep;
+mod synthetic;
+mod trace;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use compactattn::{Error, Status};
+
+/// Chunked-prefill attention that reads only the KV pages that matter.
+#[derive(Debug, Parser)]
+#[command(name = "compactattn", version, propagate_version = true)]
+struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    command: Command,
+    /// Log to stderr: -v what was decided, -vv everything.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Chunked prefill over real tensors: every selector against dense attention, as tables and plots.
+    Demo(demo::Args),
+    /// Attend one trace with one selector; writes out and lse.
+    Attend(attend::Args),
+    /// What the union over heads and queries costs, layer by layer and head by head.
+    Inspect(inspect::Args),
+    /// Copy some layers of a trace into a smaller file.
+    Extract(extract::Args),
+    /// This machine, this build, the settings in force, and a self-test.
+    Doctor(doctor::Args),
+    /// Name and version.
+    Version,
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    log_to_stderr(cli.verbose);
+    match run(&cli.command, &mut io::stdout().lock()) {
+        Ok(code) => code,
+        // Whoever reads our output has seen enough.
+        Err(Failure::Write(e)) if e.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(Failure::Write(e)) => complain(&format!("cannot write to stdout: {e}"), ExitCode::FAILURE),
+        Err(Failure::Library(e)) => complain(&e.to_string(), exit_code(&e)),
+    }
+}
+
+fn run(command: &Command, out: &mut impl Write) -> std::result::Result<ExitCode, Failure> {
+    match command {
+        Command::Demo(args) => demo::run(args, out)?,
+        Command::Attend(args) => attend::run(args, out)?,
+        Command::Inspect(args) => inspect::run(args, out)?,
+        Command::Extract(args) => extract::run(args, out)?,
+        Command::Doctor(args) => return doctor::run(args, out),
+        Command::Version => writeln!(out, "compactattn {}", env!("CARGO_PKG_VERSION"))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Why a command stopped.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The library or an input said no.
+    Library(Error),
+    /// Standard output did.
+    Write(io::Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Library(error)
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Write(error)
+    }
+}
+
+/// What a command returns.
+pub(crate) type Outcome = std::result::Result<(), Failure>;
+
+/// 2 for the caller's mistakes, 1 for everything else.
+fn exit_code(error: &Error) -> ExitCode {
+    let callers = (error.status() as i32) < Status::NoDriver as i32;
+    ExitCode::from(if callers { 2 } else { 1 })
+}
+
+/// Help and version as they are; a mistake as one line.
+fn usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        return if error.print().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        let _ = error.print();
+        return ExitCode::from(2);
+    }
+    let text = error.render().to_string();
+    // clap separates its message from usage and tips by an empty line.
+    let message: Vec<_> = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect();
+    let message = message.join(" ");
+    let message = message.strip_prefix("error: ").unwrap_or(&message);
+    complain(&format!("{message} (see --help)"), ExitCode::from(2))
+}
+
+fn complain(message: &str, code: ExitCode) -> ExitCode {
+    // With stderr gone too, the exit code is all that is left to say.
+    let _ = writeln!(io::stderr(), "error: {message}");
+    code
+}
+
+fn log_to_stderr(verbose: u8) {
+    let level = match verbose {
+        0 => return,
+        1 => tracing::Level::DEBUG,
+        _ => tracing::Level::TRACE,
+    };
+    tracing_subscriber::fmt().with_max_level(level).with_writer(io::stderr).init();
+}

@@ -1,0 +1,176 @@
+//! `demo`: chunked prefill over real tensors, dense against every selector.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use compactattn::Result;
+use compactattn::settings::{Scope, Selector, Settings};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::contender::{self, BLOCK, Contender};
+use crate::forward::forward;
+use crate::options::EngineArgs;
+use crate::plot_heat::Heat;
+use crate::prefill::Prefill;
+use crate::report::{self, Column, fraction};
+use crate::sweep::{Row, Sweep};
+use crate::trace::Trace;
+use crate::{Outcome, host, plot_error, plot_heat, prefill, summary};
+
+/// Options of `demo`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// A safetensors file with layerN.q, layerN.k, layerN.v, each [tokens, heads, head_dim].
+    #[arg(long, value_name = "FILE", default_value = "tests/data/smollm2_layer26.safetensors")]
+    trace: PathBuf,
+    /// Where summary.json and the plots go.
+    #[arg(long, value_name = "DIR", default_value = "target/demo")]
+    out: PathBuf,
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+/// Runs the comparison, prints it and writes summary.json, selected_blocks.png and error_density.png.
+///
+/// # Errors
+/// Those of the trace, the engine's shape and the stages.
+pub(crate) fn run(args: &Args, out: &mut impl Write) -> Outcome {
+    let trace = Trace::read(&args.trace)?;
+    let engine = args.engine.engine();
+    let fill = |layer| Prefill::run(&trace, layer, &engine, &[BLOCK, 64]);
+    let prefills = trace.layers.iter().map(fill).collect::<Result<Vec<_>>>()?;
+    introduce(args, &trace, &prefills[0], out)?;
+    let mut sweep = Sweep::new(&prefills)?;
+    let rows = measure(&mut sweep, trace.kv_len() - trace.q_len())?;
+    for target in DENSITIES {
+        print_table(&rows, target, out)?;
+    }
+    writeln!(out, "\ndense: {:.0} ms a layer", sweep.dense_ms())?;
+    let ms = forward(&prefills[0], &prefill::sparse(Selector::SampledExact))?.ms;
+    writeln!(out, "one forward with the default settings (sampled_exact, head x chunk): {ms:.0} ms a layer")?;
+    writeln!(out, "skipped: attn_gate (needs trained gate weights; none were given)")?;
+    summary::write(&args.out.join("summary.json"), &summary::rows(&rows, sweep.dense_ms()))?;
+    draw(args, &trace, &prefills[0], &rows)?;
+    for file in ["summary.json", HEAT_PNG, ERROR_PNG] {
+        writeln!(out, "wrote {}", args.out.join(file).display())?;
+    }
+    Ok(())
+}
+
+fn introduce(args: &Args, trace: &Trace, prefill: &Prefill, out: &mut impl Write) -> Outcome {
+    let shape = prefill.shape;
+    let layers: Vec<_> = trace.layers.iter().map(|layer| layer.name()).collect();
+    writeln!(out, "trace: {}, layer {}", args.trace.display(), layers.join(", "))?;
+    if let Some(model) = trace.metadata.get("model") {
+        writeln!(out, "model: {model}")?;
+    }
+    let heads =
+        format!("{} query heads, {} KV heads of {}", shape.num_q_heads, shape.num_kv_heads, shape.head_dim);
+    writeln!(out, "shape: {heads}, {}, pages of {}", shape.dtype.name(), shape.page_size)?;
+    let (kv_len, q_len) = (trace.kv_len(), trace.q_len());
+    writeln!(
+        out,
+        "chunk: the last {q_len} of {kv_len} tokens; {} past blocks of {BLOCK}",
+        (kv_len - q_len) / BLOCK
+    )?;
+    writeln!(out, "{}", host::path(prefill.parallel))?;
+    Ok(())
+}
+
+/// Every contender at every density, with a bar on stderr where that is a terminal.
+fn measure(sweep: &mut Sweep, past: usize) -> Result<Vec<Row>> {
+    let contenders = contender::all(past % BLOCK);
+    let bar = ProgressBar::new((contenders.len() * DENSITIES.len()) as u64);
+    if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}") {
+        bar.set_style(style);
+    }
+    let mut rows = Vec::new();
+    for contender in &contenders {
+        bar.set_message(format!("{} {}", contender.name(), contender.scope()));
+        for target in DENSITIES {
+            rows.push(sweep.measure(contender, target)?);
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    Ok(rows)
+}
+
+/// Ranked by error; `x union` compares with the paper's point, FlashPrefill masks under one list per group.
+fn print_table(rows: &[Row], target: f64, out: &mut impl Write) -> Outcome {
+    let mut here: Vec<_> = rows.iter().filter(|row| (row.target - target).abs() < 1e-9).collect();
+    here.sort_by(|a, b| a.error.total_cmp(&b.error));
+    let union = |c: &Contender| {
+        c.settings.selector == Selector::FlashPrefill && c.settings.scope == Scope::GROUP_CHUNK
+    };
+    let paper = here.iter().find(|row| union(&row.contender)).map_or(f64::NAN, |row| row.error);
+    let cells = here.iter().enumerate().map(|(i, row)| {
+        vec![
+            (i + 1).to_string(),
+            row.contender.name(),
+            row.contender.scope(),
+            row.contender.settings.block_size.to_string(),
+            fraction(row.density, 3),
+            fraction(row.error, 4),
+            fraction(row.error / paper, 2),
+            format!("{:.0}", row.ms),
+        ]
+    });
+    writeln!(
+        out,
+        "\nDensity {}, least error first (x union = error / flashprefill group x chunk)",
+        fraction(target, 2)
+    )?;
+    report::table(out, &COLUMNS, &cells.collect::<Vec<_>>())?;
+    Ok(())
+}
+
+fn draw(args: &Args, trace: &Trace, prefill: &Prefill, rows: &[Row]) -> Result<()> {
+    let past = trace.kv_len() - trace.q_len();
+    let layer = match trace.layers.len() {
+        1 => format!("layer {}", trace.layers[0].name()),
+        n => format!("layer {}, the first of {n} that share a threshold", trace.layers[0].name()),
+    };
+    let heat = Heat {
+        layer: &layer,
+        density: HEAT_DENSITY,
+        past_blocks: past / BLOCK,
+        blocks: trace.kv_len().div_ceil(BLOCK),
+        num_kv_heads: prefill.shape.num_kv_heads,
+    };
+    let shown = |row: &&Row| {
+        let Settings { scope, block_size, mean_correction, .. } = row.contender.settings;
+        row.target == HEAT_DENSITY && scope.query_span == 0 && block_size == BLOCK && !mean_correction
+    };
+    let mut strips: Vec<_> = rows.iter().filter(shown).collect();
+    strips.sort_by_key(|row| row.contender.settings.scope.heads_per_list);
+    plot_heat::draw(&args.out.join(HEAT_PNG), &heat, &strips)?;
+    let about = format!(
+        "{} layer(s), {} KV heads, the last {} of {} tokens | solid: whole chunk, dashed: variants",
+        trace.layers.len(),
+        prefill.shape.num_kv_heads,
+        trace.q_len(),
+        trace.kv_len(),
+    );
+    plot_error::draw(&args.out.join(ERROR_PNG), &about, rows)
+}
+
+const COLUMNS: [Column; 8] = [
+    Column("rank", true),
+    Column("selector", false),
+    Column("scope", false),
+    Column("block", true),
+    Column("density", true),
+    Column("error", true),
+    Column("x union", true),
+    Column("ms", true),
+];
+
+/// Where selectors are compared.
+const DENSITIES: [f64; 3] = [0.10, 0.20, 0.30];
+
+/// Where the selected blocks are drawn.
+const HEAT_DENSITY: f64 = 0.20;
+
+const HEAT_PNG: &str = "selected_blocks.png";
+const ERROR_PNG: &str = "error_density.png";
