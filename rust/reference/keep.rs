@@ -157,13 +157,19 @@ fn for_mass(settings: &Settings, scores: &[Score], share: f64) -> (usize, usize)
         Selector::XAttention => (1.0 - past).max(0.0),
         _ => 0.0,
     };
-    let prefix = |held: &[f64], open: f64, total: f64| {
+    // With an open share the same numbers can be added in two orders, which differ by f64's rounding.
+    let rounding = match settings.selector {
+        Selector::XAttention => (n + 1) as f64 * f64::EPSILON,
+        _ => 0.0,
+    };
+    let prefix = |held: &[f64], open: f64, wanted: f64| {
         let sum = |i: usize| open + held[..i].iter().sum::<f64>();
-        (0..n).find(|&i| sum(i) >= share * total).unwrap_or(n)
+        (0..n).find(|&i| sum(i) >= wanted).unwrap_or(n)
     };
     let (few, many) = (total(&low), total(&high));
     let (open_low, open_high) = (open(many), open(few));
-    (prefix(&high, open_high, few + open_low), prefix(&low, open_low, many + open_high))
+    let fewest = prefix(&high, open_high, share * (few + open_low) - rounding);
+    (fewest, prefix(&low, open_low, share * (many + open_high) + rounding))
 }
 
 /// `ceil(share * n)`, at most `n`; a share is a decimal that f32 rounds, and that rounding buys no block.
