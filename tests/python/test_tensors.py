@@ -150,6 +150,15 @@ def test_torch_tensors_go_in_and_come_out() -> None:
         compactattn.forward(words[0].clone().requires_grad_(), *words[1:], *rest)
 
 
+def test_jax_arrays_go_in_and_results_go_back() -> None:
+    jax = pytest.importorskip("jax")
+    case = Case([(20, 130), (3, 40)], dtype="bf16")
+    words = [jax.lax.bitcast_convert_type(jax.numpy.asarray(x.words), jax.numpy.bfloat16) for x in case.inputs()[:3]]
+    out = compactattn.forward(*words, *map(jax.numpy.asarray, case.inputs()[3:]), settings=sparse())
+    assert np.asarray(out).tobytes() == compactattn.forward(*case.inputs(), settings=sparse()).tobytes()
+    assert jax.dlpack.from_dlpack(out).dtype == jax.numpy.bfloat16
+
+
 def test_views_cost_no_reference_leak() -> None:
     array = np.zeros(4, np.float32)
     before = sys.getrefcount(array)
