@@ -1,5 +1,6 @@
 //! The command-line tool from outside: what it writes, what it says, how it exits.
 #![cfg(feature = "cli")]
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
