@@ -1,5 +1,7 @@
 //! A small random world behind the C ABI: a paged cache, a plan on it, a forward call, and canaries around it all.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small numbers")]
+#![allow(clippy::unwrap_used, clippy::wildcard_imports, reason = "tests of everything the header declares")]
 
 pub mod memory;
 
