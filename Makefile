@@ -59,13 +59,14 @@ header:
 # Header, shared library with its SONAME, static library, pkg-config and CMake files below PREFIX (and DESTDIR).
 install:
 	$(CARGO) build --release --locked --lib
-	install -d "$(DESTDIR)$(PREFIX)/include" "$(DESTDIR)$(PREFIX)/lib/pkgconfig" "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn"
+	install -d "$(DESTDIR)$(PREFIX)/include/compactattn" "$(DESTDIR)$(PREFIX)/lib/pkgconfig" "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn"
 	install -m 644 include/compactattn.h cpp_shim/include/compactattn.hpp "$(DESTDIR)$(PREFIX)/include/"
+	install -m 644 $(addprefix cpp_shim/include/compactattn/,status.hpp tensor.hpp) "$(DESTDIR)$(PREFIX)/include/compactattn/"
 	install -m 755 target/release/libcompactattn.so "$(DESTDIR)$(PREFIX)/lib/libcompactattn.so.$(VERSION)"
 	ln -sf libcompactattn.so.$(VERSION) "$(DESTDIR)$(PREFIX)/lib/libcompactattn.so.$(SOVERSION)"
 	ln -sf libcompactattn.so.$(SOVERSION) "$(DESTDIR)$(PREFIX)/lib/libcompactattn.so"
 	install -m 644 target/release/libcompactattn.a "$(DESTDIR)$(PREFIX)/lib/"
-	sed -e 's|@PREFIX@|$(PREFIX)|; s|@VERSION@|$(VERSION)|' cpp_shim/compactattn.pc.in > "$(DESTDIR)$(PREFIX)/lib/pkgconfig/compactattn.pc"
+	sed -e 's|@VERSION@|$(VERSION)|' cpp_shim/compactattn.pc.in > "$(DESTDIR)$(PREFIX)/lib/pkgconfig/compactattn.pc"
 	sed -e 's|@VERSION@|$(VERSION)|' cpp_shim/cmake/compactattnConfigVersion.cmake.in > "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn/compactattnConfigVersion.cmake"
 	install -m 644 cpp_shim/cmake/compactattnConfig.cmake "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn/"
 

@@ -95,12 +95,16 @@ impl Splits<'_> {
         for span in spans {
             for head in 0..self.layout.shape.num_q_heads {
                 for token in span.q_start..span.q_start + span.len {
-                    let (base, sum) = self.total(self.row(span, head, token));
-                    let lse = if sum == 0.0 { f32::NEG_INFINITY } else { base + sum.ln() };
-                    into.elements[head * into.stride_head + token] = lse;
+                    into.elements[head * into.stride_head + token] = self.lse(self.row(span, head, token));
                 }
             }
         }
+    }
+
+    /// The row's log-sum-exp over all splits.
+    fn lse(&self, row: usize) -> f32 {
+        let (base, sum) = self.total(row);
+        if sum == 0.0 { f32::NEG_INFINITY } else { base + sum.ln() }
     }
 
     /// Where `attend` put a token, counted over the whole batch, of one head.

@@ -7,6 +7,9 @@
 
 pub mod attend;
 pub mod batch;
+#[cfg(feature = "cxx")]
+#[allow(unsafe_code)]
+pub mod bridge;
 #[allow(unsafe_code)]
 pub mod capi;
 pub mod combine;

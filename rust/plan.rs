@@ -169,7 +169,7 @@ impl Layout {
     fn max_spans(&self, span: usize) -> usize {
         let Limits { max_num_reqs, max_total_q, .. } = self.limits;
         let whole = max_num_reqs.min(max_total_q);
-        if span == 0 { whole } else { max_total_q / span + whole }
+        max_total_q.checked_div(span).unwrap_or(0) + whole
     }
 
     /// Blocks of the longest request: the stride of a row of scores.

@@ -82,6 +82,12 @@ pub(super) fn rescale(out: &mut [Lane], factor: &Lane) {
     }
 }
 
+/// `yes` or `no`; a choice of lanes, not a branch.
+#[inline(always)]
+fn either(which: bool, yes: f32, no: f32) -> f32 {
+    if which { yes } else { no }
+}
+
 /// `out [head_dim, LANES] += values [n, head_dim]ᵀ weights [n, LANES]` for columns `range`, where a lane takes only
 /// columns below its `limit`: what it does not see it does not even multiply by 0, so a NaN there stays there.
 #[multiversion(targets("x86_64+avx512f+avx512vl+fma", "x86_64+avx2+fma", "aarch64+neon"))]
@@ -100,8 +106,7 @@ pub(super) fn add_values_below(
         }
         for (out, &v) in out.iter_mut().zip(values) {
             for x in 0..LANES {
-                let more = weights[x].mul_add(v, out[x]);
-                out[x] = if sees[x] { more } else { out[x] };
+                out[x] = either(sees[x], weights[x].mul_add(v, out[x]), out[x]);
             }
         }
     }

@@ -67,26 +67,20 @@ fn plain(paged: &Paged, layout: &Layout, bits: &[u32], means: bool) -> Plain {
     let n = total_q * heads;
     let answer = Answer { out: vec![0.0; n * head_dim], lse: vec![f64::NEG_INFINITY; n] };
     let mut plain = Plain { answer, out_error: vec![0.0; n * head_dim], lse_error: vec![0.0; n] };
-    for (span, lists) in
-        layout.list_spans(&batch).iter().zip(bits.chunks(layout.lists_per_span() * layout.mask_words()))
+    let spans = layout.list_spans(&batch);
+    for (row, bits) in
+        bits.chunks(layout.mask_words()).take(spans.len() * layout.lists_per_span()).enumerate()
     {
-        for (list, bits) in lists.chunks(layout.mask_words()).enumerate() {
-            let (kv_head, q_heads) = layout.list_heads(list);
-            for (head, token) in q_heads.flat_map(|h| (0..span.len).map(move |t| (h, t))) {
-                let request = &paged.requests[span.req];
-                let mut terms = listed(layout, request, kv_head, (bits, span.visible(token)));
-                if means {
-                    terms.extend(skipped(
-                        layout,
-                        request,
-                        kv_head,
-                        (bits, layout.geometry.past_blocks(span.past)),
-                    ));
-                }
-                let q = vector(&request.q, heads, (span.first + token, head), head_dim);
-                let at = span.q_start + token;
-                plain.row(layout, (at * heads + head, head * total_q + at), &q, &terms);
-            }
+        let span = spans[row / layout.lists_per_span()];
+        let (kv_head, q_heads) = layout.list_heads(row % layout.lists_per_span());
+        for (head, token) in q_heads.flat_map(|h| (0..span.len).map(move |t| (h, t))) {
+            let request = &paged.requests[span.req];
+            let mut terms = listed(layout, request, kv_head, (bits, span.visible(token)));
+            let past = if means { layout.geometry.past_blocks(span.past) } else { 0 };
+            terms.extend(skipped(layout, request, kv_head, (bits, past)));
+            let q = vector(&request.q, heads, (span.first + token, head), head_dim);
+            let at = span.q_start + token;
+            plain.row(layout, (at * heads + head, head * total_q + at), &q, &terms);
         }
     }
     plain

@@ -125,7 +125,8 @@ fn scorer(selector: Selector) -> Scorer {
         Selector::TwoLevel => two_level::score,
         Selector::Quoka => quoka::score,
         Selector::XAttention => xattention::score,
-        _ => |_, unit| unit.fill(0.0),
+        // Scored by the caller, or on a path of its own; NaN keeps every block, should one come here.
+        Selector::External | Selector::AttnGate => |_, unit| unit.fill(f32::NAN),
     }
 }
 

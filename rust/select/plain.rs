@@ -37,7 +37,7 @@ pub(super) fn scores(paged: &Paged, settings: Settings) -> (Layout, Vec<f32>) {
     summaries::update(&layout, &batch, Which::All, &mut out, Parallel::new(1));
     let summaries = Some(Summaries { k_mean: &k_mean, v_mean: None });
     let mut scores = vec![UNTOUCHED; layout.score_len().unwrap()];
-    score(&Input { layout: &layout, batch: &batch, summaries }, &mut scores, Parallel::new(2));
+    score(&Input { layout: &layout, batch: &batch, summaries, gate: None }, &mut scores, Parallel::new(2));
     (layout, scores)
 }
 
