@@ -1,6 +1,8 @@
 //! Bad input through the C ABI: plans, settings and the environment (classes 11-17, 25-31, 68 of the table of bad
 //! inputs). fp8 caches are not offered, so 31 ends in `E_DTYPE` before scales come up.
 
+#![expect(clippy::unwrap_used, reason = "tests")]
+
 mod capi_world;
 
 use std::process::Command;
@@ -216,6 +218,30 @@ fn class_23_limits_whose_buffers_leave_63_bits() {
         (d.num_kv_heads, d.num_q_heads, d.num_splits) = (1 << 24, 1 << 30, 64);
         s.query_span = 128;
         Fault(status::COMPACTATTN_E_OVERFLOW, "limits")
+    });
+}
+
+#[test]
+fn gates_that_are_missing_or_cannot_be_read() {
+    refused_plan(|_, s, _| {
+        *s = settings_of(compactattn_selector::COMPACTATTN_SELECTOR_ATTN_GATE);
+        Fault(status::COMPACTATTN_E_NULL, "gate")
+    });
+    let inv_freq = [1.0_f32; 48];
+    refused_plan(|d, _, _| {
+        d.gate_weights_path = c"/nowhere/at/all.safetensors".as_ptr();
+        (d.rope_inv_freq, d.rope_inv_freq_len) = (inv_freq.as_ptr(), d.head_dim / 2);
+        Fault(status::COMPACTATTN_E_IO, "gate file")
+    });
+    refused_plan(|d, _, rng| {
+        d.gate_weights_path = c"/nowhere/at/all.safetensors".as_ptr();
+        (d.rope_inv_freq, d.rope_inv_freq_len) =
+            (inv_freq.as_ptr(), *rng.pick(&[-1, 0, 1, 31, 128, i32::MAX]));
+        Fault(status::COMPACTATTN_E_SHAPE, "rope_inv_freq_len")
+    });
+    refused_plan(|d, _, _| {
+        d.gate_weights_path = c"\xff".as_ptr();
+        Fault(status::COMPACTATTN_E_VALUE, "gate_weights_path")
     });
 }
 

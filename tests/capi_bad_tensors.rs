@@ -6,7 +6,8 @@
 //! Not here, as they need a GPU: 32 (scales of an fp8 cache), 40 and 43 (host or freed pointers where device memory
 //! is wanted), 46 (a workspace on another device), 64 and 66 (capture), 67 (architecture). 65 stands in for streams:
 //! a CPU context takes none.
-#![expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small random numbers")]
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small random numbers")]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 mod capi_world;
 
