@@ -1,4 +1,5 @@
 //! The committed C header is what rust/capi says today.
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::path::Path;
 

@@ -261,7 +261,8 @@ fn check_strides(tensor: &compactattn_tensor, wanted: &Wanted, shape: &[usize; 4
         if i == ndim - 1 && got != 1 {
             return Err(Error::new(Status::Stride, path(), "1 (the last dimension is contiguous)", got));
         }
-        let bytes = stride[i].saturating_mul(wanted.dtype.size_bytes());
+        // What leaves 64 bits here is an overflow below; its low bits are right.
+        let bytes = stride[i].wrapping_mul(wanted.dtype.size_bytes());
         if i < ndim - 1 && !bytes.is_multiple_of(wanted.align) {
             let wanted = format!("a multiple of {} bytes", wanted.align);
             return Err(Error::new(Status::Align, path(), wanted, format!("{got} elements")));
