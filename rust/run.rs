@@ -381,3 +381,7 @@ fn check_output(batch: &Batch, output: &Output) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "run_tests.rs"]
+mod tests;

@@ -3,6 +3,12 @@
 //! `cargo test --test differential` runs a few hundred; `cargo test --release --test differential -- --ignored
 //! ten_thousand` runs 10,000; a failure prints the command that repeats its case alone.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "test sizes are small and not negative"
+)]
+
 mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,7 +29,7 @@ fn ten_thousand() {
     run(0..10_000);
 }
 
-/// `cargo test --release --test differential -- --ignored one --case SEED`, as failures print it.
+/// What a failure prints: `CASE=SEED cargo test --release --test differential -- --ignored --exact one`.
 #[test]
 #[ignore = "needs a seed: CASE=..."]
 fn one() {
@@ -44,13 +50,13 @@ fn run(seeds: std::ops::Range<u64>) {
                         break;
                     }
                     if let Some(why) = why_broken(seed) {
-                        broken.lock().unwrap().push((seed, why));
+                        broken.lock().expect("no judge panics").push((seed, why));
                     }
                 }
             });
         }
     });
-    let mut broken = broken.into_inner().unwrap();
+    let mut broken = broken.into_inner().expect("no judge panics");
     broken.sort();
     let lines: Vec<String> = broken.iter().take(20).map(|(seed, why)| repro(*seed, why)).collect();
     assert!(broken.is_empty(), "{} of {} cases:\n{}", broken.len(), seeds.count(), lines.join("\n"));

@@ -28,7 +28,7 @@ pub(crate) struct Forward {
 /// Those of [`Plan::new`] and [`Plan::forward`].
 pub(crate) fn forward(prefill: &Prefill, settings: &Settings) -> Result<Timed<Forward>> {
     let (batch, shape) = (prefill.batch()?, prefill.shape);
-    let desc = PlanDesc { shape, limits: prefill.limits, layers: vec![*settings], splits: 1 };
+    let desc = PlanDesc { shape, limits: prefill.limits, layers: vec![*settings], splits: 1, gate: None };
     let plan = Plan::new(&desc, prefill.parallel)?;
     let mut memory = vec![0; plan.workspace_bytes()? + Sizes::ALIGNMENT];
     let aligned = memory.as_ptr().align_offset(Sizes::ALIGNMENT);

@@ -48,12 +48,12 @@ pub(crate) fn draw(path: &Path, about: &str, rows: &[Row]) -> Result<()> {
         [(left, 0, "one list per KV group (heads united)"), (right, 1, "one list per query head")]
     {
         let shown = curves.iter().filter(|c| c.first.contender.settings.scope.heads_per_list == heads);
-        panel_of(&panel, title, (low, high), &shown.collect::<Vec<_>>())?;
+        panel_of(&area, &panel, title, (low, high), &shown.collect::<Vec<_>>())?;
     }
     plot::finish(&area)
 }
 
-fn panel_of(area: &Area, title: &str, (low, high): (f64, f64), curves: &[&Curve]) -> Result<()> {
+fn panel_of(root: &Area, area: &Area, title: &str, (low, high): (f64, f64), curves: &[&Curve]) -> Result<()> {
     let (upper, lower) = area.split_vertically(560);
     let densities = || curves.iter().flat_map(|c| &c.points).map(|p| p.0);
     let (first, last) = (densities().fold(1.0, f64::min), densities().fold(0.0, f64::max));
@@ -87,7 +87,9 @@ fn panel_of(area: &Area, title: &str, (low, high): (f64, f64), curves: &[&Curve]
         } else {
             chart.draw_series(DashedLineSeries::new(points.clone(), 7, 5, line)).map_err(failed)?;
         }
-        chart.draw_series(points.map(|point| symbol(curve, point))).map_err(failed)?;
+        for point in points {
+            symbol(root, curve, chart.plotting_area().map_coordinate(&point))?;
+        }
     }
     legend(&lower, curves)
 }
@@ -104,24 +106,23 @@ fn legend(area: &Area, curves: &[&Curve]) -> Result<()> {
         for &(a, b) in pieces {
             area.draw(&PathElement::new([(x + a, y), (x + b, y)], style)).map_err(failed)?;
         }
-        area.draw(&symbol(curve, (x + 17, y))).map_err(failed)?;
+        symbol(area, curve, (x + 17, y))?;
         let name = text(16, HPos::Left, VPos::Center);
         area.draw_text(&curve.name, &name, (x + 44, y)).map_err(failed)?;
     }
     Ok(())
 }
 
-/// The curve's mark at a point.
-fn symbol<C: Clone>(curve: &Curve, at: C) -> DynElement<'static, BitMapBackend<'static>, C>
-where
-    C: PointCollectionOf,
-{
+/// Draws the curve's mark at a pixel.
+fn symbol(area: &Area, curve: &Curve, at: (i32, i32)) -> Result<()> {
+    let (full, line) = (curve.colour.filled(), curve.colour.stroke_width(2));
     match curve.mark {
-        Mark::Chunk => Circle::new(at, 4, curve.colour.filled()).into_dyn(),
-        Mark::Span => Circle::new(at, 5, curve.colour.stroke_width(2)).into_dyn(),
-        Mark::Blocks => TriangleMarker::new(at, 6, curve.colour.filled()).into_dyn(),
-        Mark::Corrected => Cross::new(at, 5, curve.colour.stroke_width(2)).into_dyn(),
+        Mark::Chunk => area.draw(&Circle::new(at, 4, full)),
+        Mark::Span => area.draw(&Circle::new(at, 5, line)),
+        Mark::Blocks => area.draw(&TriangleMarker::new(at, 6, full)),
+        Mark::Corrected => area.draw(&Cross::new(at, 5, line)),
     }
+    .map_err(failed)
 }
 
 fn mark(settings: &Settings) -> Mark {

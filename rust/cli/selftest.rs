@@ -54,9 +54,10 @@ fn compare() -> Result<f64> {
     let requests = Request::gather_all(&batch);
 
     let scores = stages::score(&prefill, &layout)?.value;
-    let want_scores = reference::select::scores(&layout, &requests);
+    let want_scores = reference::select::scores(&layout, &requests, 0.0);
     let mut worst = Worst::default();
-    for (row, want) in scores.chunks(layout.max_blocks()).zip(want_scores.iter().flatten()) {
+    for (row, want) in scores.chunks(layout.max_blocks()).zip(want_scores.iter().flat_map(|span| &span.rows))
+    {
         for (&got, &want) in row.iter().zip(want) {
             worst.add(f64::from(got) - want, SCORE_BOUND);
         }

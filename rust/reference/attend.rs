@@ -14,7 +14,7 @@ pub struct Row {
     pub spread: Vec<f64>,
     /// Keys (and mean keys) that took part.
     pub terms: usize,
-    /// Largest `|q| |k| sm_scale` among them: what absolute errors of the logits scale with.
+    /// `|q| |k| sm_scale` with the longest key of the request: what absolute errors of the logits scale with.
     pub reach: f64,
 }
 
@@ -27,6 +27,8 @@ pub fn attend(layout: &Layout, requests: &[Request], lists: &[Vec<bool>]) -> Vec
     let shape = &layout.shape;
     let group = shape.num_q_heads / shape.num_kv_heads;
     let means: Vec<Vec<Means>> = requests.iter().map(|r| Means::of(layout, r)).collect();
+    let length = |rows: &Vec<Vec<f64>>| rows.iter().map(|k| dot(k, k)).fold(0.0, f64::max).sqrt();
+    let longest: Vec<Vec<f64>> = requests.iter().map(|r| r.k.iter().map(length).collect()).collect();
     let spans = chunks(layout, requests, layout.settings.scope.query_span);
     let per_span = lists.len() / spans.len().max(1);
     let lists_per_kv_head = per_span / shape.num_kv_heads;
@@ -38,7 +40,8 @@ pub fn attend(layout: &Layout, requests: &[Request], lists: &[Vec<bool>]) -> Vec
         let kv_head = head / group;
         let list = s * per_span + kv_head * lists_per_kv_head + head % group / run;
         let request = &requests[spans[s].req];
-        let at = At { layout, request, means: &means[spans[s].req][kv_head], kv_head };
+        let longest_key = longest[spans[s].req][kv_head];
+        let at = At { layout, request, means: &means[spans[s].req][kv_head], kv_head, longest_key };
         at.row(&request.q[head][t], request.visible(t), &lists[list])
     };
     let rows = |head: usize| {
@@ -68,6 +71,7 @@ struct At<'a> {
     request: &'a Request,
     means: &'a Means,
     kv_head: usize,
+    longest_key: f64,
 }
 
 impl At<'_> {
@@ -79,7 +83,8 @@ impl At<'_> {
         let skipped = (0..self.means.k.len()).filter(|&j| !list[j]);
         let stands = skipped.map(|j| (block_size as f64, &self.means.k[j], &self.means.v[j]));
         let terms: Vec<(f64, &Vec<f64>, &Vec<f64>)> = tokens.chain(stands).collect();
-        weighted_mean(q, f64::from(self.layout.shape.sm_scale), &terms)
+        let scale = f64::from(self.layout.shape.sm_scale);
+        Row { reach: dot(q, q).sqrt() * self.longest_key * scale, ..weighted_mean(q, scale, &terms) }
     }
 }
 
@@ -95,13 +100,12 @@ fn weighted_mean(q: &[f64], scale: f64, terms: &[(f64, &Vec<f64>, &Vec<f64>)]) -
     let weights: Vec<f64> = terms.iter().zip(&logits).map(|((n, _, _), x)| n * (x - max).exp()).collect();
     let sum: f64 = weights.iter().sum();
     let mut row = Row { lse: max + sum.ln(), terms: terms.len(), ..empty };
-    for ((_, k, v), w) in terms.iter().zip(&weights) {
+    for ((_, _, v), w) in terms.iter().zip(&weights) {
         let share = w / sum;
         for (x, value) in v.iter().enumerate() {
             row.out[x] += share * value;
             row.spread[x] += share * value.abs();
         }
-        row.reach = row.reach.max((dot(q, q) * dot(k, k)).sqrt() * scale);
     }
     row
 }

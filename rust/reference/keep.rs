@@ -170,3 +170,48 @@ fn for_mass(settings: &Settings, scores: &[Score], share: f64) -> (usize, usize)
 pub(super) fn ceil_share(share: f32, n: usize) -> usize {
     (0..n).find(|&count| count as f64 >= f64::from(share) * n as f64).unwrap_or(n)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bits(keep_rule: Keep, scores: &[Score]) -> (String, String) {
+        let settings = Settings {
+            keep: keep_rule,
+            sink_blocks: 1,
+            local_blocks: 0,
+            min_density: 0.0,
+            max_density: 1.0,
+            ..Settings::of(Selector::Oracle)
+        };
+        let kept = keep(&settings, scores);
+        let text = |bits: &[bool]| bits.iter().map(|&bit| if bit { '1' } else { '0' }).collect();
+        (text(&kept.must), text(&kept.may))
+    }
+
+    #[test]
+    fn exact_scores_leave_no_doubt_and_ties_go_to_the_lower_block() {
+        let scores = [0.0, 0.5, 0.25, 0.25, 0.0].map(Score::exact);
+        for (rule, want) in [
+            (Keep::Threshold(0.25), "11110"),
+            (Keep::Mass(0.75), "11100"),
+            (Keep::Mass(1.0), "11110"),
+            (Keep::Density(0.5), "11100"),
+        ] {
+            assert_eq!(bits(rule, &scores), (want.into(), want.into()), "{rule:?}");
+        }
+    }
+
+    #[test]
+    fn a_score_near_the_line_may_stay_or_go() {
+        let scores = [0.0, 0.5, 0.25, 0.1].map(|x| Score::within(x, 0.01, 0.0));
+        assert_eq!(bits(Keep::Threshold(0.25), &scores), ("1100".into(), "1110".into()));
+        assert_eq!(bits(Keep::Density(0.5), &scores), ("1100".into(), "1100".into()));
+    }
+
+    #[test]
+    fn what_cannot_be_judged_stays_even_if_forced_blocks_hold_the_share() {
+        let scores = [1.0, 0.0, f64::NAN, 0.0].map(Score::exact);
+        assert_eq!(bits(Keep::Mass(0.5), &scores).0, "1010");
+    }
+}

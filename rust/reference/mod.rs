@@ -70,7 +70,7 @@ impl Request {
     /// KV tokens before the chunk.
     #[must_use]
     pub fn past(&self) -> usize {
-        if self.kv_len > self.q_len { self.kv_len - self.q_len } else { 0 }
+        self.kv_len.saturating_sub(self.q_len)
     }
 
     /// KV tokens that chunk token `t` sees, itself included: the chunk is the last `q_len` positions of the KV, so
@@ -78,7 +78,7 @@ impl Request {
     #[must_use]
     pub fn visible(&self, t: usize) -> usize {
         let after = self.q_len - 1 - t;
-        if self.kv_len > after { self.kv_len - after } else { 0 }
+        self.kv_len.saturating_sub(after)
     }
 }
 
@@ -169,4 +169,34 @@ pub fn softmax(logits: &[f64]) -> Vec<f64> {
 
 fn widen(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&x| f64::from(x)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(q_len: usize, kv_len: usize) -> Request {
+        Request { q_len, kv_len, q: Vec::new(), k: Vec::new(), v: Vec::new() }
+    }
+
+    #[test]
+    fn the_last_token_sees_all_and_each_one_before_it_one_less() {
+        let seen = |r: Request| (0..r.q_len).map(|t| r.visible(t)).collect::<Vec<_>>();
+        assert_eq!(seen(request(3, 10)), [8, 9, 10]);
+        assert_eq!(seen(request(4, 2)), [0, 0, 1, 2]);
+        assert_eq!((request(3, 10).past(), request(4, 2).past()), (7, 0));
+    }
+
+    #[test]
+    fn a_partial_block_has_no_mean() {
+        let rows: Vec<Vec<f64>> = [1.0, 3.0, 10.0].map(|x| vec![x, -x]).to_vec();
+        assert_eq!(block_means(&rows, 2), [[2.0, -2.0]]);
+    }
+
+    #[test]
+    fn softmax_and_dot_are_the_textbooks() {
+        assert_eq!(softmax(&[5.0, 5.0]), [0.5, 0.5]);
+        assert!(softmax(&[]).is_empty());
+        assert_eq!(dot(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[1.0; 6]), 21.0);
+    }
 }

@@ -8,7 +8,8 @@ impl At<'_> {
     pub(super) fn quoka(&self, slack: f64) -> Scored {
         let len = self.chunk.tokens.len();
         let ratio = f64::from(self.layout.settings.quoka_query_ratio);
-        let kept = ((ratio * len as f64).floor() as usize).max(1);
+        // floor(ratio * len), but one at least.
+        let kept = (1..=len).rfind(|&n| n as f64 <= ratio * len as f64).unwrap_or(1);
         let group = self.heads.len() as f64;
         let mut average = vec![vec![0.0; self.layout.shape.head_dim]; kept];
         let mut certain = true;

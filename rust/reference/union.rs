@@ -74,7 +74,7 @@ fn each_list(
         let request = &requests[chunk.req];
         let total = request.visible(chunk.tokens.end - 1).div_ceil(layout.settings.block_size);
         let past = request.past() / layout.settings.block_size;
-        let spans = voting(layout, request, &select, &chunk);
+        let spans = voting(layout, &select, &chunk);
         for heads in heads_of_lists(layout) {
             if chunk.dense {
                 lists.push(Kept::all(total, true));
@@ -105,7 +105,7 @@ fn heads_of_lists(layout: &Layout) -> Vec<std::ops::Range<usize>> {
 }
 
 /// Select spans within `chunk` whose rows count.
-fn voting(layout: &Layout, request: &Request, select: &[Chunk], chunk: &Chunk) -> Vec<usize> {
+fn voting(layout: &Layout, select: &[Chunk], chunk: &Chunk) -> Vec<usize> {
     let inside = |s: &Chunk| {
         s.req == chunk.req && s.tokens.start >= chunk.tokens.start && s.tokens.end <= chunk.tokens.end
     };
@@ -114,12 +114,9 @@ fn voting(layout: &Layout, request: &Request, select: &[Chunk], chunk: &Chunk) -
         _ => 0,
     };
     // The request's last `silent` spans are quiet, but its first always speaks.
-    let of_request = select.iter().filter(|s| s.req == chunk.req).count();
-    let loud = of_request.saturating_sub(silent).max(1);
-    let step = select_step(layout);
-    let number = |s: &Chunk| if step == 0 { 0 } else { s.tokens.start / step };
-    let votes = |s: &Chunk| silent == 0 || request.q_len == 0 || number(s) < loud;
-    (0..select.len()).filter(|&i| inside(&select[i]) && votes(&select[i])).collect()
+    let of_request: Vec<usize> = (0..select.len()).filter(|&i| select[i].req == chunk.req).collect();
+    let loud = of_request.len().saturating_sub(silent).max(1);
+    of_request.into_iter().take(loud).filter(|&i| inside(&select[i])).collect()
 }
 
 /// Adds sink and local blocks; a list above the density guard reads all.

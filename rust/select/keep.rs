@@ -92,10 +92,12 @@ fn smallest_mass(scores: &[f32], order: &[usize], share: f32, with_open: bool) -
     let mass = |j: usize| if scores[j].is_finite() { f64::from(scores[j].max(0.0)) } else { 0.0 };
     let past: f64 = order.iter().map(|&j| mass(j)).sum();
     let open = if with_open { (1.0 - past).max(0.0) } else { 0.0 };
+    // Forced blocks may hold the share by themselves; blocks that cannot be judged rank after them and stay too.
+    let unjudged = order.iter().rposition(|&j| scores[j].is_nan()).map_or(0, |last| last + 1);
     let mut held = open;
     for (i, &j) in order.iter().enumerate() {
-        if held >= f64::from(share) * (past + open) && !scores[j].is_nan() {
-            return i;
+        if held >= f64::from(share) * (past + open) {
+            return i.max(unjudged);
         }
         held += mass(j);
     }

@@ -192,7 +192,7 @@ pub(crate) fn shape(rng: &mut Rng) -> Shape {
 /// Lengths at edges: one token, empty, longer than the KV, on and beside page and block borders.
 pub(crate) fn lens(rng: &mut Rng, shape: &Shape, settings: &Settings) -> Vec<Lens> {
     let count = rng.pick(&[1, 1, 2, 3, 4, 6]);
-    let budget = if rng.once_in(12) { 24_000_000 } else { 4_000_000 };
+    let budget = if rng.once_in(20) { 12_000_000 } else { 2_500_000 };
     let each = budget / count / (shape.num_q_heads * shape.head_dim);
     (0..count).map(|_| one_lens(rng, shape, settings, each)).collect()
 }

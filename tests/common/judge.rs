@@ -163,7 +163,7 @@ fn tables(
 }
 
 /// (c) Outputs and log-sum-exps within f32 arithmetic and one rounding to the output's type.
-fn outputs(
+pub(crate) fn outputs(
     case: &Case,
     layout: &Layout,
     requests: &[Request],
@@ -190,7 +190,7 @@ fn row_agrees(case: &Case, want: &attend::Row, lse: f64, out: &[f32]) -> Verdict
     let sums = LAMBDA * ((want.terms + 8) as f64).sqrt() * U;
     let weight = logit_error(case, want.reach) + EXP_ERROR + sums;
     let lse_error = weight + 2.0 * U * (want.lse.abs() + 1.0);
-    if !((lse - want.lse).abs() <= lse_error) {
+    if off(lse, want.lse, lse_error) {
         return Err(format!("lse {lse}, not {} (+-{lse_error:.1e})", want.lse));
     }
     let rounding = match case.shape.dtype {
@@ -202,7 +202,7 @@ fn row_agrees(case: &Case, want: &attend::Row, lse: f64, out: &[f32]) -> Verdict
         let computed = 2.0 * weight * want.spread[x];
         // f16 loses relative precision below 2^-14: half of its smallest step on top.
         let error = computed + rounding * (want.out[x].abs() + computed) + 3e-8;
-        if !((f64::from(got) - want.out[x]).abs() <= error) {
+        if off(f64::from(got), want.out[x], error) {
             return Err(format!("out[{x}] {got}, not {} (+-{error:.1e})", want.out[x]));
         }
     }
@@ -280,6 +280,12 @@ fn between(want: &[Kept], got: &[Vec<bool>]) -> Verdict {
     Ok(())
 }
 
+/// Whether `got` is farther than `error` from `want`; NaN is.
+fn off(got: f64, want: f64, error: f64) -> bool {
+    got.is_nan() || (got - want).abs() > error
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "counts and the like, made for the call")]
 fn same<T: PartialEq + std::fmt::Debug>(what: &str, want: T, got: T) -> Verdict {
     if want == got { Ok(()) } else { Err(format!("{what}: {got:?}, not {want:?}")) }
 }

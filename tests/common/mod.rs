@@ -6,3 +6,4 @@ pub(crate) mod judge;
 pub(crate) mod pipeline;
 pub(crate) mod pool;
 pub(crate) mod rng;
+pub(crate) mod variants;

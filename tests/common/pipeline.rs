@@ -108,7 +108,7 @@ pub(crate) fn attend_lists(case: &Case, layout: &Layout, means: Option<&Means>, 
         (vec![f32::NAN; partial_rows * layout.shape.head_dim], vec![f32::NAN; partial_rows]);
     let mut partials = Partials { splits: case.splits, out: &mut partial_out, lse: &mut partial_lse };
     let correction = means.filter(|_| layout.settings.mean_correction);
-    let correction = correction.map(|means| Correction { lists, summaries: means.view() });
+    let correction = correction.map(|means| Correction::new(lists, means.view()).expect("has mean values"));
     attend(layout, &batch, &table, correction.as_ref(), &mut partials, Parallel::new(1));
 
     let mut out = case.q.clone();

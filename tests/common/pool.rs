@@ -39,6 +39,15 @@ impl Store {
         }
     }
 
+    /// Bit patterns, so that NaN equals itself.
+    pub(crate) fn bits(&self) -> Vec<u32> {
+        match self {
+            Self::Bf16(x) => x.iter().map(|x| x.to_bits().into()).collect(),
+            Self::F16(x) => x.iter().map(|x| x.to_bits().into()).collect(),
+            Self::F32(x) => x.iter().map(|x| x.to_bits()).collect(),
+        }
+    }
+
     fn from(&self, first: usize) -> Elements<'_> {
         match self {
             Self::Bf16(x) => Elements::Bf16(&x[first..]),

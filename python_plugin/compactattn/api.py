@@ -1,0 +1,159 @@
+"""The short way: one call from tensors to attention, or to page tables. Plans are made once per shape and kept."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from typing import Any
+
+from . import context, stages
+from ._abi import Dtype
+from .arrays import Array
+from .batch import Batch
+from .errors import E_SHAPE, invalid
+from .plan import Plan, PlanDesc, Stats
+from .selection import Csr, Padded
+from .settings import Settings
+from .tensors import Bf16
+
+
+def forward(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    seq_lens: Any,
+    cu_seqlens_q: Any,
+    *,
+    settings: Settings | str | None = None,
+    sm_scale: float | None = None,
+    out: Any = None,
+    lse: Any = None,
+    return_lse: bool = False,
+    on: context.Context | None = None,
+    stream: int | None = None,
+) -> Any:
+    """Chunked-prefill attention over a paged KV cache; ``out``, or ``(out, lse)`` with ``return_lse``.
+
+    ``q [total_q, num_q_heads, head_dim]`` (bf16, f16 or f32), caches ``[num_pages, page_size, num_kv_heads, head_dim]``
+    with any strides, ``block_table [num_reqs, width]``, ``seq_lens [num_reqs]`` (this chunk included), ``cu_seqlens_q
+    [num_reqs + 1]`` int32. Tensors: NumPy, any DLPack producer (torch), uint16 words tagged by ``compactattn.bf16``.
+    ``settings``: a Settings, a mode's name, or None for mode compactattn. ``lse [num_q_heads, total_q]`` f32, natural.
+
+    Results are new tensors of q's kind unless given. On any exception nothing was written.
+    """
+    batch = Batch.of(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q)
+    plan = plan_for(batch, settings=settings, sm_scale=sm_scale, on=on)
+    if out is None:
+        out = Array(batch.q.shape, batch.q.dtype).like(_bare(q))
+    if lse is None and return_lse:
+        total_q, heads, _ = batch.q.shape
+        lse = Array((heads, total_q), Dtype.F32).like(_bare(q))
+    written = Bf16(out) if isinstance(q, Bf16) and not isinstance(out, (Array, Bf16)) else out
+    plan.forward(batch, written, lse, stream=stream)
+    return (out, lse) if return_lse else out
+
+
+def tables(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    seq_lens: Any,
+    cu_seqlens_q: Any,
+    *,
+    form: str = "padded",
+    settings: Settings | str | None = None,
+) -> Padded | Csr:
+    """The page tables another engine's paged kernel should read, ``padded`` (FlashAttention) or ``csr`` (FlashInfer).
+
+    Tensors as in :func:`forward`. Row = (span, list); with ``query_span`` 0 and ``heads_per_list`` 0 in ``settings``
+    that is (request, KV head), what such kernels can take.
+    """
+    exports = {"padded": stages.export_padded, "csr": stages.export_csr}
+    if form not in exports:
+        raise invalid(E_SHAPE, "form", "padded|csr", repr(form))
+    batch = Batch.of(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q)
+    plan = plan_for(batch, settings=settings)
+    lists = stages.union(plan, batch, stages.select(plan, batch))
+    export: Any = exports[form]
+    result: Padded | Csr = export(plan, batch, lists)
+    return result
+
+
+def plan_for(
+    batch: Batch,
+    *,
+    settings: Settings | str | None = None,
+    sm_scale: float | None = None,
+    on: context.Context | None = None,
+) -> Plan:
+    """The plan that :func:`forward` uses for such a batch; limits are rounded up so that plans are few."""
+    if isinstance(settings, str):
+        settings = Settings.mode(settings)
+    for name, view, ndim in (("q", batch.q, 3), ("k_cache", batch.k, 4), ("block_table", batch.block_table, 2)):
+        if len(view.shape) != ndim:
+            raise invalid(E_SHAPE, name, f"{ndim} dimensions", len(view.shape))
+    (total_q, num_q_heads, head_dim), (_, page_size, num_kv_heads, _) = batch.q.shape, batch.k.shape
+    num_reqs, width = batch.block_table.shape
+    desc = PlanDesc(
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        dtype=batch.q.dtype.name.lower(),
+        max_num_reqs=_rounded(num_reqs),
+        max_total_q=_rounded(total_q),
+        max_kv_len=_rounded(width * page_size),
+        sm_scale=sm_scale,
+        settings=settings,
+    )
+    return _plans.get(desc, on or context.default())
+
+
+def stats() -> Stats:
+    """What all :func:`forward` calls of this process have selected."""
+    return _plans.stats()
+
+
+class _Plans:
+    """The latest plans; those that fall out leave their statistics behind."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._plans: OrderedDict[tuple[PlanDesc, context.Context], Plan] = OrderedDict()
+        self._past = Stats()
+
+    def get(self, desc: PlanDesc, on: context.Context) -> Plan:
+        with self._lock:
+            plan = self._plans.get((desc, on)) or Plan(desc, on)
+            self._plans[desc, on] = plan
+            self._plans.move_to_end((desc, on))
+            if len(self._plans) > _MAX_PLANS:
+                self._past += self._plans.popitem(last=False)[1].stats()
+            return plan
+
+    def stats(self) -> Stats:
+        with self._lock:
+            return sum((plan.stats() for plan in self._plans.values()), self._past)
+
+
+def _bare(q: Any) -> Any:
+    return q.words if isinstance(q, Bf16) else q
+
+
+def _rounded(count: int) -> int:
+    """The next power of two, within what a plan may hold."""
+    return min(1 << max(count - 1, 0).bit_length(), 2**31 - 1) if count < 2**31 else count
+
+
+def _forget() -> None:
+    # A forked child may use none of its parent's handles, nor a lock that another thread held.
+    global _plans
+    _plans = _Plans()
+
+
+_MAX_PLANS = 64
+_plans = _Plans()
+os.register_at_fork(after_in_child=_forget)

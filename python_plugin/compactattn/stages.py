@@ -1,0 +1,175 @@
+"""The stages one by one, for engines that want tables, or attention over tables of their own.
+
+Without ``out`` a stage writes to CPU memory of the package's (``numpy.asarray`` and DLPack share it).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref, c_int64
+from typing import Any
+
+from . import _abi_step, workspace
+from ._abi import Dtype, Which
+from ._library import call
+from .arrays import Array
+from .batch import Batch
+from .errors import E_VALUE, invalid
+from .plan import Plan
+from .selection import Csr, Lists, Padded, Selection, Summaries, Table
+from .settings import int32
+from .tensors import none, view
+from .workspace import Scratch
+
+
+def update_summaries(
+    plan: Plan, batch: Batch, summaries: Summaries, *, layer: int = 0, which: str = "completed"
+) -> None:
+    """Writes block means: of the blocks this step's tokens complete (``completed``), or of ``all`` whole blocks."""
+    if which.upper() not in Which.__members__:
+        raise invalid(E_VALUE, "which", "completed|all", repr(which))
+    where = (plan.handle, int32("layer", layer), byref(batch.struct))
+    call("compactattn_summaries_update", *where, Which[which.upper()], summaries.for_writing())
+
+
+def select(
+    plan: Plan,
+    batch: Batch,
+    *,
+    layer: int = 0,
+    summaries: Summaries | None = None,
+    out: Selection | None = None,
+) -> Selection:
+    """Scores every past block; keeps blocks row by row into masks.
+
+    ``summaries``: None = block means are made anew in this call where the selector reads them.
+    Scores of the open region, and of requests that are dense by policy, stay as they were (0 in fresh memory).
+    """
+    if out is None:
+        sizes, heads = plan.sizes(layer), plan.desc.num_q_heads
+        scores = Array((sizes.select_rows, heads, sizes.max_blocks), Dtype.F32)
+        out = Selection(scores, Array((sizes.select_rows, heads, sizes.mask_words), Dtype.U32))
+    means = _means(plan, batch, layer, summaries)
+    call(
+        "compactattn_select",
+        plan.handle,
+        int32("layer", layer),
+        byref(batch.struct),
+        byref(means.struct) if means else None,
+        out.for_writing(),
+    )
+    return out
+
+
+def union(plan: Plan, batch: Batch, selection: Selection, *, layer: int = 0, out: Any = None) -> Lists:
+    """Unites scores (or, without them, masks) of the rows that share a list, the way the layer's settings say."""
+    sizes = plan.sizes(layer)
+    bits = Array((sizes.list_rows, sizes.mask_words), Dtype.U32) if out is None else out
+    # The library takes one of the two; from scores it goes the layer's own way.
+    one = selection if selection.scores is None else Selection(scores=selection.scores)
+    tensor, rows = view("lists", bits, writable=True).tensor, c_int64()
+    where = (plan.handle, int32("layer", layer), byref(batch.struct), byref(one.struct))
+    call("compactattn_union", *where, byref(tensor), byref(rows))
+    return Lists(bits.head(rows.value) if isinstance(bits, Array) else bits, rows.value)
+
+
+def table(plan: Plan, batch: Batch, lists: Lists, *, layer: int = 0, out: Table | None = None) -> Table:
+    """Turns lists into rows of physical boxes, past boxes ascending, the open region last."""
+    if out is None:
+        boxes = Array((lists.rows, plan.sizes(layer).max_boxes), Dtype.I32)
+        out = Table(_ints(lists.rows), _ints(lists.rows), boxes)
+    _on_lists("compactattn_table_build", plan, batch, lists, layer, out.for_writing())
+    return out
+
+
+def export_padded(plan: Plan, batch: Batch, lists: Lists, *, layer: int = 0, out: Padded | None = None) -> Padded:
+    """Whole engine pages as FlashAttention takes them: every page with a selected token, ascending, chunk last."""
+    if out is None:
+        pages = Array((lists.rows, batch.block_table.shape[1]), Dtype.I32)
+        out = Padded(_ints(lists.rows), _ints(lists.rows), pages)
+    _on_lists("compactattn_table_export_padded", plan, batch, lists, layer, out.for_writing())
+    return out
+
+
+def export_csr(plan: Plan, batch: Batch, lists: Lists, *, layer: int = 0, out: Csr | None = None) -> Csr:
+    """Whole engine pages as FlashInfer takes them; ``indices`` is cut to the entries written unless given."""
+    entries, given = c_int64(), out
+    if out is None:
+        widest = lists.rows * batch.block_table.shape[1]
+        out = Csr(_ints(lists.rows + 1), _ints(widest), _ints(lists.rows))
+    _on_lists(
+        "compactattn_table_export_csr",
+        plan,
+        batch,
+        lists,
+        layer,
+        out.for_writing(),
+        byref(entries),
+    )
+    return out if given else Csr(out.indptr, out.indices.head(entries.value), out.last_page_len)
+
+
+def attend(
+    plan: Plan,
+    batch: Batch,
+    rows: Table,
+    out: Any,
+    lse: Any = None,
+    *,
+    layer: int = 0,
+    correction: tuple[Lists, Summaries] | None = None,
+    scratch: Scratch | None = None,
+    stream: int | None = None,
+) -> None:
+    """Attends each query to the boxes of its rows; ``correction`` adds the mean of what those lists skip."""
+    args = _abi_step.AttendArgs(layer=int32("layer", layer), batch=ctypes.pointer(batch.struct))
+    args.table = ctypes.pointer(rows.struct)
+    args.out = view("out", out, writable=True).tensor
+    args.lse = none() if lse is None else view("lse", lse, writable=True).tensor
+    if correction is not None:
+        args.lists = ctypes.pointer(view("lists", correction[0].bits).tensor)
+        args.summaries = ctypes.pointer(correction[1].struct)
+    memory = scratch or workspace.of_thread(plan.sizes(layer).workspace_bytes)
+    args.workspace, args.workspace_bytes, args.stream = memory.address, memory.num_bytes, stream
+    call("compactattn_attend", plan.handle, byref(args))
+
+
+def combine(
+    plan: Plan,
+    a: tuple[Any, Any],
+    b: tuple[Any, Any],
+    out: Any,
+    lse: Any = None,
+    *,
+    stream: int | None = None,
+) -> None:
+    """Merges two results ``(out, lse)`` of the same queries over disjoint KV, weighted by their lse."""
+    given = {"out_a": a[0], "lse_a": a[1], "out_b": b[0], "lse_b": b[1]}
+    views = {name: view(name, value) for name, value in given.items()}
+    views["out"] = view("out", out, writable=True)
+    if lse is not None:
+        views["lse"] = view("lse", lse, writable=True)
+    args = _abi_step.CombineArgs(stream=stream, **{name: view.tensor for name, view in views.items()})
+    call("compactattn_combine", plan.handle, byref(args))
+
+
+def _on_lists(function: str, plan: Plan, batch: Batch, lists: Lists, layer: int, *outputs: Any) -> None:
+    tensor = view("lists", lists.bits).tensor
+    call(function, plan.handle, int32("layer", layer), byref(batch.struct), byref(tensor), *outputs)
+
+
+def _means(plan: Plan, batch: Batch, layer: int, given: Summaries | None) -> Summaries | None:
+    settings = plan.settings(layer)
+    if given or settings.selector not in _READS_MEANS:
+        return given
+    made = Summaries.empty(plan, batch.k.shape[0], layer=layer)
+    update_summaries(plan, batch, made, layer=layer, which="all")
+    return made
+
+
+def _ints(count: int) -> Array:
+    return Array((count,), Dtype.I32)
+
+
+# The library refuses the others by name, should this set fall behind.
+_READS_MEANS = {"flashprefill", "pooled_mass", "two_level"}

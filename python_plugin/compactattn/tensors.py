@@ -1,0 +1,156 @@
+"""From whatever callers hold to ``compactattn_tensor``: NumPy, DLPack producers, tagged bf16 words, lists of ints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from . import _abi, _dlpack
+from ._abi import DeviceKind, Dtype
+from .arrays import ITEM_BYTES, TYPESTR, Array
+from .errors import E_DEVICE, E_DTYPE, E_NULL, E_SHAPE, E_VALUE, InvalidArgument, invalid
+
+
+@dataclass(frozen=True)
+class Bf16:
+    """A uint16 NumPy array whose words are bf16 numbers."""
+
+    words: Any
+
+
+def bf16(words: Any) -> Bf16:
+    """Tags a uint16 array as bf16, which NumPy has no type for (``ml_dtypes.bfloat16`` needs no tag)."""
+    return Bf16(words)
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor as the library sees it, and what must stay alive while it looks."""
+
+    tensor: _abi.Tensor
+    dtype: Dtype
+    owner: object
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Extents."""
+        return tuple(self.tensor.shape[: self.tensor.ndim])
+
+
+def view(name: str, value: Any, *, writable: bool = False) -> View:
+    """Looks at ``value`` without copying it (lists of ints are copied).
+
+    Extents, strides and alignment are the library's to judge. Raises InvalidArgument naming ``name`` for a type,
+    dtype or device the library has no word for, and for read-only memory where ``writable`` is asked for.
+    """
+    if isinstance(value, Bf16):
+        return _of_interface(name, value.words, writable, tag=Dtype.BF16)
+    if hasattr(value, "__array_interface__"):
+        tag = value.dtype if isinstance(value, Array) else _extension_dtype(value)
+        return _of_interface(name, value, writable, tag=tag)
+    if hasattr(value, "__dlpack__"):
+        return _of_dlpack(name, value, writable)
+    if isinstance(value, (list, tuple)) and not writable:
+        return _of_ints(name, value)
+    if value is None:
+        raise invalid(E_NULL, name, "a tensor", "None")
+    raise invalid(E_VALUE, name, "a NumPy array, a DLPack producer or a list of ints", type(value).__name__)
+
+
+def none() -> _abi.Tensor:
+    """The optional tensor that was left out."""
+    return _abi.Tensor()
+
+
+def _of_interface(name: str, value: Any, writable: bool, tag: Dtype | None) -> View:
+    interface = value.__array_interface__
+    typestr, (address, read_only) = interface["typestr"], interface["data"]
+    dtype = _dtype_of(name, typestr, tag)
+    if writable and read_only:
+        raise _read_only(name)
+    shape, size = interface["shape"], ITEM_BYTES[dtype]
+    strides = interface.get("strides") or _row_major(shape, size)
+    if any(stride % size for stride in strides):
+        raise invalid(E_VALUE, f"{name}.strides", f"multiples of {size} bytes", strides)
+    elements = tuple(stride // size for stride in strides)
+    return View(_tensor(name, address, (shape, elements), dtype), dtype, value)
+
+
+def _of_dlpack(name: str, value: Any, writable: bool) -> View:
+    try:
+        lent, flags, capsule = _dlpack.borrow(value)
+    except (BufferError, RuntimeError) as error:
+        # A tensor that needs a gradient or a conjugation refuses to be lent.
+        raise invalid(E_VALUE, name, "a tensor that DLPack can lend", error) from error
+    dtype = _dlpack.dtype_of(lent)
+    if dtype is None:
+        got = f"DLPack type {lent.type_code} of {lent.type_bits} bits"
+        raise invalid(E_DTYPE, f"{name}.dtype", _WANTED_DTYPES, got)
+    if writable and flags & _dlpack.READ_ONLY:
+        raise _read_only(name)
+    kind = _DEVICES.get(lent.device_type)
+    if kind is None:
+        raise invalid(E_DEVICE, f"{name}.device", "CPU or CUDA memory", f"DLPack device {lent.device_type}")
+    shape = tuple(lent.shape[: lent.ndim])
+    strides = tuple(lent.strides[: lent.ndim]) if lent.strides else _row_major(shape, 1)
+    tensor = _tensor(name, (lent.data or 0) + lent.byte_offset, (shape, strides), dtype)
+    tensor.device_kind, tensor.device_ordinal = kind, lent.device_id if kind is DeviceKind.CUDA else 0
+    return View(tensor, dtype, (value, capsule))
+
+
+def _of_ints(name: str, rows: Any) -> View:
+    nested = bool(rows) and isinstance(rows[0], (list, tuple))
+    if nested and any(len(row) != len(rows[0]) for row in rows):
+        raise invalid(E_SHAPE, name, f"rows of {len(rows[0])} entries, as the first", "a row of another length")
+    shape = (len(rows), len(rows[0])) if nested else (len(rows),)
+    flat = [x for row in rows for x in row] if nested else rows
+    try:
+        array = Array.of_ints(flat, shape)
+    except (TypeError, OverflowError) as error:
+        raise invalid(E_VALUE, name, "int32 numbers", error) from error
+    return _of_interface(name, array, False, tag=array.dtype)
+
+
+def _tensor(name: str, address: int, layout: tuple[tuple[int, ...], tuple[int, ...]], dtype: Dtype) -> _abi.Tensor:
+    shape, strides = layout
+    ndim = len(shape)
+    if not 1 <= ndim <= 4:
+        raise invalid(E_SHAPE, f"{name}.ndim", "1 to 4 dimensions", ndim)
+    tensor = _abi.Tensor(data=address or None, dtype=dtype, ndim=ndim, device_kind=DeviceKind.CPU)
+    tensor.shape[:ndim] = shape
+    tensor.stride[:ndim] = strides
+    return tensor
+
+
+def _dtype_of(name: str, typestr: str, tag: Dtype | None) -> Dtype:
+    if tag is Dtype.BF16 and typestr[1:] in ("u2", "V2"):
+        return Dtype.BF16
+    found = {text: dtype for dtype, text in TYPESTR.items()}.get(typestr)
+    if tag is Dtype.BF16:
+        raise invalid(E_DTYPE, f"{name}.dtype", "uint16 words, to be read as bf16", typestr)
+    if found is Dtype.BF16:
+        raise invalid(E_DTYPE, f"{name}.dtype", f"{_WANTED_DTYPES}; tag bf16 words by compactattn.bf16", "uint16")
+    if found is None:
+        raise invalid(E_DTYPE, f"{name}.dtype", _WANTED_DTYPES, typestr)
+    return found
+
+
+def _extension_dtype(value: Any) -> Dtype | None:
+    # ml_dtypes registers bfloat16 with NumPy; its type string is that of any 2-byte record.
+    return Dtype.BF16 if getattr(value.dtype, "name", "") == "bfloat16" else None
+
+
+def _row_major(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    strides = []
+    for extent in reversed(shape):
+        strides.append(size)
+        size *= max(extent, 1)
+    return tuple(reversed(strides))
+
+
+def _read_only(name: str) -> InvalidArgument:
+    return invalid(E_VALUE, name, "writable memory", "a read-only tensor")
+
+
+_DEVICES = {1: DeviceKind.CPU, 2: DeviceKind.CUDA, 3: DeviceKind.CPU}
+_WANTED_DTYPES = "bf16, f16, f32, i32 or u32"

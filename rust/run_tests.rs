@@ -1,0 +1,128 @@
+//! Laws of the forward pass.
+
+use super::*;
+use crate::fixture::{Paged, Store, shape};
+use crate::settings::Keep;
+use crate::types::Dtype;
+
+/// What one forward wrote.
+#[derive(Debug, PartialEq)]
+struct Written {
+    out: Vec<u32>,
+    lse: Vec<u32>,
+}
+
+fn paged() -> Paged {
+    Paged::random(11, shape(2, 3, 64, 16, Dtype::Bf16), &[(100, 777), (1, 90), (0, 5), (40, 600)])
+}
+
+fn settings(selector: Selector) -> Settings {
+    let mut settings = Settings { block_size: 16, keep: Keep::Density(0.2), ..Settings::of(selector) };
+    settings.dense.below_kv_len = 0;
+    settings
+}
+
+fn plan(paged: &Paged, settings: Settings) -> Plan {
+    let limits = paged.layout(settings).limits;
+    let desc = PlanDesc { shape: paged.shape, limits, layers: vec![settings; 2], splits: 2, gate: None };
+    Plan::new(&desc, Parallel::new(2)).unwrap()
+}
+
+fn run(plan: &Plan, paged: &Paged, step: &Step) -> Result<Written> {
+    let batch = paged.batch();
+    let (heads, head_dim) = (paged.shape.num_q_heads, paged.shape.head_dim);
+    let mut store = Store::dirty(paged.shape.dtype, batch.total_q() * heads * head_dim);
+    let mut lse = vec![f32::NAN; heads * batch.total_q()];
+    let mut memory = vec![0xAB_u8; plan.workspace_bytes()? + Sizes::ALIGNMENT];
+    let start = memory.as_ptr().align_offset(Sizes::ALIGNMENT);
+    let out = TokensMut { elements: store.view_mut(), stride_token: heads * head_dim, stride_head: head_dim };
+    let lse_mut = LseMut { elements: &mut lse, stride_head: batch.total_q() };
+    plan.forward(&batch, step, &mut Output { out, lse: Some(lse_mut) }, &mut memory[start..])?;
+    let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect();
+    Ok(Written { out: bits(store.to_f32()), lse: bits(lse) })
+}
+
+#[test]
+fn summaries_kept_by_the_caller_give_the_bits_of_recomputed_ones() {
+    let paged = paged();
+    let batch = paged.batch();
+    for selector in [Selector::FlashPrefill, Selector::PooledMass, Selector::TwoLevel] {
+        let plan = plan(&paged, Settings { mean_correction: true, ..settings(selector) });
+        let len = summaries::len(plan.layout(0).unwrap(), batch.k().num_pages);
+        // Slots that no block owns stay NaN: reading one would show.
+        let (mut k_mean, mut v_mean) = (vec![f32::NAN; len], vec![f32::NAN; len]);
+        let mut kept = SummariesMut { k_mean: &mut k_mean, v_mean: Some(&mut v_mean) };
+        plan.update_summaries(1, &batch, Which::All, &mut kept).unwrap();
+        let summaries = Some(Summaries { k_mean: &k_mean, v_mean: Some(&v_mean) });
+        let given = run(&plan, &paged, &Step { layer: 1, summaries, ..Step::default() });
+        assert!(given == run(&plan, &paged, &Step { layer: 1, ..Step::default() }), "{}", selector.name());
+    }
+}
+
+#[test]
+fn statistics_count_each_layers_own_calls() {
+    let paged = paged();
+    let plan = plan(&paged, settings(Selector::SampledExact));
+    for _ in 0..3 {
+        run(&plan, &paged, &Step { layer: 1, ..Step::default() }).unwrap();
+    }
+    let stats = plan.stats(1).unwrap();
+    assert_eq!((plan.stats(0).unwrap().calls, stats.calls), (0, 3));
+    // Two sparse requests of 42 and 35 past blocks, one list a query head; 20 % each, rounded up.
+    assert_eq!(stats.counts.candidates, 3 * 6 * (42 + 35));
+    assert_eq!(stats.counts.selected, 3 * 6 * (9 + 7));
+    assert_eq!((stats.counts.lists, stats.counts.dense), (3 * 18, 3 * 6));
+    assert!((stats.density().unwrap() - 16.0 / 77.0).abs() < 1e-12);
+}
+
+#[test]
+fn keep_all_is_dense_to_the_bit_whatever_the_selector() {
+    let paged = paged();
+    let dense = run(&plan(&paged, settings(Selector::Dense)), &paged, &Step::default()).unwrap();
+    for selector in [Selector::SampledExact, Selector::FlashPrefill, Selector::XAttention, Selector::Oracle] {
+        let all = Settings { keep: Keep::Density(1.0), max_density: 1.0, ..settings(selector) };
+        assert_eq!(run(&plan(&paged, all), &paged, &Step::default()).unwrap(), dense, "{}", selector.name());
+    }
+}
+
+#[test]
+fn a_call_may_bring_its_own_settings() {
+    let paged = paged();
+    let sparse = plan(&paged, settings(Selector::SampledExact));
+    let own = Some(settings(Selector::Dense));
+    let dense = run(&plan(&paged, settings(Selector::Dense)), &paged, &Step::default());
+    assert!(run(&sparse, &paged, &Step { settings: own, ..Step::default() }) == dense);
+    assert!(run(&sparse, &paged, &Step::default()) != dense);
+}
+
+#[test]
+fn what_a_selector_lacks_is_refused_by_name() {
+    let paged = paged();
+    let external = plan(&paged, settings(Selector::External));
+    let scores = [0.5; 3];
+    for (step, status, name) in [
+        (Step::default(), Status::Null, "external"),
+        (
+            Step { external: Some(External::Scores(&scores)), ..Step::default() },
+            Status::Shape,
+            "external.scores",
+        ),
+        (Step { layer: 2, ..Step::default() }, Status::Value, "layer"),
+        (
+            Step { summaries: Some(Summaries { k_mean: &scores, v_mean: None }), ..Step::default() },
+            Status::Null,
+            "external",
+        ),
+    ] {
+        let error = run(&external, &paged, &step).unwrap_err();
+        assert!(error.status() == status && error.to_string().contains(name), "{error}");
+    }
+    let gated = PlanDesc {
+        shape: paged.shape,
+        limits: paged.layout(settings(Selector::Dense)).limits,
+        layers: vec![Settings::of(Selector::AttnGate)],
+        splits: 1,
+        gate: None,
+    };
+    assert_eq!(Plan::new(&gated, Parallel::new(1)).unwrap_err().status(), Status::Null);
+}

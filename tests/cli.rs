@@ -1,0 +1,299 @@
+//! The command-line tool from outside: what it writes, what it says, how it exits.
+#![cfg(feature = "cli")]
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use half::bf16;
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::Value;
+
+#[test]
+fn demo_writes_a_row_per_selector_scope_and_density_and_three_files() {
+    let dir = scratch("demo");
+    let trace = synthetic(&dir, [1600, 2], [256, 4]);
+    let out = dir.join("out");
+    let run = tool(&["demo", "--trace", text(&trace), "--out", text(&out), "--threads", "1"]);
+    let printed = stdout(&run);
+    assert!(run.status.success(), "{}", stderr(&run));
+    for needed in ["Density .10", "Density .20", "Density .30", "path: CPU, 1 thread,", "skipped: attn_gate"]
+    {
+        assert!(printed.contains(needed), "{needed} is missing from\n{printed}");
+    }
+    // Not a terminal: no bar.
+    assert_eq!(stderr(&run), "");
+    check_summary(&out.join("summary.json"));
+    for picture in ["selected_blocks.png", "error_density.png"] {
+        let bytes = std::fs::read(out.join(picture)).unwrap();
+        assert!(bytes.starts_with(b"\x89PNG") && bytes.len() > 5_000, "{picture}");
+    }
+}
+
+fn check_summary(path: &Path) {
+    let summary: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let rows = summary.as_array().unwrap();
+    for row in rows {
+        assert!(row["selector"].is_string() && row["scope"].is_string(), "{row}");
+        assert!(row["block_size"].is_u64(), "{row}");
+        for (key, most) in [("density", 1.0), ("error", 2.0), ("ms", f64::INFINITY)] {
+            let x = row[key].as_f64().unwrap();
+            assert!((0.0..=most).contains(&x), "{key} of {row}");
+        }
+    }
+    for selector in [
+        "dense",
+        "sampled_exact",
+        "flashprefill",
+        "pooled_mass",
+        "two_level",
+        "quoka",
+        "xattention",
+        "streaming",
+        "oracle",
+        "external",
+    ] {
+        let of: Vec<_> = rows.iter().filter(|row| row["selector"] == selector).collect();
+        let targets: Vec<_> = of.iter().filter_map(|row| row["target_density"].as_f64()).collect();
+        assert!(!of.is_empty(), "no row of {selector}");
+        assert!(selector == "dense" || [0.1, 0.2, 0.3].iter().all(|t| targets.contains(t)), "{selector}");
+    }
+}
+
+#[test]
+fn attend_in_pages_of_any_size_and_order_gives_the_same_result() {
+    let dir = scratch("attend");
+    let trace = synthetic(&dir, [700, 2], [100, 4]);
+    let mut results = Vec::new();
+    for (i, engine) in [["16", "nhd"], ["64", "hnd"]].iter().enumerate() {
+        let output = dir.join(format!("out{i}.safetensors"));
+        let run = tool(&[
+            "attend",
+            "--input",
+            text(&trace),
+            "--output",
+            text(&output),
+            "--density",
+            "0.4",
+            "--block-size",
+            "64",
+            "--scope",
+            "head:chunk",
+            "--page-size",
+            engine[0],
+            "--kv-layout",
+            engine[1],
+        ]);
+        assert!(run.status.success(), "{}", stderr(&run));
+        results.push(std::fs::read(&output).unwrap());
+    }
+    let tensors = SafeTensors::deserialize(&results[0]).unwrap();
+    assert_eq!(tensors.tensor("layer3.out").unwrap().shape(), [100, 4, 64]);
+    assert_eq!(tensors.tensor("layer3.lse").unwrap().shape(), [4, 100]);
+    assert!(floats(&tensors.tensor("layer3.lse").unwrap()).iter().all(|x| x.is_finite()));
+    // Pages only say where tokens lie: not a bit may change.
+    assert_eq!(results[0], results[1]);
+}
+
+#[test]
+fn attend_with_everything_kept_is_dense_attention() {
+    let dir = scratch("attend_all");
+    let trace = synthetic(&dir, [700, 2], [100, 4]);
+    let run = |name: &str, options: &[&str]| {
+        let output = dir.join(name);
+        let fixed = ["attend", "--input", text(&trace), "--output", text(&output)];
+        let run = tool(&[&fixed[..], options].concat());
+        assert!(run.status.success(), "{}", stderr(&run));
+        std::fs::read(&output).unwrap()
+    };
+    let dense = run("dense", &["--selector", "dense"]);
+    assert_eq!(run("all", &["--density", "1"]), dense);
+    assert_ne!(run("some", &["--density", "0.2"]), dense);
+}
+
+#[test]
+fn inspect_prints_a_row_per_kv_head_and_draws_it() {
+    let dir = scratch("inspect");
+    let trace = synthetic(&dir, [1600, 2], [256, 4]);
+    let run = tool(&["inspect", "--trace", text(&trace), "--out", text(&dir)]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    assert_eq!(stdout(&run).lines().filter(|line| line.trim_start().starts_with("3  ")).count(), 2);
+    assert!(std::fs::read(dir.join("union.png")).unwrap().starts_with(b"\x89PNG"));
+}
+
+#[test]
+fn extract_copies_a_layer_bit_for_bit() {
+    let dir = scratch("extract");
+    let trace = synthetic(&dir, [300, 2], [100, 4]);
+    let copy = dir.join("copy.safetensors");
+    let run = tool(&["extract", "--trace", text(&trace), "--layer", "3", "--output", text(&copy)]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    let (a, b) = (std::fs::read(&trace).unwrap(), std::fs::read(&copy).unwrap());
+    let (a, b) = (SafeTensors::deserialize(&a).unwrap(), SafeTensors::deserialize(&b).unwrap());
+    for name in ["layer3.q", "layer3.k", "layer3.v"] {
+        assert_eq!(a.tensor(name).unwrap(), b.tensor(name).unwrap());
+    }
+    let run = tool(&["extract", "--trace", text(&trace), "--layer", "4", "--output", text(&copy)]);
+    check_refusal(&run, "--layer");
+}
+
+#[test]
+fn argument_errors_are_one_line_and_exit_code_2() {
+    for (arguments, named) in [
+        (vec!["demo", "--pages", "16"], "--pages"),
+        (vec!["attend", "--input", "x"], "--output"),
+        (vec!["attend", "--input", "x", "--output", "y", "--density", "0.2", "--mass", "0.9"], "--mass"),
+        (vec!["attend", "--input", "x", "--output", "y", "--density", "2"], "(0, 1]"),
+        (vec!["attend", "--input", "x", "--output", "y", "--selector", "best"], "sampled_exact"),
+        (vec!["attend", "--input", "x", "--output", "y", "--selector", "attn_gate"], "attn_gate"),
+        (vec!["attend", "--input", "x", "--output", "y", "--scope", "all"], "HEADS"),
+        (vec!["attend", "--input", "x", "--output", "y", "--block-size", "48"], "block_size"),
+        (vec!["inspct"], "inspct"),
+        (vec!["demo", "--trace", "/nowhere.safetensors"], "/nowhere.safetensors"),
+    ] {
+        check_refusal(&tool(&arguments), named);
+    }
+    let dir = scratch("arguments");
+    let trace = synthetic(&dir, [1600, 2], [256, 4]);
+    check_refusal(&tool(&["demo", "--trace", text(&trace), "--page-size", "1"]), "page_size");
+    check_refusal(&tool(&["demo", "--trace", text(&trace), "--chunk", "0"]), "chunk");
+    let short = synthetic(&dir, [300, 2], [256, 4]);
+    check_refusal(&tool(&["demo", "--trace", text(&short)]), "KV tokens before the queries");
+}
+
+#[test]
+fn a_trace_that_cannot_be_used_is_refused_by_tensor() {
+    let dir = scratch("refused");
+    let path = dir.join("bad.safetensors");
+    let good = || {
+        let q = Made::bf16("layer0.q", &[8, 4, 64]);
+        [q, Made::bf16("layer0.k", &[32, 2, 64]), Made::bf16("layer0.v", &[32, 2, 64])]
+    };
+    let [q, k, v] = good();
+    let cases = [
+        (vec![q.clone(), k.clone()], "layer0.v"),
+        (vec![q.clone(), k.clone(), Made::bf16("layer0.v", &[31, 2, 64])], "layer0.v"),
+        (vec![q.clone(), Made::bf16("layer0.k", &[32, 128]), v.clone()], "layer0.k"),
+        (
+            vec![q.clone(), Made::bf16("layer0.k", &[32, 2, 96]), Made::bf16("layer0.v", &[32, 2, 96])],
+            "layer0.k",
+        ),
+        (vec![Made::bf16("layer0.q", &[33, 4, 64]), k.clone(), v.clone()], "layer0.q"),
+        (vec![Made::bf16("layer0.q", &[8, 3, 64]), k.clone(), v.clone()], "layer0.q"),
+        (vec![q.clone(), Made { dtype: Dtype::U16, ..k.clone() }, v.clone()], "layer0.k"),
+        (vec![Made::bf16("weights", &[8, 3, 64])], "layerN.q"),
+    ];
+    for (tensors, named) in cases {
+        write(&path, &tensors);
+        let run = tool(&["attend", "--input", text(&path), "--output", text(&dir.join("out"))]);
+        check_refusal(&run, named);
+    }
+    std::fs::write(&path, b"not tensors").unwrap();
+    let run = tool(&["attend", "--input", text(&path), "--output", text(&dir.join("out"))]);
+    check_refusal(&run, "not a safetensors file");
+}
+
+#[test]
+fn doctor_reports_settings_with_their_source_and_exits_by_health() {
+    let run = tool(&["doctor"]);
+    assert_eq!(run.status.code(), Some(0), "{}", stdout(&run));
+    assert!(stdout(&run).contains("mode: dense (default)"), "{}", stdout(&run));
+
+    let run = command(&["doctor", "--json"]).env("COMPACTATTN_MODE", "compactattn").output().unwrap();
+    let report: Value = serde_json::from_slice(&run.stdout).unwrap();
+    assert_eq!(report["settings"]["mode"], "compactattn (COMPACTATTN_MODE)");
+    assert_eq!(report["self_test"]["result"], "passed");
+    assert_eq!(report["build"]["version"], env!("CARGO_PKG_VERSION"));
+
+    let run = command(&["doctor"]).env("COMPACTATTN_MODE", "fast").output().unwrap();
+    assert_eq!(run.status.code(), Some(2));
+    assert!(stdout(&run).contains("dense|compactattn|block_sparse") && stdout(&run).contains("self_test"));
+}
+
+#[test]
+fn version_and_help_are_no_errors() {
+    let run = tool(&["version"]);
+    assert_eq!(stdout(&run), format!("compactattn {}\n", env!("CARGO_PKG_VERSION")));
+    assert!(tool(&["--help"]).status.success());
+    assert_eq!(tool(&[]).status.code(), Some(2));
+}
+
+fn check_refusal(run: &Output, named: &str) {
+    let said = stderr(run);
+    assert_eq!(run.status.code(), Some(2), "{said}");
+    assert!(said.starts_with("error: ") && said.lines().count() == 1, "{said}");
+    assert!(said.contains(named), "{named} is missing from {said}");
+}
+
+/// One tensor to write.
+#[derive(Clone)]
+struct Made {
+    name: String,
+    dims: Vec<usize>,
+    dtype: Dtype,
+    data: Vec<u8>,
+}
+
+impl Made {
+    /// Waves of many lengths, so that blocks differ.
+    fn bf16(name: &str, dims: &[usize]) -> Self {
+        let width = dims[dims.len() - 1];
+        let phase = name.len() as f32 + f32::from(name.as_bytes()[name.len() - 1]);
+        let values = (0..dims.iter().product()).map(|i: usize| {
+            let (row, x) = ((i / width) as f32, (i % width) as f32);
+            bf16::from_f32(1.5 * (row * (0.05 + 0.013 * x) + phase * (1.0 + x)).sin())
+        });
+        let data = values.flat_map(bf16::to_le_bytes).collect();
+        Self { name: name.to_owned(), dims: dims.to_vec(), dtype: Dtype::BF16, data }
+    }
+}
+
+/// A trace of one layer, number 3: `[tokens, heads]` of keys and of queries.
+fn synthetic(dir: &Path, [kv_len, kv_heads]: [usize; 2], [q_len, q_heads]: [usize; 2]) -> PathBuf {
+    let path = dir.join(format!("trace{kv_len}.safetensors"));
+    let q = Made::bf16("layer3.q", &[q_len, q_heads, 64]);
+    let k = Made::bf16("layer3.k", &[kv_len, kv_heads, 64]);
+    write(&path, &[q, k, Made::bf16("layer3.v", &[kv_len, kv_heads, 64])]);
+    path
+}
+
+fn write(path: &Path, tensors: &[Made]) {
+    let views = tensors.iter().map(|t| (&t.name, TensorView::new(t.dtype, t.dims.clone(), &t.data).unwrap()));
+    let bytes = safetensors::serialize(views, None::<HashMap<String, String>>).unwrap();
+    std::fs::write(path, bytes).unwrap();
+}
+
+fn floats(view: &TensorView) -> Vec<f32> {
+    view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_compactattn"));
+    command.args(arguments).env_remove("COMPACTATTN_MODE").env_remove("COMPACTATTN_CONFIG");
+    command
+}
+
+fn tool(arguments: &[&str]) -> Output {
+    command(arguments).output().unwrap()
+}
+
+fn stdout(run: &Output) -> String {
+    String::from_utf8_lossy(&run.stdout).into_owned()
+}
+
+fn stderr(run: &Output) -> String {
+    String::from_utf8_lossy(&run.stderr).into_owned()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// An empty folder of the test's own.
+fn scratch(name: &str) -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cli_{name}"));
+    let _ = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir_all(&dir).unwrap();
+    dir
+}
