@@ -11,11 +11,6 @@ use crate::error::{Error, Result, Status};
 use cxx::let_cxx_string;
 
 /// The C++ side; its header has the details.
-#[allow(
-    clippy::multiple_unsafe_ops_per_block,
-    clippy::missing_errors_doc,
-    reason = "cxx writes the code behind it"
-)]
 #[cxx::bridge(namespace = "compactattn")]
 pub mod ffi {
     unsafe extern "C++" {

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import compactattn
+from cases import Case
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -27,24 +28,25 @@ def run(code: str) -> dict[str, object]:
 
 def test_the_semantics_block_says_what_forward_computes() -> None:
     plain = run(blocks()[0])["compact_attention"]
-    rng = np.random.default_rng(1)
-    block, kv_len, q_len, dim = 16, 203, 40, 64
-    q = rng.standard_normal((q_len, 1, dim), np.float32)
-    keys = rng.standard_normal((2, 13, 16, 1, dim), np.float32)
-    pages = rng.permutation(13).astype(np.int32)
-    keep = rng.random((kv_len - q_len) // block) < 0.4
-    settings = compactattn.Settings.of("external").replace(
-        block_size=block, query_span=0, heads_per_list=0, dense_below_kv_len=0, density_guard=1.0
-    )
-    settings = settings.replace(sink_blocks=0, local_blocks=0)
-    scores = np.zeros(-(-kv_len // block), np.float32)
-    scores[: len(keep)] = keep
-    out, lse = forward_with_scores(q, keys, pages, kv_len, settings.replace(keep="threshold", keep_value=0.5), scores)
-    k, v = (pool[pages].reshape(-1, dim)[:kv_len].astype(np.float64) for pool in keys)
-    want_out, want_lse = plain(q[:, 0].astype(np.float64), k, v, keep, block, 1 / np.sqrt(dim))
-    # f32 sums of 203 terms: unit roundoff 6e-8 times the terms, times values of a few.
-    np.testing.assert_allclose(out[:, 0], want_out, atol=203 * 6e-8 * 8)
-    np.testing.assert_allclose(lse[0], want_lse, atol=203 * 6e-8 * 8)
+    block, keep = 16, {1, 4, 5}
+    case = Case([(40, 203)], seed=9)
+    settings = compactattn.Settings.of("external").replace(block_size=block, dense_below_kv_len=0)
+    settings = settings.replace(sink_blocks=0, local_blocks=0, density_guard=1.0)
+    batch = compactattn.Batch.of(*case.inputs())
+    plan = compactattn.plan_for(batch, settings=settings)
+    sizes = plan.sizes()
+    masks = np.zeros((sizes.select_rows, case.num_q_heads, sizes.mask_words), np.uint32)
+    masks[:, :, 0] = sum(1 << j for j in keep)
+    out, lse = np.empty_like(case.inputs()[0]), np.empty((case.num_q_heads, 40), np.float32)
+    plan.forward(batch, out, lse, external=compactattn.Selection(masks=masks))
+    kept = np.isin(np.arange((203 - 40) // block), list(keep))
+    q, k, v = case.q, case.tokens(0, case.k), case.tokens(0, case.v)
+    for head in range(case.num_q_heads):
+        kv_head = head * case.num_kv_heads // case.num_q_heads
+        one = plain(q[:, head], k[:, kv_head], v[:, kv_head], kept, block, 1 / np.sqrt(case.head_dim))
+        # f32 sums of 203 terms of size 4 at most: 203 roundings of 2^-24 each, doubled for the two products.
+        np.testing.assert_allclose(out[:, head], one[0], rtol=0, atol=203 * 4 * 2**-23)
+        np.testing.assert_allclose(lse[head], one[1], rtol=0, atol=203 * 4 * 2**-23)
 
 
 @pytest.mark.parametrize("code", blocks()[1:])
