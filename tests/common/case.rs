@@ -115,6 +115,8 @@ impl Case {
     fn fill_tokens(&mut self, rng: &mut Rng, lens: &[Lens], owned: &[Vec<usize>]) {
         let (dim, size) = (self.shape.head_dim, self.shape.page_size);
         let lean = rng.pick(&[0.0, 0.3, 1.0]);
+        // In some steps most of the attention falls on the chunk itself.
+        let hot_chunk = rng.once_in(3);
         for kv_head in 0..self.shape.num_kv_heads {
             let direction: Vec<f32> = (0..dim).map(|_| rng.normal()).collect();
             for (l, pages) in lens.iter().zip(owned).filter(|(l, _)| l.q > 0) {
@@ -122,6 +124,9 @@ impl Case {
                 for t in 0..l.kv {
                     if t % 16 == 0 {
                         gain = lean * rng.normal() * if rng.once_in(8) { 2.0 } else { 0.5 };
+                        if hot_chunk && t + l.q >= l.kv {
+                            gain = lean * 1.5;
+                        }
                     }
                     let slot = (pages[t / size], t % size);
                     let k: Vec<f32> = direction.iter().map(|d| gain * d + rng.normal()).collect();
