@@ -166,9 +166,13 @@ fn for_mass(settings: &Settings, scores: &[Score], share: f64) -> (usize, usize)
     (prefix(&high, open_high, few + open_low), prefix(&low, open_low, many + open_high))
 }
 
-/// `ceil(share * n)`, at most `n`.
+/// `ceil(share * n)`, at most `n`; a share is a decimal that f32 rounds, and that rounding buys no block.
 pub(super) fn ceil_share(share: f32, n: usize) -> usize {
-    (0..n).find(|&count| count as f64 >= f64::from(share) * n as f64).unwrap_or(n)
+    if share >= 1.0 {
+        return n;
+    }
+    let wanted = f64::from(share) * n as f64 * (1.0 - f64::from(f32::EPSILON));
+    (0..n).find(|&count| count as f64 >= wanted).unwrap_or(n)
 }
 
 #[cfg(test)]

@@ -5,9 +5,9 @@ use super::softmax;
 use crate::settings::Keep;
 
 impl At<'_> {
-    /// Block masses of attention in which each key of a past block is the block's mean.
+    /// Block masses of attention in which each key of a block that the row sees whole is the block's mean.
     pub(super) fn pooled_mass(&self, head: usize) -> Vec<f64> {
-        self.mixed_mass(head, &[])
+        self.mixed_mass(head, &|_, sees_whole| sees_whole)
     }
 
     /// Masses of the group's candidate blocks with exact keys there; other blocks pooled in the total and scored 0.
@@ -17,20 +17,23 @@ impl At<'_> {
         let certain = chosen.iter().all(Option::is_some);
         let candidates = chosen.into_iter().flatten().flatten().collect::<Vec<usize>>();
         let score = |head: usize| {
-            let mass = self.mixed_mass(head, &candidates);
+            let past = self.past_blocks();
+            let mass = self.mixed_mass(head, &|block, _| block < past && !candidates.contains(&block));
             mass.iter().enumerate().map(|(j, &m)| if candidates.contains(&j) { m } else { 0.0 }).collect()
         };
         Scored { rows: self.heads.clone().map(score).collect(), certain }
     }
 
-    /// Share of attention of each past block, exact in the blocks of `exact` and pooled in the others.
-    fn mixed_mass(&self, head: usize, exact: &[usize]) -> Vec<f64> {
+    /// Share of attention of each past block where the keys of `pooled(block, whether the row sees it whole)` blocks
+    /// are their mean.
+    fn mixed_mass(&self, head: usize, pooled: &dyn Fn(usize, bool) -> bool) -> Vec<f64> {
         let block = self.layout.settings.block_size;
-        let (means, past, rows) = (self.mean_keys(), self.past_blocks(), self.sampled());
-        let mut mass = vec![0.0; past];
+        let (means, rows) = (self.mean_keys(), self.sampled());
+        let mut mass = vec![0.0; self.past_blocks()];
         for &t in &rows {
+            let sees_whole = |j: usize| (j + 1) * block <= self.request.visible(t);
             let stand_in = |key: usize| match key / block {
-                j if j < past && !exact.contains(&j) => &means[j],
+                j if pooled(j, sees_whole(j)) => &means[j],
                 _ => &self.request.k[self.kv_head][key],
             };
             let keys = 0..self.request.visible(t);

@@ -126,7 +126,8 @@ fn always(layout: &Layout, mut kept: Kept) -> Kept {
         kept.must[j] = true;
         kept.may[j] = true;
     }
-    let limit = f64::from(layout.settings.density_guard) * n as f64;
+    // The guard is a decimal too: 9 of 10 are not more than 0.9.
+    let limit = f64::from(layout.settings.density_guard) * (1.0 + f64::from(f32::EPSILON)) * n as f64;
     let count = |bits: &[bool]| bits.iter().filter(|&&bit| bit).count() as f64;
     Kept {
         must: if count(&kept.must) > limit { vec![true; n] } else { kept.must },
