@@ -1,6 +1,6 @@
 //! The stages one by one through the C ABI give what the whole pass gives, and a table that came back from a caller
 //! is checked before it is followed.
-#![expect(clippy::cast_sign_loss, reason = "sizes")]
+#![expect(clippy::cast_sign_loss, clippy::cast_possible_truncation, reason = "sizes")]
 
 mod capi_world;
 
