@@ -50,7 +50,7 @@ enum Library {
 }
 
 fn build_and_run(compiler: &str, standard: &str, source: &str, kind: Library) {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{source}.{kind:?}"));
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("smoke-{source}-{kind:?}"));
     std::fs::create_dir_all(&folder).unwrap();
     let out = folder.join("smoke");
     let mut command = Command::new(compiler);

@@ -59,7 +59,7 @@ fn root() -> &'static Path {
 }
 
 /// In the header's order.
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 11] = [
     "status.rs",
     "structs.rs",
     "structs_step.rs",
@@ -68,7 +68,9 @@ const SOURCES: [&str; 9] = [
     "api_settings.rs",
     "api_plan.rs",
     "api_stages.rs",
+    "api_export.rs",
     "api_attend.rs",
+    "api_combine.rs",
 ];
 /// Set it to rewrite the header instead of comparing.
 const REWRITE: &str = "COMPACTATTN_UPDATE_HEADER";
