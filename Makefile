@@ -42,14 +42,14 @@ lint: $(VENV)/ready
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features
-	git ls-files '*.c' '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	git ls-files '*.c' '*.cpp' '*.h' '*.hpp' '*.cu' '*.cuh' ':!include/compactattn.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(VENV)/bin/ruff check python_plugin tests/python
 	$(VENV)/bin/ruff format --check python_plugin tests/python
 	$(VENV)/bin/mypy --strict python_plugin/compactattn
 
 format: $(VENV)/ready
 	$(CARGO) fmt
-	git ls-files '*.c' '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format -i
+	git ls-files '*.c' '*.cpp' '*.h' '*.hpp' '*.cu' '*.cuh' ':!include/compactattn.h' | xargs $(VENV)/bin/clang-format -i
 	$(VENV)/bin/ruff format python_plugin tests/python
 
 # Rewrites include/compactattn.h from rust/capi.

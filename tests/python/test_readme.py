@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import compactattn
 import numpy as np
 import pytest
-
-import compactattn
 from cases import Case
 
 README = Path(__file__).parents[2] / "README.md"
