@@ -586,28 +586,6 @@ typedef struct compactattn_attend_args {
   void *stream;
 } compactattn_attend_args;
 
-// Arguments of compactattn_combine: two results over disjoint KV, and where their union goes.
-typedef struct compactattn_combine_args {
-  // sizeof(compactattn_combine_args).
-  uint32_t struct_size;
-  // 0.
-  uint32_t reserved;
-  // [total_q, num_q_heads, head_dim], the plan's dtype.
-  struct compactattn_tensor out_a;
-  // [num_q_heads, total_q] f32.
-  struct compactattn_tensor lse_a;
-  // As out_a.
-  struct compactattn_tensor out_b;
-  // As lse_a.
-  struct compactattn_tensor lse_b;
-  // As out_a; overlaps nothing else.
-  struct compactattn_tensor out;
-  // As lse_a, optional; overlaps nothing else.
-  struct compactattn_tensor lse;
-  // The CUDA stream; NULL on a CPU context.
-  void *stream;
-} compactattn_combine_args;
-
 // Arguments of compactattn_forward.
 typedef struct compactattn_forward_args {
   // sizeof(compactattn_forward_args).
@@ -633,6 +611,28 @@ typedef struct compactattn_forward_args {
   // The CUDA stream; NULL on a CPU context.
   void *stream;
 } compactattn_forward_args;
+
+// Arguments of compactattn_combine: two results over disjoint KV, and where their union goes.
+typedef struct compactattn_combine_args {
+  // sizeof(compactattn_combine_args).
+  uint32_t struct_size;
+  // 0.
+  uint32_t reserved;
+  // [total_q, num_q_heads, head_dim], the plan's dtype.
+  struct compactattn_tensor out_a;
+  // [num_q_heads, total_q] f32.
+  struct compactattn_tensor lse_a;
+  // As out_a.
+  struct compactattn_tensor out_b;
+  // As lse_a.
+  struct compactattn_tensor lse_b;
+  // As out_a; overlaps nothing else.
+  struct compactattn_tensor out;
+  // As lse_a, optional; overlaps nothing else.
+  struct compactattn_tensor lse;
+  // The CUDA stream; NULL on a CPU context.
+  void *stream;
+} compactattn_combine_args;
 
 #ifdef __cplusplus
 extern "C" {
@@ -832,14 +832,6 @@ compactattn_status compactattn_table_export_csr(const struct compactattn_plan *p
 compactattn_status compactattn_attend(const struct compactattn_plan *plan,
                                       const struct compactattn_attend_args *args);
 
-// Merges two results of the same queries over disjoint KV, weighted by their lse; for prefix and suffix, or for ranks
-// that hold parts of the context.
-//
-// Memory:
-// As compactattn_attend.
-compactattn_status compactattn_combine(const struct compactattn_plan *plan,
-                                       const struct compactattn_combine_args *args);
-
 // One layer of one step: select, union, table, attend, combine; counts into the layer's statistics.
 //
 // No requests, or no queries: COMPACTATTN_OK, and nothing is written. On any other status nothing was written
@@ -849,6 +841,14 @@ compactattn_status compactattn_combine(const struct compactattn_plan *plan,
 // As compactattn_attend.
 compactattn_status compactattn_forward(const struct compactattn_plan *plan,
                                        const struct compactattn_forward_args *args);
+
+// Merges two results of the same queries over disjoint KV, weighted by their lse; for prefix and suffix, or for ranks
+// that hold parts of the context.
+//
+// Memory:
+// As compactattn_attend.
+compactattn_status compactattn_combine(const struct compactattn_plan *plan,
+                                       const struct compactattn_combine_args *args);
 
 #ifdef __cplusplus
 }  // extern "C"

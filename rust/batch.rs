@@ -311,7 +311,7 @@ mod tests {
             (|p| p.cu_seqlens_q[0] = 1, Status::Value, "cu_seqlens_q[0]"),
             (|p| p.cu_seqlens_q[1] = 99, Status::Value, "cu_seqlens_q[2]"),
             (|p| p.cu_seqlens_q[3] = 13, Status::Value, "cu_seqlens_q[3]"),
-            (|p| drop(p.cu_seqlens_q.pop()), Status::Shape, "cu_seqlens_q"),
+            (|p| p.cu_seqlens_q.truncate(3), Status::Shape, "cu_seqlens_q"),
             (|p| p.seq_lens[0] = -1, Status::SeqLen, "seq_lens[0]"),
             (|p| p.seq_lens[2] = 1000, Status::SeqLen, "seq_lens[2]"),
             (|p| p.block_table[1] = -1, Status::Table, "block_table[0][1]"),

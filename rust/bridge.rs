@@ -4,25 +4,23 @@
 //! (`cpp_shim/include/compactattn/block_map.hpp`: `std::string` ids, a `std::vector` of pages each), and
 //! [`BlockTableBuf::gather`] makes a step's `block_table` and `seq_lens` from it; a C++ exception becomes an [`Error`].
 //! A dependent's own bridge names the type by `type BlockMap = compactattn::bridge::ffi::BlockMap;`.
-
-use cxx::let_cxx_string;
+#![expect(clippy::multiple_unsafe_ops_per_block, clippy::missing_errors_doc, reason = "the macro's own code")]
 
 use crate::batch::BlockTable;
 use crate::error::{Error, Result, Status};
+use cxx::let_cxx_string;
 
 /// The C++ side; its header has the details.
 #[cxx::bridge(namespace = "compactattn")]
 pub mod ffi {
     unsafe extern "C++" {
         include!("compactattn/block_map.hpp");
-
         /// Which KV pages each request owns.
         type BlockMap;
         /// Physical pages of the request, in logical order.
         fn pages(self: &BlockMap, request: &CxxString) -> Result<&CxxVector<i32>>;
         /// KV tokens of the request, this step's chunk included.
         fn seq_len(self: &BlockMap, request: &CxxString) -> Result<i32>;
-
         /// A map of its own memory, for schedulers that have none yet.
         type HashBlockMap;
         /// An empty map.

@@ -38,3 +38,8 @@ pub mod workspace;
 
 pub use error::{Error, Result, Status};
 pub use parallel::Parallel;
+
+/// The README's Rust code is a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

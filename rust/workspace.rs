@@ -78,7 +78,7 @@ impl<'a> Carver<'a> {
                 workspace.len(),
             ));
         }
-        if workspace.as_ptr().addr() % Sizes::ALIGNMENT != 0 && needed > 0 {
+        if !workspace.as_ptr().addr().is_multiple_of(Sizes::ALIGNMENT) && needed > 0 {
             let wanted = format!("alignment to {} bytes", Sizes::ALIGNMENT);
             return Err(Error::new(Status::Workspace, "workspace", wanted, "a misaligned address"));
         }

@@ -1,4 +1,5 @@
 //! The header and both libraries from C99 and C++17, and the symbols the shared one shows.
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -49,23 +50,34 @@ enum Library {
 }
 
 fn build_and_run(compiler: &str, standard: &str, source: &str, kind: Library) {
-    let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{source}.{kind:?}"));
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("smoke-{source}-{kind:?}"));
+    std::fs::create_dir_all(&folder).unwrap();
+    let out = folder.join("smoke");
     let mut command = Command::new(compiler);
     command.arg(format!("-std={standard}"));
     command.args(["-O1", "-Wall", "-Wextra", "-Werror", "-pedantic", "-Wno-unused-function"]);
     command.arg("-I").arg(root().join("include")).arg(root().join("tests/c").join(source));
-    let directory = library("libcompactattn.so").parent().unwrap().to_owned();
     match kind {
         Library::Shared => {
-            command.arg("-L").arg(&directory).arg("-lcompactattn");
-            command.arg(format!("-Wl,-rpath,{}", directory.display()));
+            install(&folder);
+            command.arg("-L").arg(&folder).arg("-lcompactattn");
+            command.arg(format!("-Wl,-rpath,{}", folder.display()));
         }
         Library::Static => {
             command.arg(library("libcompactattn.a")).args(["-lpthread", "-ldl"]);
         }
     }
     run(command.arg("-lm").arg("-o").arg(&out));
-    run(&mut Command::new(out));
+    // Cargo's own search path may name an older build's folder.
+    run(Command::new(out).env_remove("LD_LIBRARY_PATH"));
+}
+
+/// The shared library under the name to link and the name to load (its SONAME).
+fn install(folder: &Path) {
+    let versioned = concat!("libcompactattn.so.", env!("CARGO_PKG_VERSION_MAJOR"));
+    for name in ["libcompactattn.so", versioned] {
+        std::fs::copy(library("libcompactattn.so"), folder.join(name)).unwrap();
+    }
 }
 
 /// Runs to success; its output.

@@ -122,6 +122,7 @@ class Plan:
         handle = c_void_p()
         call("compactattn_plan_create", self.context.handle, byref(desc.to_c()), byref(handle))
         self.handle = handle.value
+        self._bytes: dict[tuple[int, Settings | None], int] = {}
         weakref.finalize(self, context.destroy, "compactattn_plan_destroy", self.handle)
 
     @staticmethod
@@ -187,9 +188,15 @@ class Plan:
             args.summaries = ctypes.pointer(summaries.struct)
         if external is not None:
             args.external = ctypes.pointer(external.struct)
-        memory = scratch or workspace.of_thread(self.sizes(layer, settings).workspace_bytes)
+        memory = scratch or workspace.of_thread(self._workspace_bytes(layer, settings))
         args.workspace, args.workspace_bytes, args.stream = memory.address, memory.num_bytes, stream
         call("compactattn_forward", self.handle, byref(args))
+
+    def _workspace_bytes(self, layer: int, settings: Settings | None) -> int:
+        # Threads may both ask and both write the same number.
+        if (layer, settings) not in self._bytes:
+            self._bytes[layer, settings] = self.sizes(layer, settings).workspace_bytes
+        return self._bytes[layer, settings]
 
 
 def _dtype(name: str) -> _abi.Dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeVar
@@ -65,18 +66,18 @@ class Settings:
     def mode(cls, name: str) -> Settings:
         """A preset: ``dense``, ``compactattn``, ``block_sparse`` or ``paper``."""
         mode = _member("mode", _abi.Mode, name)
-        return cls._filled("compactattn_settings_from_mode", mode)
+        return _preset("compactattn_settings_from_mode", mode)
 
     @classmethod
     def of(cls, selector: str) -> Settings:
         """What a selector is published (or, for ours, measured) with."""
         number = _member("settings.selector", _abi.Selector, selector)
-        return cls._filled("compactattn_settings_init", number)
+        return _preset("compactattn_settings_init", number)
 
     @classmethod
     def from_env(cls, layer: int = -1) -> Settings:
         """What ``COMPACTATTN_MODE`` and ``COMPACTATTN_CONFIG`` ask for in one layer; -1 = any that is not named."""
-        return cls._filled("compactattn_settings_from_env", layer)
+        return _filled("compactattn_settings_from_env", int32("layer", layer))
 
     def replace(self, **changes: object) -> Settings:
         """A copy with some fields changed; TypeError for a field that does not exist."""
@@ -109,11 +110,15 @@ class Settings:
             values[field.name] = bool(value) if field.type == "bool" else value
         return cls(**values)  # type: ignore[arg-type]
 
-    @classmethod
-    def _filled(cls, function: str, argument: int) -> Settings:
-        struct = _abi.Settings()
-        call(function, argument, ctypes.byref(struct))
-        return cls.from_c(struct)
+
+def _filled(function: str, argument: int) -> Settings:
+    struct = _abi.Settings()
+    call(function, argument, ctypes.byref(struct))
+    return Settings.from_c(struct)
+
+
+# Presets never change; the environment may.
+_preset = functools.lru_cache(maxsize=None)(_filled)
 
 
 def int32(name: str, value: object) -> int:

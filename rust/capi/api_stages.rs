@@ -1,6 +1,7 @@
 //! Exported: the stages before attend, one call each.
 
 use super::batch::BatchViews;
+use super::check::check;
 use super::compactattn_status;
 use super::guard::guard;
 use super::handle;
@@ -8,15 +9,13 @@ use super::objects::PlanObject;
 use super::read::{check_pointer, tensor};
 use super::structs::{compactattn_plan, compactattn_tensor, compactattn_which};
 use super::structs_step::{
-    compactattn_batch, compactattn_csr, compactattn_padded, compactattn_selection, compactattn_summaries,
-    compactattn_table,
+    compactattn_batch, compactattn_selection, compactattn_summaries, compactattn_table,
 };
 use super::table::{Rows, list_rows};
-use super::tensor::{Dim, View, Wanted, check, check_apart};
+use super::tensor::{Dim, View, Wanted, check_apart};
 use super::views::{SelectionViews, SummaryViews, check_rows};
 use crate::batch::Batch;
 use crate::error::{Error, Result, Status};
-use crate::export;
 use crate::plan::Layout;
 use crate::select;
 use crate::settings::{KeepAt, Selector};
@@ -165,53 +164,6 @@ pub unsafe extern "C" fn compactattn_table_build(
     })
 }
 
-/// Turns lists into padded tables of whole engine pages; every page with a selected token, ascending, the chunk last.
-///
-/// # Safety
-/// As compactattn_union.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn compactattn_table_export_padded(
-    plan: *const compactattn_plan,
-    layer: i32,
-    batch: *const compactattn_batch,
-    lists: *const compactattn_tensor,
-    padded: *const compactattn_padded,
-) -> compactattn_status {
-    on_plan(plan, layer, |plan, layout| {
-        // SAFETY: this function's contract.
-        let out = unsafe { Rows::padded(plan, padded) }?;
-        // SAFETY: this function's contract.
-        let (batch, lists) = unsafe { open_lists(plan, layer, batch, lists, &out) }?;
-        // SAFETY: this function's contract; `open_lists` has shown that outputs lie apart.
-        export::padded(layout, &batch, lists, &mut unsafe { out.padded_mut() }).map(drop)
-    })
-}
-
-/// Turns lists into CSR tables of whole engine pages. out_entries, if not NULL, becomes the entries of indices.
-///
-/// # Safety
-/// As compactattn_union. out_entries: NULL, or writable.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn compactattn_table_export_csr(
-    plan: *const compactattn_plan,
-    layer: i32,
-    batch: *const compactattn_batch,
-    lists: *const compactattn_tensor,
-    csr: *const compactattn_csr,
-    out_entries: *mut i64,
-) -> compactattn_status {
-    on_plan(plan, layer, |plan, layout| {
-        // SAFETY: this function's contract.
-        let out = unsafe { Rows::csr(plan, csr) }?;
-        // SAFETY: this function's contract.
-        let (batch, lists) = unsafe { open_lists(plan, layer, batch, lists, &out) }?;
-        // SAFETY: this function's contract; `open_lists` has shown that outputs lie apart.
-        let (_, entries) = export::csr(layout, &batch, lists, &mut unsafe { out.csr_mut() })?;
-        // SAFETY: this function's contract.
-        unsafe { write_count(out_entries, entries) }
-    })
-}
-
 /// Runs `body` on a live plan and layer, guarded.
 pub(super) fn on_plan(
     plan: *const compactattn_plan,
@@ -240,7 +192,7 @@ pub(super) unsafe fn read_lists(
 ///
 /// # Safety
 /// As `compactattn_union`.
-unsafe fn open_lists<'a>(
+pub(super) unsafe fn open_lists<'a>(
     plan: &PlanObject,
     layer: i32,
     batch: *const compactattn_batch,
@@ -280,7 +232,7 @@ unsafe fn unite(layout: &Layout, batch: &Batch, from: &SelectionViews, lists: &m
 
 /// # Safety
 /// `to`: NULL, or writable.
-unsafe fn write_count(to: *mut i64, count: usize) -> Result<()> {
+pub(super) unsafe fn write_count(to: *mut i64, count: usize) -> Result<()> {
     if to.is_null() {
         return Ok(());
     }

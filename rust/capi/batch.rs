@@ -1,9 +1,10 @@
 //! `compactattn_batch` to views, and, once all views are known to be apart, to slices.
 
+use super::check::check;
 use super::objects::PlanObject;
 use super::read::input;
 use super::structs_step::compactattn_batch;
-use super::tensor::{Device, Dim, View, Wanted, check};
+use super::tensor::{Device, Dim, View, Wanted};
 use super::views::q_like;
 use crate::batch::{Batch, BatchParts, BlockTable};
 use crate::error::{Error, Result, Status};

@@ -7,7 +7,9 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use once_cell::sync::OnceCell;
 
 use super::objects::{Context, PlanObject};
 use crate::error::{Error, Result, Status};
@@ -99,12 +101,12 @@ fn dead(name: &str) -> Error {
 struct Registry {
     pid: u32,
     objects: RwLock<HashMap<u64, Object>>,
-    child: OnceLock<Box<Self>>,
+    child: OnceCell<Box<Self>>,
 }
 
 impl Registry {
     fn new(pid: u32) -> Self {
-        Self { pid, objects: RwLock::default(), child: OnceLock::new() }
+        Self { pid, objects: RwLock::default(), child: OnceCell::new() }
     }
 }
 
@@ -116,7 +118,7 @@ fn registry(pid: u32) -> &'static Registry {
     registry
 }
 
-static FIRST: OnceLock<Registry> = OnceLock::new();
+static FIRST: OnceCell<Registry> = OnceCell::new();
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
 const SERIAL_BITS: u32 = 30;

@@ -5,12 +5,15 @@
 #![expect(non_camel_case_types, reason = "names are those of the C header")]
 
 mod api_attend;
+mod api_combine;
 mod api_context;
+mod api_export;
 mod api_info;
 mod api_plan;
 mod api_settings;
 mod api_stages;
 mod batch;
+mod check;
 mod guard;
 mod handle;
 mod merge;
@@ -24,8 +27,10 @@ mod table;
 mod tensor;
 mod views;
 
-pub use api_attend::{compactattn_attend, compactattn_combine, compactattn_forward};
+pub use api_attend::{compactattn_attend, compactattn_forward};
+pub use api_combine::compactattn_combine;
 pub use api_context::{compactattn_context_create, compactattn_context_destroy};
+pub use api_export::{compactattn_table_export_csr, compactattn_table_export_padded};
 pub use api_info::{
     compactattn_abi_version, compactattn_build_info, compactattn_last_error, compactattn_status_string,
     compactattn_version,
@@ -38,8 +43,7 @@ pub use api_settings::{
     compactattn_settings_from_env, compactattn_settings_from_mode, compactattn_settings_init,
 };
 pub use api_stages::{
-    compactattn_select, compactattn_summaries_update, compactattn_table_build, compactattn_table_export_csr,
-    compactattn_table_export_padded, compactattn_union,
+    compactattn_select, compactattn_summaries_update, compactattn_table_build, compactattn_union,
 };
 pub use status::compactattn_status;
 pub use structs::{

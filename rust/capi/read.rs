@@ -96,22 +96,6 @@ pub(super) unsafe fn path(name: &'static str, from: *const c_char) -> Result<Opt
         .map_err(|_| Error::new(Status::Value, name, "UTF-8", "other bytes"))
 }
 
-/// Copies in an array of floats.
-///
-/// # Safety
-/// `from`: NULL (only with `len` 0), or readable for `len` elements.
-pub(super) unsafe fn floats(name: &'static str, from: *const f32, len: i32) -> Result<Vec<f32>> {
-    let Ok(len) = usize::try_from(len) else {
-        return Err(Error::new(Status::Shape, name, "a length >= 0", len));
-    };
-    if len == 0 {
-        return Ok(Vec::new());
-    }
-    check_pointer(name, from)?;
-    // SAFETY: not NULL, aligned, and readable for `len` elements by this function's contract.
-    Ok(unsafe { std::slice::from_raw_parts(from, len) }.to_vec())
-}
-
 /// Checks a struct to be written, before the work that fills it; the bytes the caller has room for.
 ///
 /// # Safety
@@ -237,7 +221,7 @@ mod tests {
     fn output_fills_the_callers_room_and_not_a_byte_more() {
         let value = Grown { struct_size: 0, first: 7, added: 5 };
         for (room, wanted) in [(8, [8, 7, 0xAA, 0xAA]), (12, [12, 7, 5, 0xAA]), (16, [16, 7, 5, 0])] {
-            let mut to = [room, 0xAA, 0xAA, 0xAA];
+            let mut to = [room, 0xAA_u32, 0xAA, 0xAA];
             // SAFETY: `to` has 16 bytes.
             unsafe { output(to.as_mut_ptr().cast(), room as usize, &value) };
             assert_eq!(to, wanted);

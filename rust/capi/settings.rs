@@ -129,7 +129,7 @@ unsafe fn gate(desc: &compactattn_plan_desc, shape: &Shape, num_layers: usize) -
         return Ok(None);
     };
     // SAFETY: this function's contract; NULL and a negative length are refused inside.
-    let inv_freq = unsafe { read::floats("desc.rope_inv_freq", desc.rope_inv_freq, desc.rope_inv_freq_len) }?;
+    let inv_freq = unsafe { inv_freq(desc, shape) }?;
     let pairing = match desc.rope_interleaved {
         0 => Pairing::HalfSplit,
         1 => Pairing::Interleaved,
@@ -137,6 +137,19 @@ unsafe fn gate(desc: &compactattn_plan_desc, shape: &Shape, num_layers: usize) -
     };
     let rope = Rope { inv_freq, gate_inv_freq: None, pairing, scale: 1.0 };
     Gate::load(Path::new(&path), shape, num_layers, rope).map(Some)
+}
+
+/// # Safety
+/// As [`plan_desc`].
+unsafe fn inv_freq(desc: &compactattn_plan_desc, shape: &Shape) -> Result<Vec<f32>> {
+    let len = shape.head_dim / 2;
+    if usize::try_from(desc.rope_inv_freq_len) != Ok(len) {
+        let wanted = format!("{len} (head_dim / 2)");
+        return Err(Error::new(Status::Shape, "desc.rope_inv_freq_len", wanted, desc.rope_inv_freq_len));
+    }
+    read::check_pointer("desc.rope_inv_freq", desc.rope_inv_freq)?;
+    // SAFETY: not NULL, aligned; `len` elements by this function's contract.
+    Ok(unsafe { tensor::array(desc.rope_inv_freq, len) }.to_vec())
 }
 
 fn shape(desc: &compactattn_plan_desc) -> Result<Shape> {

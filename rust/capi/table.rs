@@ -1,11 +1,12 @@
 //! `compactattn_table` and the tables for other kernels. A table that comes back from a caller is checked entry by
 //! entry before anything follows it.
 
+use super::check::check;
 use super::objects::PlanObject;
 use super::read::input;
 use super::structs::compactattn_tensor;
 use super::structs_step::{compactattn_csr, compactattn_padded, compactattn_table};
-use super::tensor::{Dim, View, Wanted, check};
+use super::tensor::{Dim, View, Wanted};
 use super::views::check_rows;
 use crate::batch::Batch;
 use crate::error::{Error, Result, Status};

@@ -1,10 +1,11 @@
 //! What a step takes and gives besides its batch: summaries, selections, results.
 
+use super::check::check;
 use super::objects::PlanObject;
 use super::read::input;
 use super::structs::compactattn_tensor;
 use super::structs_step::{compactattn_selection, compactattn_summaries};
-use super::tensor::{Device, Dim, View, Wanted, check};
+use super::tensor::{Device, Dim, View, Wanted};
 use crate::batch::Batch;
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;

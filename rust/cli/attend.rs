@@ -9,10 +9,11 @@ use compactattn::settings::Selector;
 
 use crate::forward::{Forward, forward};
 use crate::options::{EngineArgs, SelectArgs};
+use crate::output::write_tensors;
 use crate::prefill::{Prefill, sparse};
 use crate::report::{self, Column, fraction};
 use crate::stages::Timed;
-use crate::trace::{Data, Trace, write_tensors};
+use crate::trace::{Data, Trace};
 use crate::{Outcome, host};
 
 /// Options of `attend`.

@@ -122,6 +122,10 @@ fn print_table(rows: &[Row], target: f64, out: &mut impl Write) -> Outcome {
         fraction(target, 2)
     )?;
     report::table(out, &COLUMNS, &cells.collect::<Vec<_>>())?;
+    for row in here.iter().filter(|row| row.density > target + OFF_TARGET) {
+        let (name, scope) = (row.contender.name(), row.contender.scope());
+        writeln!(out, "note: {name} {scope} cannot be sparser than {}", fraction(row.density, 3))?;
+    }
     Ok(())
 }
 
@@ -145,12 +149,12 @@ fn draw(args: &Args, trace: &Trace, prefill: &Prefill, rows: &[Row]) -> Result<(
     let mut strips: Vec<_> = rows.iter().filter(shown).collect();
     strips.sort_by_key(|row| row.contender.settings.scope.heads_per_list);
     plot_heat::draw(&args.out.join(HEAT_PNG), &heat, &strips)?;
+    let layers = if trace.layers.len() == 1 { "layer" } else { "layers" };
+    let names: Vec<_> = trace.layers.iter().map(|layer| layer.name()).collect();
+    let chunk = format!("the last {} of {} tokens", trace.q_len(), trace.kv_len());
     let about = format!(
-        "{} layer(s), {} KV heads, the last {} of {} tokens | solid: whole chunk, dashed: variants",
-        trace.layers.len(),
-        prefill.shape.num_kv_heads,
-        trace.q_len(),
-        trace.kv_len(),
+        "{layers} {}, {chunk} | solid: one list for the whole chunk; dashed: variants",
+        names.join(", ")
     );
     plot_error::draw(&args.out.join(ERROR_PNG), &about, rows)
 }
@@ -168,6 +172,9 @@ const COLUMNS: [Column; 8] = [
 
 /// Where selectors are compared.
 const DENSITIES: [f64; 3] = [0.10, 0.20, 0.30];
+
+/// Further than whole blocks explain: the method keeps at least so much (each row's best block, say).
+const OFF_TARGET: f64 = 0.01;
 
 /// Where the selected blocks are drawn.
 const HEAT_DENSITY: f64 = 0.20;

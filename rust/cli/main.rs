@@ -11,6 +11,7 @@ mod host;
 mod inspect;
 
 mod options;
+mod output;
 mod plot;
 mod plot_error;
 mod plot_heat;

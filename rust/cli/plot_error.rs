@@ -141,10 +141,10 @@ fn curves(rows: &[Row]) -> Vec<Curve<'_>> {
         let settings = &row.contender.settings;
         let span = row.contender.scope();
         let span = span.rsplit(' ').next().unwrap_or_default();
-        let blocks = if settings.block_size == BLOCK {
-            String::new()
-        } else {
-            format!(", blocks of {}", settings.block_size)
+        let blocks = match settings.block_size {
+            BLOCK => String::new(),
+            1 => ", single tokens".to_owned(),
+            size => format!(", blocks of {size}"),
         };
         let name = format!("{}, {span}{blocks}", row.contender.name());
         let point = (row.density, row.error);

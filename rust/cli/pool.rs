@@ -115,7 +115,6 @@ fn shuffled(n: usize) -> Vec<i32> {
 }
 
 /// SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), its upper 32 bits.
-#[expect(clippy::cast_possible_truncation, reason = "32 bits fit usize")]
 fn next(state: &mut u64) -> usize {
     *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
     let mut z = *state;

@@ -5,8 +5,8 @@ use std::path::Path;
 use compactattn::{Error, Result, Status};
 use serde_json::{Value, json};
 
+use crate::output::write_file;
 use crate::sweep::Row;
-use crate::trace::write_file;
 
 /// The summary's rows: dense first (density 1, error 0 by definition), then as measured.
 pub(crate) fn rows(measured: &[Row], dense_ms: f64) -> Vec<Value> {

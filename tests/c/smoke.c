@@ -1,4 +1,5 @@
-/* C99: the header compiles, its layouts are what the library was built with, and a forward pass is attention. */
+/* C99: the header compiles, its layouts are what the library was built with, and a forward pass is
+ * attention. */
 #include "smoke.h"
 
 #define JOIN_(a, b) a##b

@@ -20,17 +20,18 @@ enum {
   kTotalQ = 13
 };
 
-#define CHECK(condition)                                                   \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      char text_[512];                                                     \
-      compactattn_last_error(text_, sizeof text_);                         \
-      fprintf(stderr, "line %d: %s (%s)\n", __LINE__, #condition, text_);  \
-      exit(1);                                                             \
-    }                                                                      \
+#define CHECK(condition)                                                  \
+  do {                                                                    \
+    if (!(condition)) {                                                   \
+      char text_[512];                                                    \
+      compactattn_last_error(text_, sizeof text_);                        \
+      fprintf(stderr, "line %d: %s (%s)\n", __LINE__, #condition, text_); \
+      exit(1);                                                            \
+    }                                                                     \
   } while (0)
 
-/* Request 0: 8 queries, 40 tokens. Request 1: 5 queries, 21 tokens. Pages are handed out in no order. */
+/* Request 0: 8 queries, 40 tokens. Request 1: 5 queries, 21 tokens. Pages are handed out in no
+ * order. */
 static const int32_t kCuSeqlensQ[kReqs + 1] = {0, 8, 13};
 static const int32_t kSeqLens[kReqs] = {40, 21};
 static const int32_t kBlockTable[kReqs * kWidth] = {5, 2, 7, -1, 0, 6, 999, -7};
@@ -63,7 +64,8 @@ static Memory *new_memory(void) {
   return m;
 }
 
-static compactattn_tensor tensor(const void *data, int32_t dtype, int32_t ndim, const int64_t *shape) {
+static compactattn_tensor tensor(const void *data, int32_t dtype, int32_t ndim,
+                                 const int64_t *shape) {
   compactattn_tensor t;
   int64_t stride = 1;
   int i;
@@ -189,7 +191,8 @@ static double worst_error(const Memory *m) {
   return worst;
 }
 
-/* f32 sums of 64 products and at most 40 weights, all of magnitude below 8: 64 * 8 * 2^-24 = 3e-5. */
+/* f32 sums of 64 products and at most 40 weights, all of magnitude below 8: 64 * 8 * 2^-24 = 3e-5.
+ */
 #define SMOKE_TOLERANCE 3e-5
 
 #endif

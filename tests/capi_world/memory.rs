@@ -36,6 +36,10 @@ impl Guarded {
         &self.block[self.at..self.at + self.len]
     }
 
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.block[self.at..self.at + self.len]
+    }
+
     /// Everything, canaries included.
     pub fn block(&self) -> &[u8] {
         &self.block
@@ -96,5 +100,15 @@ impl Rng {
     /// In [-1, 1).
     pub fn unit(&mut self) -> f32 {
         self.next() as f32 / (1_u32 << 30) as f32 - 1.0
+    }
+}
+
+/// Elements of a dtype as f32.
+pub fn widened(dtype: i32, bytes: &[u8]) -> Vec<f32> {
+    let pairs = || bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+    match dtype {
+        1 => pairs().map(|x| bf16::from_bits(x).to_f32()).collect(),
+        2 => pairs().map(|x| f16::from_bits(x).to_f32()).collect(),
+        _ => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
     }
 }

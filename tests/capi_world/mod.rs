@@ -1,5 +1,7 @@
 //! A small random world behind the C ABI: a paged cache, a plan on it, a forward call, and canaries around it all.
-#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small numbers")]
+#![allow(clippy::unwrap_used, clippy::wildcard_imports, reason = "tests of everything the header declares")]
 
 pub mod memory;
 
@@ -133,8 +135,8 @@ impl World {
 
     /// K and V in one of four layouts: apart (NHD, HND) or interleaved by page or by token.
     fn pools(&mut self) -> [compactattn_tensor; 2] {
-        let shape = [self.num_pages, self.desc.page_size, self.desc.num_kv_heads, self.desc.head_dim]
-            .map(i64::from);
+        let shape =
+            [self.num_pages, self.desc.page_size, self.desc.num_kv_heads, self.desc.head_dim].map(i64::from);
         let [pages, tokens, heads, dim] = shape;
         let page = tokens * heads * dim;
         let (stride, v_at) = *self.rng.pick(&[
@@ -194,11 +196,8 @@ pub fn refused(spoil: impl Fn(&mut World) -> Fault) {
     for seed in 0..VARIANTS {
         let good = World::random(seed);
         let mut bad = World::random(seed);
-        let Fault(status, name) = spoil(&mut bad);
-        let before = bad.snapshot();
-        assert_eq!(bad.forward(), status, "variant {seed}: {}", last_error());
-        check_text(status, name);
-        assert!(bad.snapshot() == before, "variant {seed}: a refused call wrote something");
+        let fault = spoil(&mut bad);
+        bad.check_refusal(seed, &fault);
         let mut again = good;
         std::mem::swap(&mut again.plan, &mut bad.plan);
         let results = again.results();
@@ -211,6 +210,14 @@ pub fn refused(spoil: impl Fn(&mut World) -> Fault) {
 }
 
 impl World {
+    /// Runs a bad call: its status and text, and nothing written.
+    pub fn check_refusal(&self, seed: u64, fault: &Fault) {
+        let before = self.snapshot();
+        assert_eq!(self.forward(), fault.0, "variant {seed}: {}", last_error());
+        check_text(fault.0, fault.1);
+        assert!(self.snapshot() == before, "variant {seed}: a refused call wrote something");
+    }
+
     pub fn canaries_hold(&self) -> bool {
         self.memory.iter().all(Guarded::canaries_hold)
     }
@@ -313,4 +320,27 @@ fn element_size(dtype: i32) -> usize {
 pub fn zeroed<T>() -> T {
     // SAFETY: the header's structs hold numbers and raw pointers only.
     unsafe { std::mem::zeroed() }
+}
+
+impl World {
+    /// NaN in the keys and values of one slot of the pool.
+    pub fn poison(&mut self, page: i64, row: i64) {
+        let size = element_size(self.desc.dtype) as i64;
+        let base = self.memory[KV].data().addr();
+        for pool in [self.batch.k, self.batch.v] {
+            for head in 0..i64::from(self.desc.num_kv_heads) {
+                for i in 0..i64::from(self.desc.head_dim) {
+                    let at = page * pool.stride[0] + row * pool.stride[1] + head * pool.stride[2] + i;
+                    let offset = pool.data.addr() - base + (at * size) as usize;
+                    // All bits set is a NaN in each of the three types.
+                    self.memory[KV].bytes_mut()[offset..offset + size as usize].fill(0xFF);
+                }
+            }
+        }
+    }
+
+    /// out and lse widened to f32.
+    pub fn floats(&self, results: &[Vec<u8>; 2]) -> [Vec<f32>; 2] {
+        [memory::widened(self.desc.dtype, &results[0]), memory::widened(3, &results[1])]
+    }
 }

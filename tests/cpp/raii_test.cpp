@@ -11,6 +11,9 @@ namespace ca = compactattn;
 // other_mode.cpp, compiled with the other way of reporting.
 bool other_mode_refuses_and_accepts();
 
+// Calls of operator new so far (count_allocations.cpp).
+std::size_t allocations();
+
 namespace {
 
 int failures = 0;
@@ -176,8 +179,10 @@ void forward_attends_and_counts(const ca::Context& context) {
   const ca::Batch batch = fixture.batch();
   ca::ForwardArgs args = fixture.args(batch, workspace);
   args.summaries = summaries.get();
+  const std::size_t before = allocations();
   MUST(plan.update_summaries(0, batch, summaries.get(), COMPACTATTN_WHICH_ALL));
   MUST(plan.forward(args));
+  expect(allocations() == before, "a step allocates nothing on the C++ side");
   bool all_two = true;
   // An average of equal values, in at most kTokens additions: off by less than 40 units of 2^-24.
   for (const float x : fixture.out) all_two = all_two && x > 2 - 1e-5F && x < 2 + 1e-5F;

@@ -65,13 +65,21 @@ check_pkg_config() {
   pkg_config=$(command -v pkg-config || command -v pkgconf) || fail "needs pkg-config or pkgconf"
   export PKG_CONFIG_PATH="$prefix/lib/pkgconfig"
   version=$($pkg_config --modversion compactattn)
-  "$cxx" -std=c++17 "-DEXPECTED_VERSION=\"$version\"" "$tests/raii_test.cpp" -c -o "$build/raii_test.o" $($pkg_config --cflags compactattn)
-  "$cxx" -std=c++17 -fno-exceptions "$tests/other_mode.cpp" -c -o "$build/other_mode.o" $($pkg_config --cflags compactattn)
-  "$cxx" "$build/raii_test.o" "$build/other_mode.o" -o "$build/raii-pkg-config" $($pkg_config --libs compactattn)
-  LD_LIBRARY_PATH="$prefix/lib" "$build/raii-pkg-config"
-  "$cxx" "$build/raii_test.o" "$build/other_mode.o" -o "$build/raii-pkg-config-static" \
+  objects=
+  for name in raii_test other_mode count_allocations; do
+    # other_mode.cpp wants the other way of reporting.
+    mode=-fexceptions
+    [ $name != other_mode ] || mode=-fno-exceptions
+    "$cxx" -std=c++17 $mode "-DEXPECTED_VERSION=\"$version\"" "$tests/$name.cpp" -c -o "$build/$name.o" \
+      $($pkg_config --cflags compactattn)
+    objects="$objects $name.o"
+  done
+  cd "$build"
+  "$cxx" $objects -o raii-pkg-config $($pkg_config --libs compactattn)
+  LD_LIBRARY_PATH="$prefix/lib" ./raii-pkg-config
+  "$cxx" $objects -o raii-pkg-config-static \
     "$($pkg_config --variable=static_library compactattn)" $($pkg_config --static --libs-only-other compactattn)
-  "$build/raii-pkg-config-static"
+  ./raii-pkg-config-static
 }
 
 check_binaries() {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import sys
 import weakref
@@ -32,6 +33,26 @@ class Producer:
         return self.array.__dlpack__(**options)
 
 
+class Handmade:
+    """A DLPack 1.0 capsule with any field set, over a NumPy array."""
+
+    def __init__(self, array: Any, *, major: int = 1, flags: int = 0, **fields: int) -> None:
+        self.array = array
+        self.extents = (ctypes.c_int64 * array.ndim)(*array.shape)
+        self.managed = _dlpack._ManagedVersioned(major=major, flags=flags)
+        lent = _dlpack.DLTensor(array.ctypes.data, 1, 0, array.ndim, 2, 32, 1, self.extents, None, 0)
+        for name, value in fields.items():
+            setattr(lent, name, value)
+        self.managed.tensor = lent
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.managed.tensor.device_type, self.managed.tensor.device_id
+
+    def __dlpack__(self, **options: Any) -> Any:
+        self.options = options
+        return _dlpack._new(ctypes.addressof(self.managed), b"dltensor_versioned", None)
+
+
 def described(tensor: Any) -> tuple[Any, ...]:
     n = tensor.ndim
     return tensor.data, tensor.shape[:n], tensor.stride[:n], tensor.dtype, tensor.device_kind
@@ -43,6 +64,35 @@ def test_dlpack_and_numpy_describe_the_same_memory(dtype: Any, old: bool) -> Non
     array = np.zeros((6, 5, 8), dtype)[::2, 1:4]
     assert described(view("x", Producer(array, old=old)).tensor) == described(view("x", array).tensor)
     assert view("x", array).tensor.data == array.ctypes.data
+
+
+def test_every_field_of_a_capsule_is_heeded() -> None:
+    array = np.zeros((3, 4), np.float32)
+    seen = view("x", Handmade(array, byte_offset=16)).tensor
+    assert described(seen) == (array.ctypes.data + 16, [3, 4], [4, 1], Dtype.F32, 1)
+    for fields, text in (
+        ({"flags": 1}, "x: wanted writable memory"),
+        ({"major": 2}, r"DLPack 2\.0"),
+        ({"type_lanes": 4}, "x.dtype"),
+        ({"device_type": 9}, "x.device"),
+    ):
+        with pytest.raises(compactattn.InvalidArgument, match=text):
+            view("x", Handmade(array, **fields), writable=True)
+    assert view("x", Handmade(array, flags=1)).shape == (3, 4)
+
+
+def test_a_gpu_tensor_is_not_synchronised_and_keeps_its_device() -> None:
+    producer = Handmade(np.zeros((3, 4), np.float32), device_type=2, device_id=3)
+    seen = view("x", producer).tensor
+    assert (seen.device_kind, seen.device_ordinal) == (2, 3)
+    assert producer.options == {"max_version": (1, 0), "stream": -1}
+
+
+def test_a_tensor_on_another_device_is_refused() -> None:
+    case = Case([(4, 20)])
+    q, *rest = case.inputs()
+    with pytest.raises(compactattn.InvalidArgument, match=r"E_DEVICE: .*batch.q"):
+        compactattn.forward(Handmade(q, device_type=2), *rest, out=np.zeros_like(q))
 
 
 def test_a_producer_is_released_with_its_view() -> None:
@@ -148,6 +198,15 @@ def test_torch_tensors_go_in_and_come_out() -> None:
     assert torch.equal(given.view(torch.int16), out.view(torch.int16))
     with pytest.raises(compactattn.InvalidArgument, match="q: wanted a tensor that DLPack can lend"):
         compactattn.forward(words[0].clone().requires_grad_(), *words[1:], *rest)
+
+
+def test_jax_arrays_go_in_and_results_go_back() -> None:
+    jax = pytest.importorskip("jax")
+    case = Case([(20, 130), (3, 40)], dtype="bf16")
+    words = [jax.lax.bitcast_convert_type(jax.numpy.asarray(x.words), jax.numpy.bfloat16) for x in case.inputs()[:3]]
+    out = compactattn.forward(*words, *map(jax.numpy.asarray, case.inputs()[3:]), settings=sparse())
+    assert np.asarray(out).tobytes() == compactattn.forward(*case.inputs(), settings=sparse()).tobytes()
+    assert jax.dlpack.from_dlpack(out).dtype == jax.numpy.bfloat16
 
 
 def test_views_cost_no_reference_leak() -> None:
