@@ -120,37 +120,53 @@ impl Case {
         for kv_head in 0..self.shape.num_kv_heads {
             let direction: Vec<f32> = (0..dim).map(|_| rng.normal()).collect();
             for (l, pages) in lens.iter().zip(owned).filter(|(l, _)| l.q > 0) {
-                let mut gain = 0.0;
-                for t in 0..l.kv {
-                    if t % 16 == 0 {
-                        gain = lean * rng.normal() * if rng.once_in(8) { 2.0 } else { 0.5 };
-                        if hot_chunk && t + l.q >= l.kv {
-                            gain = lean * 1.5;
-                        }
-                    }
-                    let slot = (pages[t / size], t % size);
-                    let k: Vec<f32> = direction.iter().map(|d| gain * d + rng.normal()).collect();
-                    let v: Vec<f32> = (0..dim).map(|_| rng.normal()).collect();
-                    self.pools.write(false, slot, kv_head, &k);
-                    self.pools.write(true, slot, kv_head, &v);
-                }
+                let lean = |rng: &mut Rng, t: usize| lean * block_gain(rng, hot_chunk && t + l.q >= l.kv);
+                let slots: Vec<(usize, usize)> = (0..l.kv).map(|t| (pages[t / size], t % size)).collect();
+                self.fill_kv(rng, (kv_head, &slots), &direction, lean);
             }
-            let group = self.shape.group_size();
-            let total_q = self.cu_seqlens_q.last().map_or(0, |&x| x as usize);
-            for token in 0..total_q {
-                for head in kv_head * group..(kv_head + 1) * group {
-                    let q: Vec<f32> = direction.iter().map(|d| lean * d + rng.normal()).collect();
-                    self.q.write(token, head, &q);
-                }
-            }
+            self.fill_queries(rng, kv_head, lean, &direction);
         }
         // A request without queries may have lengths that its table row cannot hold.
-        for (r, l) in lens.iter().enumerate() {
-            if l.q == 0 && rng.once_in(2) {
-                self.seq_lens[r] = 1_000_000;
+        for r in (0..lens.len()).filter(|&r| lens[r].q == 0) {
+            self.seq_lens[r] = rng.pick(&[self.seq_lens[r], 1_000_000]);
+        }
+    }
+
+    fn fill_kv(
+        &mut self,
+        rng: &mut Rng,
+        (kv_head, slots): (usize, &[(usize, usize)]),
+        direction: &[f32],
+        lean: impl Fn(&mut Rng, usize) -> f32,
+    ) {
+        let mut gain = 0.0;
+        for (t, &slot) in slots.iter().enumerate() {
+            if t % 16 == 0 {
+                gain = lean(rng, t);
+            }
+            let k: Vec<f32> = direction.iter().map(|d| gain * d + rng.normal()).collect();
+            let v: Vec<f32> = direction.iter().map(|_| rng.normal()).collect();
+            self.pools.write(false, slot, kv_head, &k);
+            self.pools.write(true, slot, kv_head, &v);
+        }
+    }
+
+    fn fill_queries(&mut self, rng: &mut Rng, kv_head: usize, lean: f32, direction: &[f32]) {
+        let group = self.shape.group_size();
+        let total_q = self.cu_seqlens_q.last().map_or(0, |&x| x as usize);
+        for token in 0..total_q {
+            for head in kv_head * group..(kv_head + 1) * group {
+                let q: Vec<f32> = direction.iter().map(|d| lean * d + rng.normal()).collect();
+                self.q.write(token, head, &q);
             }
         }
     }
+}
+
+/// How far the keys of a run of 16 tokens lean: a few of them far, a hot run as far as any.
+fn block_gain(rng: &mut Rng, hot: bool) -> f32 {
+    let gain = rng.normal() * if rng.once_in(8) { 2.0 } else { 0.5 };
+    if hot { 1.5 } else { gain }
 }
 
 /// Whole pages that the request can take over from the one before it.

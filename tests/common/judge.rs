@@ -59,15 +59,8 @@ fn selection(case: &Case, layout: &Layout, requests: &[Request], got: &Selected)
     union_of(layout, requests, &got.scores, (&got.lists, got.counts.selected))?;
     for (s, span) in want.iter().enumerate().filter(|(_, span)| span.certain) {
         for (head, row) in span.rows.iter().enumerate() {
-            for (j, &x) in row.iter().enumerate() {
-                let y = f64::from(row_of(layout, &got.scores, s, head)[j]);
-                let both_nan = x.is_nan() && y.is_nan();
-                if !both_nan && (x - y).abs() > x.abs() * error.0 + error.1 || x.is_nan() != y.is_nan() {
-                    return Err(format!(
-                        "score of span {s}, head {head}, block {j}: {y}, not {x} ({error:?})"
-                    ));
-                }
-            }
+            row_of_scores(row, row_of(layout, &got.scores, s, head), error)
+                .map_err(|e| format!("score of span {s}, head {head}, {e}"))?;
         }
     }
     if want.iter().any(|span| !span.certain) {
@@ -80,6 +73,18 @@ fn selection(case: &Case, layout: &Layout, requests: &[Request], got: &Selected)
     let scores: Vec<Vec<Vec<Score>>> = want.iter().map(rows).collect();
     let sets = union::lists_of_scores(layout, requests, &scores);
     between(&sets, &list_bits(layout, requests, &got.lists)).map_err(|e| format!("selection: {e}"))
+}
+
+/// One row's scores; NaN only where the reference has it.
+fn row_of_scores(want: &[f64], got: &[f32], error: (f64, f64)) -> Verdict {
+    for (j, (&x, &y)) in want.iter().zip(got).enumerate() {
+        let y = f64::from(y);
+        let wrong = if x.is_nan() { !y.is_nan() } else { off(y, x, x.abs() * error.0 + error.1) };
+        if wrong {
+            return Err(format!("block {j}: {y}, not {x} ({error:?})"));
+        }
+    }
+    Ok(())
 }
 
 /// The union of given f32 scores: exact, but for the f32 mean of merged rows.
