@@ -109,7 +109,7 @@ impl<'a> Batch<'a> {
                 stride_row,
             ));
         }
-        let needed = if rows == 0 { 0 } else { (rows - 1) * stride_row + width };
+        let needed = extent("block_table", &[(rows, stride_row)], width)?;
         if entries.len() < needed {
             return Err(Error::new(Status::Shape, "block_table", format!("{needed} entries"), entries.len()));
         }
@@ -323,6 +323,14 @@ mod tests {
             assert_eq!(error.status(), status, "{error}");
             assert!(error.to_string().contains(name), "{error}");
         }
+    }
+
+    #[test]
+    fn a_table_stride_beyond_any_memory_is_an_overflow() {
+        let paged = paged();
+        let mut parts = paged.parts();
+        parts.block_table.stride_row = usize::MAX;
+        assert_eq!(Batch::new(paged.shape, parts).unwrap_err().status(), Status::Overflow);
     }
 
     #[test]

@@ -149,6 +149,11 @@ impl Config {
         if let Some(value) = fields.get("selector") {
             settings = Settings::of(Selector::from_name(&string("selector", value)?)?);
         }
+        let rules: Vec<_> =
+            fields.keys().filter(|name| KEEP_RULES.contains(&name.as_str())).cloned().collect();
+        if rules.len() > 1 {
+            return Err(Error::new(Status::Config, "keep", "one rule", rules.join(", ")));
+        }
         for (name, value) in fields {
             set(&mut settings, name, value)?;
             let name = layer.map_or(name.clone(), |layer| format!("layers.{layer}.{name}"));
@@ -235,6 +240,8 @@ fn flag(name: &str, value: &Value) -> Result<bool> {
     value.as_bool().ok_or_else(|| Error::new(Status::Config, name, "true or false", value))
 }
 
+/// Each replaces the others, so a file names one of them.
+const KEEP_RULES: [&str; 3] = ["keep_threshold", "keep_mass", "keep_density"];
 const PREFIX: &str = "COMPACTATTN_";
 const MODE: &str = "COMPACTATTN_MODE";
 const FILE: &str = "COMPACTATTN_CONFIG";
@@ -290,6 +297,8 @@ mod tests {
             (r#"{"dencity": 0.2}"#, "dencity"),
             (r#"{"block_size": "x"}"#, "block_size"),
             (r#"{"keep_density": 2.0}"#, "keep density"),
+            (r#"{"keep_density": 0.2, "keep_mass": 0.9}"#, "keep_density, keep_mass"),
+            (r#"{"layers": {"1": {"keep_threshold": 0.2, "keep_mass": 0.9}}}"#, "keep_mass, keep_threshold"),
             ("[1]", "object"),
             ("{", "JSON"),
         ] {

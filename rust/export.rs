@@ -39,8 +39,8 @@ pub struct CsrMut<'a> {
 /// [`Status::Shape`] naming the short buffer; nothing is written then.
 pub fn padded(layout: &Layout, batch: &Batch, lists: &[u32], out: &mut PaddedMut) -> Result<usize> {
     let rows = rows(layout, batch, lists)?;
-    let widest =
-        (0..batch.num_reqs()).map(|r| batch.kv_len(r)).max().unwrap_or(0).div_ceil(layout.shape.page_size);
+    let longest = rows.iter().map(|(span, _)| span.kv_end).max().unwrap_or(0);
+    let widest = longest.div_ceil(layout.shape.page_size);
     for (name, len, needed) in [
         ("width", out.width, widest),
         ("counts", out.counts.len(), rows.len()),
@@ -178,6 +178,19 @@ mod tests {
                 assert_eq!((want.len() - 1) * page_size + last, tokens);
             }
         }
+    }
+
+    #[test]
+    fn a_request_that_asks_nothing_does_not_widen_the_table() {
+        let paged = Paged::random(5, shape(1, 1, 64, 16, Dtype::Bf16), &[(20, 200), (0, 5000)]);
+        let batch = paged.batch();
+        let layout = paged.layout(Settings::of(Selector::Dense));
+        let lists = Lists::random(4, &layout, &batch, 1.0);
+        let (mut counts, mut seq_lens, mut pages) = ([-1; 1], [-1; 1], [-1; 13]);
+        let mut out =
+            PaddedMut { counts: &mut counts, seq_lens: &mut seq_lens, pages: &mut pages, width: 13 };
+        assert_eq!(padded(&layout, &batch, &lists.bits, &mut out), Ok(1));
+        assert_eq!((counts, seq_lens), ([13], [200]));
     }
 
     #[test]

@@ -24,6 +24,13 @@ pub fn set_range(row: &mut [u32], range: std::ops::Range<usize>) {
     }
 }
 
+/// Clears bit `first` and all after it.
+pub fn clear_from(row: &mut [u32], first: usize) {
+    for (w, word) in row.iter_mut().enumerate().skip(first / 32) {
+        *word &= if w == first / 32 { (1 << (first % 32)) - 1 } else { 0 };
+    }
+}
+
 /// ORs `from` into `into`.
 pub fn or(into: &mut [u32], from: &[u32]) {
     for (a, b) in into.iter_mut().zip(from) {
@@ -63,5 +70,14 @@ mod tests {
         assert_eq!(ones(&row, 70).collect::<Vec<_>>(), [0, 31, 32]);
         assert_eq!(count(&row, 71), 4);
         assert!(get(&row, 70) && !get(&row, 71));
+    }
+
+    #[test]
+    fn clear_from_leaves_the_bits_before_it() {
+        for first in [0, 31, 32, 33, 96, 200] {
+            let mut row = [u32::MAX; 3];
+            clear_from(&mut row, first);
+            assert!(ones(&row, 96).eq(0..first.min(96)), "{first}");
+        }
     }
 }

@@ -106,6 +106,21 @@ impl Layout {
         Ok(layout)
     }
 
+    /// Refuses a batch beyond the limits, or with a pool whose boxes a table entry cannot number.
+    ///
+    /// # Errors
+    /// Those of [`Limits::admit`]; [`Status::Overflow`] naming `num_pages`.
+    pub fn admit(&self, batch: &Batch) -> Result<()> {
+        self.limits.admit(batch)?;
+        let (pages, per_page) = (batch.k().num_pages, self.geometry.boxes_per_page());
+        let most = (1 << 31) / per_page;
+        if pages > most {
+            let wanted = format!("at most {most} ({per_page} boxes a page, numbered by int32)");
+            return Err(Error::new(Status::Overflow, "num_pages", wanted, pages));
+        }
+        Ok(())
+    }
+
     /// Tokens per select span: what the selector's paper scores together, at most the list's span; 0 = the chunk.
     ///
     /// An external mask has one row per block of queries, as block-sparse masks do.

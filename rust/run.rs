@@ -46,7 +46,8 @@ pub struct Plan {
 pub enum External<'a> {
     /// `[select spans, num_q_heads, max_blocks]`, any finite numbers, higher = keep sooner.
     Scores(&'a [f32]),
-    /// `[select spans, num_q_heads, mask_words]`, one bit a KV block.
+    /// `[select spans, num_q_heads, mask_words]`, one bit a KV block. They are the decision: `keep`, `keep_at` and the
+    /// density floor and cap have no say; sink, local and the density guard do.
     Masks(&'a [u32]),
 }
 
@@ -181,13 +182,13 @@ impl Plan {
     /// The layer's layout, for a batch of the plan's shape and within its limits.
     ///
     /// # Errors
-    /// [`Status::Shape`] or [`Status::Value`].
+    /// [`Status::Shape`] or those of [`Layout::admit`].
     pub fn admit(&self, layer: usize, batch: &Batch) -> Result<&Layout> {
         let layout = self.layout(layer)?;
         if *batch.shape() != layout.shape {
             return Err(Error::new(Status::Shape, "batch", "the shape the plan was made for", "another"));
         }
-        layout.limits.admit(batch)?;
+        layout.admit(batch)?;
         Ok(layout)
     }
 
@@ -205,10 +206,7 @@ impl Plan {
         output: &mut Output,
         workspace: &mut [u8],
     ) -> Result<()> {
-        let layout = match &step.settings {
-            None => *self.admit(step.layer, batch)?,
-            Some(settings) => Layout::new(*batch.shape(), *settings, self.admit(step.layer, batch)?.limits)?,
-        };
+        let layout = self.layout_of(step, batch)?;
         check_output(batch, output)?;
         check_external(&layout, batch, step)?;
         let gate = self.gate(step.layer, &layout)?;
@@ -225,6 +223,20 @@ impl Plan {
         let counts = select_lists(&input, step.external, &mut buffers, self.parallel);
         self.stats[step.layer].add(&counts);
         self.attend_lists(&input, &mut buffers, output)
+    }
+
+    /// The layout of one call: the layer's, or that of the call's own settings.
+    fn layout_of(&self, step: &Step, batch: &Batch) -> Result<Layout> {
+        let planned = self.admit(step.layer, batch)?;
+        let Some(settings) = step.settings else { return Ok(*planned) };
+        let layout = Layout::new(*batch.shape(), settings, planned.limits)?;
+        layout.admit(batch)?;
+        let block_size = planned.settings.block_size;
+        if step.summaries.is_some() && reads_summaries(&settings) && settings.block_size != block_size {
+            let wanted = format!("{block_size}, the plan's, whose blocks the summaries are of");
+            return Err(Error::new(Status::Value, "settings.block_size", wanted, settings.block_size));
+        }
+        Ok(layout)
     }
 
     /// table → attend → combine over `buffers.lists`.
@@ -283,8 +295,7 @@ impl OwnSummaries {
         given: Option<Summaries<'a>>,
         parallel: Parallel,
     ) -> Option<Summaries<'a>> {
-        let wanted = select::needs_summaries(layout.settings.selector) || layout.settings.mean_correction;
-        if given.is_some() || !wanted {
+        if given.is_some() || !reads_summaries(&layout.settings) {
             return given;
         }
         let len = summaries::len(layout, batch.k().num_pages);
@@ -333,6 +344,10 @@ impl<'a> Buffers<'a> {
     }
 }
 
+fn reads_summaries(settings: &Settings) -> bool {
+    select::needs_summaries(settings.selector) || settings.mean_correction
+}
+
 fn check_len(name: &str, len: usize, needed: usize) -> Result<()> {
     if len >= needed {
         Ok(())
@@ -363,6 +378,19 @@ fn check_external(layout: &Layout, batch: &Batch, step: &Step) -> Result<()> {
     }
 }
 
+/// Refuses strides that make vectors of `len` elements overlap: the outer dimension must step over the whole inner one.
+fn check_apart(name: &str, dims: [(usize, usize); 2], len: usize) -> Result<()> {
+    let [inner, outer] = if dims[0].1 < dims[1].1 { dims } else { [dims[1], dims[0]] };
+    let mut needed = len;
+    for (count, stride) in [inner, outer].into_iter().filter(|&(count, _)| count > 1) {
+        if stride < needed {
+            return Err(Error::new(Status::Stride, name, format!("a stride >= {needed}"), stride));
+        }
+        needed = crate::batch::extent(name, &[(count, stride)], needed)?;
+    }
+    Ok(())
+}
+
 fn check_output(batch: &Batch, output: &Output) -> Result<()> {
     let shape = batch.shape();
     let out = &output.out;
@@ -370,6 +398,7 @@ fn check_output(batch: &Batch, output: &Output) -> Result<()> {
         return Err(Error::new(Status::Dtype, "out", shape.dtype.name(), out.elements.dtype().name()));
     }
     let dims = [(batch.total_q(), out.stride_token), (shape.num_q_heads, out.stride_head)];
+    check_apart("out", dims, shape.head_dim)?;
     check_len("out", out.elements.len(), crate::batch::extent("out", &dims, shape.head_dim)?)?;
     if let Some(lse) = &output.lse {
         if shape.num_q_heads > 1 && lse.stride_head < batch.total_q() {
@@ -382,6 +411,9 @@ fn check_output(batch: &Batch, output: &Output) -> Result<()> {
     Ok(())
 }
 
+#[cfg(test)]
+#[path = "run_smoke.rs"]
+mod smoke;
 #[cfg(test)]
 #[path = "run_tests.rs"]
 mod tests;

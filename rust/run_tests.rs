@@ -126,3 +126,70 @@ fn what_a_selector_lacks_is_refused_by_name() {
     };
     assert_eq!(Plan::new(&gated, Parallel::new(1)).unwrap_err().status(), Status::Null);
 }
+
+#[test]
+fn a_pool_with_more_boxes_than_a_table_entry_can_name_is_refused() {
+    let paged = paged();
+    let plan = plan(&paged, settings(Selector::Dense));
+    let shape = Shape { page_size: 256, ..paged.shape };
+    let admitted = |num_pages: usize, block_size: usize| {
+        // Pages that all lie in one place: a pool of any size in little memory.
+        let mut parts = paged.parts();
+        for pool in [&mut parts.k, &mut parts.v] {
+            (pool.num_pages, pool.stride_page, pool.stride_token) = (num_pages, 0, 0);
+        }
+        let batch = Batch::new(shape, parts).unwrap();
+        let settings = Settings { block_size, ..settings(Selector::Dense) };
+        let limits = plan.layout(0).unwrap().limits;
+        let desc = PlanDesc { shape, limits, layers: vec![settings], splits: 1, gate: None };
+        Plan::new(&desc, Parallel::new(1)).unwrap().admit(0, &batch).map(drop)
+    };
+    // Boxes 0..2^31: 2^27 pages of 16, 2^23 of 256.
+    assert_eq!(admitted(1 << 27, 16), Ok(()));
+    assert_eq!(admitted(1 << 31, 256), Ok(()));
+    for (num_pages, block_size) in [((1 << 27) + 1, 16), ((1 << 23) + 1, 1), (usize::MAX, 256)] {
+        let error = admitted(num_pages, block_size).unwrap_err();
+        assert_eq!(error.status(), Status::Overflow);
+        assert!(error.to_string().contains("num_pages"), "{error}");
+    }
+}
+
+#[test]
+fn an_output_whose_elements_overlap_is_refused() {
+    let paged = paged();
+    let batch = paged.batch();
+    let plan = plan(&paged, settings(Selector::Dense));
+    let mut memory = vec![0_u8; plan.workspace_bytes().unwrap() + Sizes::ALIGNMENT];
+    let start = memory.as_ptr().align_offset(Sizes::ALIGNMENT);
+    let mut forward = |stride_token: usize, stride_head: usize| {
+        let mut store = Store::dirty(Dtype::Bf16, 200_000);
+        let out = TokensMut { elements: store.view_mut(), stride_token, stride_head };
+        plan.forward(&batch, &Step::default(), &mut Output { out, lse: None }, &mut memory[start..])
+    };
+    // 141 tokens of 6 heads of 64: token by token, head by head, and with gaps.
+    for (stride_token, stride_head) in [(6 * 64, 64), (64, 141 * 64), (6 * 70, 70), (70, 141 * 70)] {
+        assert_eq!(forward(stride_token, stride_head), Ok(()));
+    }
+    for (stride_token, stride_head) in
+        [(0, 64), (6 * 64, 0), (6 * 64 - 1, 64), (64, 141 * 64 - 1), (63, 9024)]
+    {
+        let error = forward(stride_token, stride_head).unwrap_err();
+        assert_eq!(error.status(), Status::Stride, "{error}");
+    }
+}
+
+#[test]
+fn summaries_of_another_block_size_are_refused() {
+    let paged = paged();
+    let plan = plan(&paged, settings(Selector::PooledMass));
+    let len = summaries::len(plan.layout(0).unwrap(), paged.num_pages);
+    let k_mean = vec![0.0; len];
+    let summaries = Some(Summaries { k_mean: &k_mean, v_mean: None });
+    // On pages of 16 both block sizes have one slot a page: the length does not tell them apart.
+    let own = |selector| Some(Settings { block_size: 32, ..settings(selector) });
+    let step = Step { summaries, settings: own(Selector::PooledMass), ..Step::default() };
+    let error = run(&plan, &paged, &step).unwrap_err();
+    assert!(error.status() == Status::Value && error.to_string().contains("block_size"), "{error}");
+    assert!(run(&plan, &paged, &Step { summaries: None, ..step }).is_ok());
+    assert!(run(&plan, &paged, &Step { settings: own(Selector::Oracle), ..step }).is_ok());
+}

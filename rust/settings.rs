@@ -120,7 +120,8 @@ pub struct DenseRules {
 /// Constants of the `flashprefill` selector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlashPrefill {
-    /// The last so many 128-row spans of a chunk do not vote (the official compact path uses 2; 0 lets all vote).
+    /// The last so many select spans (of `block_size` rows) of a chunk do not vote (the official compact path uses 2;
+    /// 0 lets all vote). The first one always does; a list with no voter, which `query_span` allows, is dense.
     pub non_voting_spans: usize,
     /// The best so many blocks of each row are kept whatever their score.
     pub min_budget: usize,
@@ -141,9 +142,10 @@ pub struct Settings {
     pub keep: Keep,
     /// Where that is decided.
     pub keep_at: KeepAt,
-    /// Floor of the share of past blocks a list keeps, in [0, 1].
+    /// Floor of the share of past blocks that `keep` leaves, in [0, 1]: of a list, or of each row under
+    /// [`KeepAt::Row`].
     pub min_density: f32,
-    /// Cap of that share, in (0, 1].
+    /// Cap of that share, in (0, 1]; forced blocks stay, and rows united under [`KeepAt::Row`] may exceed it.
     pub max_density: f32,
     /// First blocks always kept.
     pub sink_blocks: usize,

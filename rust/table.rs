@@ -67,7 +67,7 @@ fn build_row(
     (count, tokens)
 }
 
-/// Counts fit: `Layout::new` bounds lengths by 2^31, and pools by what a box id can name.
+/// Counts and ids fit: `Layout::new` bounds lengths by 2^31, `Layout::admit` pools by what a box id can name.
 fn to_i32(x: usize) -> i32 {
     i32::try_from(x).unwrap_or(i32::MAX)
 }

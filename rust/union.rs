@@ -23,7 +23,7 @@ pub struct Counts {
     pub forced: u64,
     /// Lists that the density guard made dense.
     pub guarded: u64,
-    /// Lists that were dense by policy.
+    /// Lists that were dense by policy, or because no span votes for them.
     pub dense: u64,
 }
 
@@ -50,7 +50,7 @@ pub fn masks_of_scores(layout: &Layout, batch: &Batch, scores: &[f32], masks: &m
     }
 }
 
-/// Whether the rows of this select span count (`flashprefill`'s `non_voting_spans`; at least the first one votes).
+/// Whether the rows of this select span count (`flashprefill`'s `non_voting_spans`; at least a chunk's first one does).
 fn votes(layout: &Layout, batch: &Batch, span: &Span) -> bool {
     let silent = layout.settings.flashprefill.non_voting_spans;
     if silent == 0 || layout.settings.selector != crate::settings::Selector::FlashPrefill {
@@ -117,32 +117,35 @@ fn each_list(
     let select = layout.select_spans(batch);
     let list_spans = layout.list_spans(batch);
     let mut counts = Counts::default();
-    let mut first = 0;
+    let (mut first, mut rows) = (0, Vec::new());
     let mut lists = lists.chunks_mut(layout.mask_words());
     for span in &list_spans {
         let count = select[first..]
             .iter()
             .take_while(|s| s.req == span.req && s.first < span.first + span.len)
             .count();
+        let voting: Vec<usize> =
+            (first..first + count).filter(|&s| votes(layout, batch, &select[s])).collect();
+        // Nobody asked for less than everything, as for the last rows of the official block-sparse path.
+        let span = Span { dense: span.dense || voting.is_empty(), ..*span };
         for list in 0..layout.lists_per_span() {
             let Some(row) = lists.next() else { return counts };
             row.fill(0);
             if !span.dense {
-                let voting = (first..first + count).filter(|&s| votes(layout, batch, &select[s]));
+                rows.clear();
                 let (_, heads) = layout.list_heads(list);
-                let rows: Vec<usize> = voting
-                    .flat_map(|s| heads.clone().map(move |h| s * layout.shape.num_q_heads + h))
-                    .collect();
+                let row_of = |s: usize| heads.clone().map(move |h| s * layout.shape.num_q_heads + h);
+                rows.extend(voting.iter().flat_map(|&s| row_of(s)));
                 fill(&rows, layout.geometry.past_blocks(span.past), row);
             }
-            finish(layout, span, row, &mut counts);
+            finish(layout, &span, row, &mut counts);
         }
         first += count;
     }
     counts
 }
 
-/// Forces sink, local and the open region, applies the density guard, counts.
+/// Forces sink, local and the open region, applies the density guard, drops bits after the span's end, counts.
 fn finish(layout: &Layout, span: &Span, row: &mut [u32], counts: &mut Counts) {
     let past = layout.geometry.past_blocks(span.past);
     let total = layout.geometry.blocks(span.kv_end);
@@ -166,6 +169,7 @@ fn finish(layout: &Layout, span: &Span, row: &mut [u32], counts: &mut Counts) {
     counts.candidates += past as u64;
     counts.selected += mask::count(row, past) as u64;
     mask::set_range(row, past.min(total)..total);
+    mask::clear_from(row, total);
 }
 
 #[cfg(test)]
@@ -257,6 +261,43 @@ mod tests {
         }
         assert!(mean[0] == 0.5 && mean[1].is_nan());
         assert!(max[0] == 0.75 && max[1].is_nan());
+    }
+
+    #[test]
+    fn a_list_that_no_span_votes_for_is_dense() {
+        let paged = paged();
+        let batch = paged.batch();
+        let mut settings = Settings { keep: Keep::Threshold(1.0), ..Settings::of(Selector::FlashPrefill) };
+        (settings.block_size, settings.scope, settings.dense.below_kv_len) = (16, Scope::HEAD_128, 0);
+        (settings.sink_blocks, settings.local_blocks) = (0, 0);
+        // Request 0 has 19 spans of 16 queries in lists of 8, 8 and 3.
+        settings.flashprefill.non_voting_spans = 3;
+        for keep_at in [KeepAt::Row, KeepAt::List] {
+            let layout = paged.layout(Settings { keep_at, ..settings });
+            let scores = vec![0.0; layout.max_select_spans() * 6 * layout.max_blocks()];
+            let (mut masks, mut lists) = (vec![0; scores.len()], vec![0; scores.len()]);
+            let counts = unite(&layout, &batch, &scores, &mut masks, &mut lists);
+            let past = layout.geometry.past_blocks(batch.past_len(0));
+            let kept: Vec<_> =
+                (0..3).map(|span| mask::count(&lists[span * 6 * layout.mask_words()..], past)).collect();
+            assert_eq!(kept, [0, 0, past]);
+            // Beside them request 1, dense by policy.
+            assert_eq!(counts.dense, 6 + 6);
+        }
+    }
+
+    #[test]
+    fn bits_after_the_spans_last_block_are_dropped() {
+        let paged = paged();
+        let batch = paged.batch();
+        let layout = paged.layout(settings(Scope::GROUP_CHUNK));
+        let masks = vec![u32::MAX; layout.select_spans(&batch).len() * 6 * layout.mask_words()];
+        let lists = united(&layout, &batch, &masks);
+        let spans = layout.list_spans(&batch);
+        for (row, list) in lists.chunks(layout.mask_words()).take(spans.len() * 2).enumerate() {
+            let total = layout.geometry.blocks(spans[row / 2].kv_end);
+            assert_eq!(mask::count(list, layout.mask_words() * 32), total);
+        }
     }
 
     #[test]

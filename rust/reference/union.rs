@@ -62,7 +62,8 @@ fn merge(layout: &Layout, rows: &[&[Score]], j: usize) -> Score {
     Score { lo: of(|s| s.lo), hi: of(|s| s.hi) }
 }
 
-/// Calls `past_kept(voting select spans, query heads, past blocks)` for every sparse list, then adds what is always read.
+/// Calls `past_kept(voting select spans, query heads, past blocks)` for every sparse list, then adds what is always
+/// read; a list that no span votes for reads all.
 fn each_list(
     layout: &Layout,
     requests: &[Request],
@@ -76,7 +77,7 @@ fn each_list(
         let past = request.past() / layout.settings.block_size;
         let spans = voting(layout, &select, &chunk);
         for heads in heads_of_lists(layout) {
-            if chunk.dense {
+            if chunk.dense || spans.is_empty() {
                 lists.push(Kept::all(total, true));
                 continue;
             }

@@ -102,7 +102,7 @@ fn softmax(row: &mut [f32]) {
     row.iter_mut().for_each(|x| *x -= most);
     exp2_in_place(row);
     let total: f32 = row.iter().sum();
-    row.iter_mut().for_each(|x| *x = (*x / total).min(1.0));
+    row.iter_mut().for_each(|x| *x = (*x / total).clamp(0.0, 1.0));
 }
 
 /// Gate vectors of `blocks` for the key heads of `kv_heads`: `out [blocks, key heads of kv_heads, gate_dim]`.
@@ -332,6 +332,19 @@ mod tests {
         // Spans of 64 from 300 on: the first ends at 364, within block 320..384.
         let later = (364, |span: &Span| span.kv_end <= 364);
         assert!(assert_later_keys_do_not_matter(&paged, attn_gate(), layer(&gate), later) > 0);
+    }
+
+    #[test]
+    fn blocks_beside_a_nan_key_cannot_be_judged() {
+        let gate = gate("nan", &model(), Form::KeysOnly, 64);
+        let mut paged = Paged::random(9, model(), &[(64, 640), (64, 640)]);
+        paged.requests[0].k[100 * 2 * 64] = f32::NAN;
+        let paged = paged.repaged(3);
+        let (layout, found) = scores(&paged, attn_gate(), layer(&gate));
+        // KV head 0 serves query heads 0..3 of request 0's only span.
+        let row = |head: usize| &found[head * layout.max_blocks()..][..9];
+        assert!((0..3).all(|head| row(head).iter().all(|x| x.is_nan())), "{:?}", row(0));
+        assert!((3..12).all(|head| row(head).iter().all(|x| x.is_finite())));
     }
 
     #[test]

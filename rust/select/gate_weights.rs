@@ -202,7 +202,7 @@ fn widen(dtype: FileDtype, bytes: &[u8]) -> Option<Vec<f32>> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::fixture::{self, Rng};
     use crate::select::Pairing;
@@ -214,7 +214,7 @@ pub(super) mod tests {
 
     /// The three published forms.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    pub(in crate::select) enum Form {
+    pub(crate) enum Form {
         KeysOnly,
         Both,
         ByGroup,
@@ -277,7 +277,7 @@ pub(super) mod tests {
     }
 
     /// One layer of random weights, through a file.
-    pub(in crate::select) fn gate(name: &str, shape: &Shape, form: Form, gate_dim: usize) -> Gate {
+    pub(crate) fn gate(name: &str, shape: &Shape, form: Form, gate_dim: usize) -> Gate {
         let file = bytes(&tensors(11, shape, form, gate_dim, 0), FileDtype::F32);
         load(name, &file, shape, 1, rope(shape.head_dim, gate_dim, Pairing::HalfSplit)).unwrap()
     }

@@ -25,7 +25,7 @@ impl Forced {
 
     /// Whether block `j` of `n` past blocks is forced.
     pub(crate) fn has(&self, j: usize, n: usize) -> bool {
-        j < self.sink || j + self.local >= n
+        j < self.sink || n - j <= self.local
     }
 }
 
@@ -197,6 +197,14 @@ mod tests {
         let capped = Settings { max_density: 0.1, ..forced };
         assert_eq!(kept(&capped, &[0.5; 6]), [0, 1, 4, 5]);
         assert_eq!(kept(&capped, &[0.5; 3]), [0, 1, 2]);
+    }
+
+    #[test]
+    fn a_forced_range_may_be_longer_than_any_row() {
+        for (sink_blocks, local_blocks) in [(usize::MAX, 0), (0, usize::MAX), (usize::MAX, usize::MAX)] {
+            let forced = Settings { sink_blocks, local_blocks, ..plain(Keep::Density(0.1)) };
+            assert_eq!(kept(&forced, &[0.5; 3]), [0, 1, 2]);
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@
 mod attn_gate;
 mod cells;
 mod flashprefill;
-mod gate_weights;
+pub(crate) mod gate_weights;
 pub(crate) mod keep;
 mod oracle;
 #[cfg(test)]
