@@ -11,6 +11,7 @@ pub mod batch;
 #[allow(unsafe_code)]
 pub mod bridge;
 #[allow(unsafe_code)]
+#[allow(rustdoc::broken_intra_doc_links, reason = "its docs are the C header, where [n] is a shape")]
 pub mod capi;
 pub mod combine;
 pub mod config;
