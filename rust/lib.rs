@@ -3,6 +3,9 @@
 //! ```text
 //! batch ─► plan ─► select ─► union ─► table ─► attend ─► combine ─► out, lse
 //! ```
+//!
+//! [`run::Plan`] checks a step and runs every stage. Who calls a stage by itself admits the batch first
+//! ([`plan::Layout::admit`]) and brings buffers of [`workspace::Sizes`]; a stage panics on a shorter one.
 #![deny(unsafe_code)]
 
 pub mod attend;

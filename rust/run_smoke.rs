@@ -100,7 +100,7 @@ impl Case {
             splits: pick(rng, &[1, 1, 2, 3, 64]),
             gate: gated.then(|| gate("smoke", &shape, form, head_dim)),
             scores: (0..rows * layout.max_blocks()).map(|_| rng.normal()).collect(),
-            masks: (0..rows * layout.mask_words()).map(|_| rng.next() as u32 & rng.next() as u32).collect(),
+            masks: (0..rows * layout.mask_words()).map(|_| word(rng) & word(rng)).collect(),
             paged,
             settings,
         }
@@ -193,6 +193,10 @@ fn settings(rng: &mut Rng) -> Settings {
         two_level_factor: pick(rng, &[1.0, 2.5, f32::MAX]),
         ..Settings::of(selector)
     }
+}
+
+fn word(rng: &mut Rng) -> u32 {
+    u32::try_from(rng.next() >> 32).unwrap()
 }
 
 fn pick<T: Copy>(rng: &mut Rng, from: &[T]) -> T {

@@ -134,7 +134,7 @@ pub struct FlashPrefill {
 pub struct Settings {
     /// Who scores.
     pub selector: Selector,
-    /// Tokens per block: 16..=256, a power of two; 1 for token-level `quoka`.
+    /// Tokens per block: 16..=256, a power of two; 1 for token-level `quoka`, `dense` and `external`.
     pub block_size: usize,
     /// How far lists are shared.
     pub scope: Scope,
@@ -286,7 +286,12 @@ impl Settings {
         let by_token = matches!(self.selector, Selector::Quoka | Selector::Dense | Selector::External);
         if self.block_size == 1 && !by_token {
             let got = format!("1 with {}", self.selector.name());
-            return Err(Error::new(Status::Unsupported, "block_size", "16..=256, or 1 with quoka", got));
+            return Err(Error::new(
+                Status::Unsupported,
+                "block_size",
+                "16..=256, or 1 with quoka, dense, external",
+                got,
+            ));
         }
         if self.block_size == 1 && self.mean_correction {
             return Err(Error::new(Status::Unsupported, "mean_correction", "a block_size of 16..=256", 1));

@@ -19,7 +19,10 @@ impl At<'_> {
         let score = |head: usize| {
             let past = self.past_blocks();
             let mass = self.mixed_mass(head, &|block, _| block < past && !candidates.contains(&block));
-            mass.iter().enumerate().map(|(j, &m)| if candidates.contains(&j) { m } else { 0.0 }).collect()
+            mass.iter()
+                .enumerate()
+                .map(|(j, &m)| if candidates.contains(&j) || m.is_nan() { m } else { 0.0 })
+                .collect()
         };
         Scored { rows: self.heads.clone().map(score).collect(), certain }
     }

@@ -25,7 +25,8 @@ pub(super) fn score(input: &Input, unit: &mut Unit) {
     }
     for row in unit.scores.chunks_mut(unit.stride) {
         for j in (0..unit.past_blocks).filter(|j| candidates.binary_search(j).is_err()) {
-            row[j] = 0.0;
+            // A NaN in one block makes NaN of the whole row: none of it can be judged.
+            row[j] = if row[j].is_nan() { f32::NAN } else { 0.0 };
         }
     }
 }
@@ -93,6 +94,16 @@ mod tests {
                 mass.iter().enumerate().map(|(j, &x)| if is_exact(j) { x } else { 0.0 }).collect()
             });
         }
+    }
+
+    #[test]
+    fn a_nan_key_leaves_no_block_of_its_rows_judged() {
+        let (mut paged, block_size) = batches().swap_remove(1);
+        // Block 5 of 6; two candidates besides the forced ones.
+        paged.requests[0].k[85 * 96] = f32::NAN;
+        let paged = paged.repaged(1);
+        let (_, scores) = scores(&paged, small_budget(block_size));
+        assert!(scores[..6].iter().all(|x| x.is_nan()), "{scores:?}");
     }
 
     #[test]
