@@ -328,7 +328,7 @@ typedef struct compactattn_settings {
   int32_t dense_prefix_tokens;
   // Query rows per span and head that sampled_exact, pooled_mass and two_level score; 0 = all.
   int32_t sample_rows;
-  // flashprefill: the last so many 128-row spans of a chunk do not vote.
+  // flashprefill: the last so many spans of block_size rows of a chunk do not vote.
   int32_t flashprefill_non_voting_spans;
   // flashprefill: the best so many blocks of each row are kept whatever their score.
   int32_t flashprefill_min_budget;

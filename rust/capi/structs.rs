@@ -197,7 +197,7 @@ pub struct compactattn_settings {
     pub dense_prefix_tokens: i32,
     /// Query rows per span and head that sampled_exact, pooled_mass and two_level score; 0 = all.
     pub sample_rows: i32,
-    /// flashprefill: the last so many 128-row spans of a chunk do not vote.
+    /// flashprefill: the last so many spans of block_size rows of a chunk do not vote.
     pub flashprefill_non_voting_spans: i32,
     /// flashprefill: the best so many blocks of each row are kept whatever their score.
     pub flashprefill_min_budget: i32,

@@ -108,18 +108,15 @@ fn how_many(settings: &Settings, scores: &[Score]) -> (usize, usize) {
             let perhaps = free().filter(|&j| scores[j].worth().1 >= t).count();
             (forced_blocks + sure, forced_blocks + perhaps)
         }
-        Keep::Mass(share) => {
-            let unjudged = free().filter(|&j| scores[j].is_nan()).count();
-            let (fewest, most) = for_mass(settings, scores, f64::from(share));
-            let at_least = if unjudged == 0 { 0 } else { forced_blocks + unjudged };
-            (fewest.max(at_least), most.max(at_least))
-        }
+        Keep::Mass(share) => for_mass(settings, scores, f64::from(share)),
         Keep::Density(share) => (ceil_share(share, n), ceil_share(share, n)),
     };
     let floor = ceil_share(settings.min_density, n);
     let cap = ceil_share(settings.max_density, n);
     let best = budget(settings, scores);
-    let bound = |count: usize, best: usize| count.max(floor).max(best).min(cap).max(forced_blocks);
+    // Blocks that cannot be judged are as good as forced.
+    let sure = forced_blocks + free().filter(|&j| scores[j].worth().0.is_infinite()).count();
+    let bound = |count: usize, best: usize| count.max(floor).max(best).min(cap).max(sure);
     (bound(fewest, best.0), bound(most, best.1))
 }
 

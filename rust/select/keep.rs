@@ -47,7 +47,9 @@ pub(crate) fn keep(settings: &Settings, scores: &[f32], row: &mut [u32]) {
     };
     let most = blocks(settings.max_density, n);
     let least = blocks(settings.min_density, n).max(budget(settings, scores, forced));
-    let kept = wanted.max(least).min(most).max(forced_blocks);
+    // Neither budget nor cap may drop a block that cannot be judged: the sick one must be read to be seen.
+    let unjudged = order[forced_blocks..].iter().take_while(|&&j| worth(scores[j]) == f32::INFINITY).count();
+    let kept = wanted.max(least).min(most).max(forced_blocks + unjudged);
     for &j in &order[..kept] {
         mask::set(row, j);
     }
@@ -144,6 +146,16 @@ mod tests {
         let scores = [0.1, 0.5, 0.49, 0.9, 0.0];
         assert_eq!(kept(&plain(Keep::Threshold(0.5)), &scores), [1, 3]);
         assert!(kept(&plain(Keep::Threshold(1.0)), &scores).is_empty());
+    }
+
+    #[test]
+    fn neither_budget_nor_cap_drops_a_block_that_cannot_be_judged() {
+        let nan = [0.9, f32::NAN, 0.1, f32::NAN, f32::NAN];
+        for keep in [Keep::Density(0.2), Keep::Mass(0.1), Keep::Threshold(1.0)] {
+            let capped = Settings { max_density: 0.2, ..plain(keep) };
+            assert_eq!(kept(&capped, &nan), [1, 3, 4]);
+            assert_eq!(kept(&capped, &[f32::NAN; 3]), [0, 1, 2]);
+        }
     }
 
     #[test]
