@@ -87,6 +87,28 @@ fn demo_on_real_tensors_finds_sampled_exact_ahead_of_the_union_at_equal_density(
 }
 
 #[test]
+fn a_gate_file_brings_attn_gate_into_demo_and_attend() {
+    let dir = scratch("gate");
+    let trace = synthetic(&dir, [1600, 2], [256, 4]);
+    let key = |layer: usize| format!("model.layers.{layer}.self_attn.attn_gate.mask_linear_k.weight");
+    let gate = dir.join("gate.safetensors");
+    write(&gate, &[0, 1, 2, 3].map(|layer| Made::bf16(&key(layer), &[4, 192, 64])));
+    let options = ["--gate", text(&gate), "--rope-theta", "10000"];
+    let out = dir.join("out");
+    let run = tool(&[&["demo", "--trace", text(&trace), "--out", text(&out)], &options[..]].concat());
+    assert!(run.status.success(), "{}", stderr(&run));
+    assert!(!stdout(&run).contains("skipped"));
+    let summary: Vec<Value> =
+        serde_json::from_slice(&std::fs::read(out.join("summary.json")).unwrap()).unwrap();
+    let rows = summary.iter().filter(|row| row["selector"] == "attn_gate" && row["block_size"] == 64);
+    assert_eq!(rows.count(), 6);
+    let output = dir.join("attended");
+    let fixed = ["attend", "--input", text(&trace), "--output", text(&output), "--selector", "attn_gate"];
+    let run = tool(&[&fixed, &options[..]].concat());
+    assert!(run.status.success(), "{}", stderr(&run));
+}
+
+#[test]
 fn attend_in_pages_of_any_size_and_order_gives_the_same_result() {
     let dir = scratch("attend");
     let trace = synthetic(&dir, [700, 2], [100, 4]);
@@ -171,7 +193,7 @@ fn argument_errors_are_one_line_and_exit_code_2() {
         (vec!["attend", "--input", "x", "--output", "y", "--density", "0.2", "--mass", "0.9"], "--mass"),
         (vec!["attend", "--input", "x", "--output", "y", "--density", "2"], "(0, 1]"),
         (vec!["attend", "--input", "x", "--output", "y", "--selector", "best"], "sampled_exact"),
-        (vec!["attend", "--input", "x", "--output", "y", "--selector", "attn_gate"], "attn_gate"),
+        (vec!["demo", "--gate", "x"], "--rope-theta"),
         (vec!["attend", "--input", "x", "--output", "y", "--scope", "all"], "HEADS"),
         (vec!["attend", "--input", "x", "--output", "y", "--block-size", "48"], "block_size"),
         (vec!["inspct"], "inspct"),
@@ -183,6 +205,8 @@ fn argument_errors_are_one_line_and_exit_code_2() {
     let trace = synthetic(&dir, [1600, 2], [256, 4]);
     check_refusal(&tool(&["demo", "--trace", text(&trace), "--page-size", "1"]), "page_size");
     check_refusal(&tool(&["demo", "--trace", text(&trace), "--chunk", "0"]), "chunk");
+    let gated = ["attend", "--input", text(&trace), "--output", "y", "--selector", "attn_gate"];
+    check_refusal(&tool(&gated), "attn_gate");
     let short = synthetic(&dir, [300, 2], [256, 4]);
     check_refusal(&tool(&["demo", "--trace", text(&short)]), "KV tokens before the queries");
 }

@@ -66,9 +66,9 @@ pub(crate) fn scope_name(scope: Scope) -> String {
     format!("{heads} x {span}")
 }
 
-/// Every contender, in the order of the summary. `open` = past tokens beyond the last whole block of 128, which are
-/// attended whatever is selected.
-pub(crate) fn all(open: usize) -> Vec<Contender> {
+/// Every contender, in the order of the summary; `attn_gate` only with weights, in blocks of 64 as published. `open` =
+/// past tokens beyond the last whole block of 128, which are attended whatever is selected.
+pub(crate) fn all(open: usize, gate: bool) -> Vec<Contender> {
     use Selector::{
         External, FlashPrefill, Oracle, PooledMass, SampledExact, Streaming, TwoLevel, XAttention,
     };
@@ -86,6 +86,13 @@ pub(crate) fn all(open: usize) -> Vec<Contender> {
     all.extend(quoka(open));
     all.extend(of(Streaming, Knob::Local, &scopes[..1]));
     all.extend(of(External, Knob::OracleMask, &scopes[..1]));
+    if gate {
+        let by_64 = |contender: Contender| {
+            let settings = Settings { block_size: 64, ..contender.settings };
+            Contender { settings, ..contender }
+        };
+        all.extend(of(Selector::AttnGate, Knob::Threshold, &scopes[..2]).into_iter().map(by_64));
+    }
     for scope in &scopes[..2] {
         let settings = even(SampledExact, *scope);
         let corrected = Settings { mean_correction: true, ..settings };

@@ -41,14 +41,17 @@ pub(crate) fn run(args: &Args, out: &mut impl Write) -> Outcome {
     let prefills = trace.layers.iter().map(fill).collect::<Result<Vec<_>>>()?;
     introduce(args, &trace, &prefills[0], out)?;
     let mut sweep = Sweep::new(&prefills)?;
-    let rows = measure(&mut sweep, trace.kv_len() - trace.q_len())?;
+    let past = trace.kv_len() - trace.q_len();
+    let rows = measure(&mut sweep, &contender::all(past % BLOCK, args.engine.has_gate()))?;
     for target in DENSITIES {
         print_table(&rows, target, out)?;
     }
     writeln!(out, "\ndense: {:.0} ms a layer", sweep.dense_ms())?;
     let ms = forward(&prefills[0], &prefill::sparse(Selector::SampledExact))?.ms;
     writeln!(out, "one forward with the default settings (sampled_exact, head x chunk): {ms:.0} ms a layer")?;
-    writeln!(out, "skipped: attn_gate (needs trained gate weights; none were given)")?;
+    if !args.engine.has_gate() {
+        writeln!(out, "skipped: attn_gate (needs trained gate weights: --gate FILE --rope-theta BASE)")?;
+    }
     summary::write(&args.out.join("summary.json"), &summary::rows(&rows, sweep.dense_ms()))?;
     draw(args, &trace, &prefills[0], &rows)?;
     for file in ["summary.json", HEAT_PNG, ERROR_PNG] {
@@ -78,14 +81,13 @@ fn introduce(args: &Args, trace: &Trace, prefill: &Prefill, out: &mut impl Write
 }
 
 /// Every contender at every density, with a bar on stderr where that is a terminal.
-fn measure(sweep: &mut Sweep, past: usize) -> Result<Vec<Row>> {
-    let contenders = contender::all(past % BLOCK);
+fn measure(sweep: &mut Sweep, contenders: &[Contender]) -> Result<Vec<Row>> {
     let bar = ProgressBar::new((contenders.len() * DENSITIES.len()) as u64);
     if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}") {
         bar.set_style(style);
     }
     let mut rows = Vec::new();
-    for contender in &contenders {
+    for contender in contenders {
         bar.set_message(format!("{} {}", contender.name(), contender.scope()));
         for target in DENSITIES {
             rows.push(sweep.measure(contender, target)?);

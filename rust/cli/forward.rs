@@ -28,14 +28,16 @@ pub(crate) struct Forward {
 /// Those of [`Plan::new`] and [`Plan::forward`].
 pub(crate) fn forward(prefill: &Prefill, settings: &Settings) -> Result<Timed<Forward>> {
     let (batch, shape) = (prefill.batch()?, prefill.shape);
-    let desc = PlanDesc { shape, limits: prefill.limits, layers: vec![*settings], splits: 1, gate: None };
+    let (layer, gate) = prefill.gate.clone().map_or((0, None), |(layer, gate)| (layer, Some(gate)));
+    let layers = vec![*settings; layer + 1];
+    let desc = PlanDesc { shape, limits: prefill.limits, layers, splits: 1, gate };
     let plan = Plan::new(&desc, prefill.parallel)?;
     let mut memory = vec![0; plan.workspace_bytes()? + Sizes::ALIGNMENT];
     let aligned = memory.as_ptr().align_offset(Sizes::ALIGNMENT);
     let dims = [batch.total_q(), shape.num_q_heads, shape.head_dim];
     let mut out = Data::filled(shape.dtype, dims.iter().product(), f32::NAN);
     let mut lse = vec![f32::NAN; shape.num_q_heads * batch.total_q()];
-    let step = Step { summaries: prefill.summaries(settings.block_size), ..Step::default() };
+    let step = Step { layer, summaries: prefill.summaries(settings.block_size), ..Step::default() };
     let ran = timed(|| {
         let tokens = TokensMut {
             elements: out.elements_mut(),
@@ -45,6 +47,6 @@ pub(crate) fn forward(prefill: &Prefill, settings: &Settings) -> Result<Timed<Fo
         let lse = LseMut { elements: &mut lse, stride_head: batch.total_q() };
         plan.forward(&batch, &step, &mut Output { out: tokens, lse: Some(lse) }, &mut memory[aligned..])
     })?;
-    let value = Forward { out: Tensor { dims, data: out }, lse, stats: plan.stats(0)? };
+    let value = Forward { out: Tensor { dims, data: out }, lse, stats: plan.stats(layer)? };
     Ok(Timed { value, ms: ran.ms })
 }

@@ -201,6 +201,7 @@ mod tests {
             chunk: 256,
             sm_scale: None,
             parallel: Parallel::new(1),
+            gate: None,
         };
         let prefill = Prefill::run(&trace, &trace.layers[0], &engine, &[settings.block_size]).unwrap();
         inspect(&prefill, "0", settings).unwrap()

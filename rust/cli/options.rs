@@ -1,11 +1,14 @@
 //! Options that several commands share.
 
+use std::path::PathBuf;
+
 use clap::Args;
+use compactattn::select::Pairing;
 use compactattn::settings::{Keep, Scope, Selector, Settings};
 use compactattn::{Error, Parallel, Result, Status};
 
 use crate::pool::KvLayout;
-use crate::prefill::{Engine, sparse};
+use crate::prefill::{Engine, GateFile, sparse};
 
 /// The engine around the kernel.
 #[derive(Clone, Debug, Args)]
@@ -25,6 +28,15 @@ pub(crate) struct EngineArgs {
     /// CPU threads; 0 = as many as the system grants.
     #[arg(long, default_value_t = 0, value_name = "N")]
     threads: usize,
+    /// A safetensors file with the weights of selector attn_gate, under their published names.
+    #[arg(long, value_name = "FILE", requires = "rope_theta")]
+    gate: Option<PathBuf>,
+    /// Base of the model's rotary embedding, for attn_gate.
+    #[arg(long, value_name = "BASE")]
+    rope_theta: Option<f32>,
+    /// Rotary pairs are neighbours (2i, 2i + 1), not halves, for attn_gate.
+    #[arg(long)]
+    rope_interleaved: bool,
 }
 
 impl EngineArgs {
@@ -36,14 +48,25 @@ impl EngineArgs {
             chunk: self.chunk,
             sm_scale: self.sm_scale,
             parallel: Parallel::new(self.threads),
+            gate: self.gate.clone().zip(self.rope_theta).map(|(path, theta)| GateFile {
+                path,
+                theta,
+                pairing: if self.rope_interleaved { Pairing::Interleaved } else { Pairing::HalfSplit },
+            }),
         }
+    }
+
+    /// Whether gate weights were named.
+    pub(crate) fn has_gate(&self) -> bool {
+        self.gate.is_some()
     }
 }
 
 /// What to keep and how far to share it.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct SelectArgs {
-    /// dense, sampled_exact, flashprefill, pooled_mass, two_level, quoka, xattention, streaming or oracle.
+    /// dense, sampled_exact, flashprefill, pooled_mass, two_level, attn_gate (with --gate), quoka, xattention, streaming
+    /// or oracle.
     #[arg(long, value_parser = Selector::from_name)]
     selector: Option<Selector>,
     /// Who shares a list: `group` or `head` (or heads per list), then query tokens: `group:chunk`, `head:128`, `2:256`.
@@ -83,8 +106,8 @@ impl SelectArgs {
         if let Some(keep) = density.or(threshold).or(mass) {
             settings = Settings { keep, min_density: 0.0, max_density: 1.0, density_guard: 1.0, ..settings };
         }
-        if matches!(settings.selector, Selector::AttnGate | Selector::External) {
-            let got = format!("{}, which needs weights or masks", settings.selector.name());
+        if settings.selector == Selector::External {
+            let got = "external, which needs a caller's masks";
             return Err(Error::new(Status::Unsupported, "--selector", "one that scores by itself", got));
         }
         settings.check()?;

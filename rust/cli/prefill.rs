@@ -1,7 +1,10 @@
 //! Chunked prefill of one layer: KV written chunk by chunk, summaries with it, the last chunk's queries at the end.
 
+use std::path::PathBuf;
+
 use compactattn::batch::{Batch, BatchParts};
 use compactattn::plan::{Layout, Limits};
+use compactattn::select::{Gate, GateLayer, Pairing, Rope};
 use compactattn::settings::{DenseRules, Selector, Settings};
 use compactattn::summaries::{self, Summaries, SummariesMut, Which};
 use compactattn::tensor::Tokens;
@@ -12,7 +15,7 @@ use crate::pool::{KvLayout, PagedKv};
 use crate::trace::{Data, Layer, Tensor, Trace};
 
 /// How the engine of a run is set up.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Engine {
     /// Tokens per page.
     pub(crate) page_size: usize,
@@ -24,6 +27,29 @@ pub(crate) struct Engine {
     pub(crate) sm_scale: Option<f32>,
     /// Threads of the CPU path.
     pub(crate) parallel: Parallel,
+    /// Weights of selector `attn_gate`.
+    pub(crate) gate: Option<GateFile>,
+}
+
+/// Where gates are, and how the model rotates.
+#[derive(Clone, Debug)]
+pub(crate) struct GateFile {
+    /// Safetensors.
+    pub(crate) path: PathBuf,
+    /// Base of the inverse frequencies, `theta^(-2i / head_dim)`.
+    pub(crate) theta: f32,
+    /// Which elements turn together.
+    pub(crate) pairing: Pairing,
+}
+
+impl GateFile {
+    /// The gates of layers `0..=layer`.
+    fn load(&self, shape: &Shape, layer: usize) -> Result<Gate> {
+        let dim = shape.head_dim;
+        let inv_freq = (0..dim / 2).map(|i| self.theta.powf(-2.0 * i as f32 / dim as f32)).collect();
+        let rope = Rope { inv_freq, gate_inv_freq: None, pairing: self.pairing, scale: 1.0 };
+        Gate::load(&self.path, shape, layer + 1, rope)
+    }
 }
 
 /// One layer, ready for the forward pass of the last chunk.
@@ -35,6 +61,8 @@ pub(crate) struct Prefill {
     pub(crate) limits: Limits,
     /// Threads.
     pub(crate) parallel: Parallel,
+    /// The layer's number, and gates up to it.
+    pub(crate) gate: Option<(usize, Gate)>,
     kv: PagedKv,
     q: Tensor,
     cu_seqlens_q: [i32; 2],
@@ -66,11 +94,14 @@ impl Prefill {
         let (kv_len, q_len) = (trace.kv_len(), trace.q_len());
         let limits = Limits { max_num_reqs: 1, max_total_q: engine.chunk.max(q_len), max_kv_len: kv_len };
         let kv = PagedKv::new(shape, engine.kv_layout, kv_len);
+        let number = layer.number.unwrap_or(0);
+        let gate = engine.gate.as_ref().map(|file| Ok((number, file.load(&shape, number)?)));
         let means = block_sizes.iter().map(|&size| Means::new(shape, limits, size, kv.k().num_pages));
         let mut prefill = Self {
             shape,
             limits,
             parallel: engine.parallel,
+            gate: gate.transpose()?,
             means: means.collect::<Result<_>>()?,
             kv,
             // Nothing reads the queries of a chunk that only writes.
@@ -122,6 +153,11 @@ impl Prefill {
     pub(crate) fn summaries(&self, block_size: usize) -> Option<Summaries<'_>> {
         let means = self.means.iter().find(|means| means.layout.settings.block_size == block_size)?;
         Some(Summaries { k_mean: &means.k, v_mean: Some(&means.v) })
+    }
+
+    /// The layer's gate, where weights were named.
+    pub(crate) fn gate(&self) -> Option<&GateLayer> {
+        self.gate.as_ref().and_then(|(number, gate)| gate.layer(*number))
     }
 
     /// How settings cut the last chunk.

@@ -42,6 +42,7 @@ fn compare() -> Result<f64> {
         chunk: 128,
         sm_scale: None,
         parallel: Parallel::new(0),
+        gate: None,
     };
     let settings = Settings {
         block_size: 64,

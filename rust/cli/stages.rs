@@ -51,8 +51,12 @@ pub(crate) fn score(prefill: &Prefill, layout: &Layout) -> Result<Timed<Vec<f32>
     if needed && summaries.is_none() {
         return Err(Error::plain(Status::Internal, "no means were kept for this block size"));
     }
+    let gate = prefill.gate();
+    if gate.is_none() && select::needs_gate(layout.settings.selector) {
+        return Err(Error::new(Status::Null, "--gate", "a weights file, for selector attn_gate", "none"));
+    }
     timed(|| {
-        let input = Input { layout, batch: &batch, summaries, gate: None };
+        let input = Input { layout, batch: &batch, summaries, gate };
         select::score(&input, &mut scores, prefill.parallel);
         Ok(scores)
     })
