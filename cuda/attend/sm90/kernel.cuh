@@ -1,0 +1,392 @@
+// attend on sm_90a: softmax(Q K^T) V over the boxes of a list, in place in the paged pool.
+//
+// One producer warpgroup copies boxes into rings of K and V tiles; two consumer warpgroups of 64 rows multiply. A tile
+// is 128 KV tokens of a list's stream; tiles run from the stream's end to its start, so that only the first one or two
+// need the causal mask (visible columns of query token t: stream_len - tokens after t). Schedule after
+// FlashAttention-3 (arXiv 2407.08608): a warpgroup's products run while its own previous exponentials, and those of the
+// other warpgroup, are computed.
+#pragma once
+
+#include "../../common/math.cuh"
+#include "../../params.h"
+#include "../../ptx/tma.cuh"
+#include "../../ptx/wgmma.cuh"
+#include "softmax.cuh"
+#include "traits.h"
+
+namespace compactattn::sm90 {
+
+struct Maps {
+  const CUtensorMap& q;  // [columns / 64, tokens, heads, 64], box: 64 x group x rows / group
+  const CUtensorMap& k;  // [pages, kv heads, columns / 64, tokens of a page, 64], box: 64 x min(box, 128)
+  const CUtensorMap& v;  // as k
+};
+
+// What a tile of queries reads of its list.
+struct Stream {
+  const int32_t* boxes;
+  int count;
+  int visible;  // columns that the tile's first query token sees; each later one sees one more
+  int tiles;
+};
+
+template <class T>
+__device__ __forceinline__ Stream stream_of(const AttendParams& params, const WorkItem& item) {
+  Stream stream;
+  stream.boxes = params.boxes + static_cast<int64_t>(item.list_row) * params.max_boxes;
+  stream.count = params.counts[item.list_row];
+  stream.visible = params.stream_lens[item.list_row] - item.tokens_after;
+  stream.tiles = max(0, (stream.visible + item.num_tokens - 1 + T::kTokens - 1) / T::kTokens);
+  return stream;
+}
+
+// ---- producer ------------------------------------------------------------------------------------------------------
+
+// The one box of each tile that a lane copies.
+template <class T>
+struct BoxLane {
+  int first;      // token of the tile
+  int columns;    // group of 64
+  int smem;       // byte of the tile
+  bool copies;
+
+  __device__ BoxLane(const AttendParams& params, int lane) {
+    const int rows = min(1 << params.log2_box_tokens, T::kTokens);
+    first = lane / T::kGroups * rows;
+    columns = lane % T::kGroups;
+    smem = columns * T::kKvGroupBytes + first * T::kRowBytes;
+    copies = first < T::kTokens;
+  }
+};
+
+// The entry that holds `token` of the stream; -1, which reads as zeros, past the list's end.
+__device__ __forceinline__ int entry_at(const AttendParams& params, const Stream& stream, int token) {
+  const int index = token >> params.log2_box_tokens;
+  return index < stream.count ? __ldg(stream.boxes + index) : -1;
+}
+
+__device__ __forceinline__ ptx::PoolBox place(const AttendParams& params, int entry, int token) {
+  const int part = entry & ((1 << params.log2_boxes_per_page) - 1);
+  const int within = token & ((1 << params.log2_box_tokens) - 1);
+  ptx::PoolBox at;
+  at.page = entry < 0 ? params.num_pages : entry >> params.log2_boxes_per_page;
+  at.token = (part << params.log2_box_tokens) + within;
+  return at;
+}
+
+// One warp; K or V tiles of every item, last tile first. Every tile arrives with all its bytes, zeros included.
+template <class T>
+__device__ __forceinline__ void produce_tiles(const CUtensorMap& map, uint8_t (*tiles)[T::kKvTileBytes],
+                                              ptx::CopyBarrier* full, ptx::Barrier* empty,
+                                              const AttendParams& params) {
+  const int lane = threadIdx.x % 32;
+  const BoxLane<T> mine(params, lane);
+  ptx::Ring<T::kStages> ring;
+  for (int i = blockIdx.x; i < params.num_items; i += gridDim.x) {
+    const WorkItem item = params.items[i];
+    const Stream stream = stream_of<T>(params, item);
+    int token = (stream.tiles - 1) * T::kTokens + mine.first;
+    int entry = stream.tiles > 0 ? entry_at(params, stream, token) : 0;
+    for (int tile = stream.tiles - 1; tile >= 0; --tile) {
+      const int next = tile > 0 ? entry_at(params, stream, token - T::kTokens) : 0;
+      empty[ring.stage].wait(ring.phase ^ 1);
+      if (lane == 0) full[ring.stage].arrive_and_expect_tx(T::kKvTileBytes);
+      __syncwarp();
+      if (mine.copies) {
+        ptx::PoolBox at = place(params, entry, token);
+        at.columns = mine.columns;
+        at.kv_head = item.kv_head;
+        ptx::load(map, full[ring.stage], tiles[ring.stage] + mine.smem, at);
+      }
+      entry = next;
+      token -= T::kTokens;
+      ring.advance();
+    }
+  }
+}
+
+// One thread; Q tiles of every item that reads anything.
+template <class T>
+__device__ __forceinline__ void produce_queries(const CUtensorMap& map, SharedStorage<T>& smem,
+                                                const AttendParams& params) {
+  const int bytes = T::kRows / params.group * params.group * T::kRowBytes * T::kGroups;
+  uint32_t phase = 0;
+  for (int i = blockIdx.x; i < params.num_items; i += gridDim.x) {
+    const WorkItem item = params.items[i];
+    if (stream_of<T>(params, item).tiles == 0) continue;
+    smem.q_empty.wait(phase ^ 1);
+    smem.q_full.arrive_and_expect_tx(bytes);
+#pragma unroll
+    for (int g = 0; g < T::kGroups; ++g) {
+      ptx::load(map, smem.q_full, smem.q + g * T::kQGroupBytes, ptx::QueryBox{item.q_head, item.q_token, g});
+    }
+    phase ^= 1;
+  }
+}
+
+// ---- consumers -----------------------------------------------------------------------------------------------------
+
+// A thread's place in its warpgroup's 64 rows; rows are query token * group + head.
+struct Place {
+  int warpgroup;
+  int lane;
+  int row;     // of the tile; the second row is 8 below
+  int column;  // of 8
+};
+
+__device__ __forceinline__ Place place_of_thread() {
+  const int thread = threadIdx.x - 128;
+  const int lane = thread % 32;
+  return {thread / 128, lane, thread / 32 * 16 + lane / 4, lane % 4 * 2};
+}
+
+// S = Q K^T, issued.
+template <class T>
+__device__ __forceinline__ void issue_scores(float (&s)[64], const uint8_t* q, const uint8_t* k) {
+  const uint64_t left = ptx::swizzled_operand(q);
+  const uint64_t right = ptx::swizzled_operand(k);
+#pragma unroll
+  for (int step = 0; step < T::kHeadDim / 16; ++step) {
+    const uint32_t within = step % 4 * 32;
+    ptx::mma_ss(s, ptx::advanced(left, step / 4 * T::kQGroupBytes + within),
+                ptx::advanced(right, step / 4 * T::kKvGroupBytes + within),
+                step == 0 ? ptx::ScaleOut::Zero : ptx::ScaleOut::One);
+  }
+  cute::warpgroup_commit_batch();
+}
+
+// O += P V, issued.
+template <class T>
+__device__ __forceinline__ void issue_values(float (&o)[64], const uint32_t (&p)[8][4], const uint8_t* v) {
+  const uint64_t right = ptx::swizzled_operand(v, T::kKvGroupBytes);
+#pragma unroll
+  for (int step = 0; step < T::kTokens / 16; ++step) {
+    ptx::mma_rs(o, p[step], ptx::advanced(right, step * 16 * T::kRowBytes));
+  }
+  cute::warpgroup_commit_batch();
+}
+
+// One lane a warp tells the producer that the warp has read the buffer.
+__device__ __forceinline__ void release(ptx::Barrier& empty, int lane) {
+  if (lane == 0) empty.arrive();
+}
+
+// V rows past the tile's last visible token may hold anything, and 0 * NaN is NaN. Both warpgroups write the same zeros.
+template <class T>
+__device__ __forceinline__ void zero_tail(uint8_t* v, int used, int warpgroup) {
+  constexpr int kChunks = T::kRowBytes / 16;
+  const int chunks = (T::kTokens - used) * kChunks;
+  for (int i = threadIdx.x % 128; i < chunks * T::kGroups; i += 128) {
+    const int group = i / chunks;
+    reinterpret_cast<uint4*>(v + group * T::kKvGroupBytes + used * T::kRowBytes)[i - group * chunks] = uint4{};
+  }
+  cutlass::arch::fence_view_async_shared();
+  cutlass::arch::NamedBarrier::sync(128, 2 + warpgroup);
+}
+
+// The warpgroups issue products in turns, so that one's exponentials meet the other's products.
+template <class T>
+__device__ __forceinline__ void wait_for_turn(int warpgroup) {
+  if constexpr (T::kTakeTurns) cutlass::arch::NamedBarrier::sync(256, warpgroup);
+}
+
+template <class T>
+__device__ __forceinline__ void pass_turn(int warpgroup) {
+  if constexpr (T::kTakeTurns) cutlass::arch::NamedBarrier::arrive(256, warpgroup ^ 1);
+}
+
+template <class T>
+struct Consumer {
+  SharedStorage<T>& smem;
+  Place at;
+  float scale;  // sm_scale * log2(e)
+  ptx::Ring<T::kStages> k_ring;
+  ptx::Ring<T::kStages> v_ring;
+
+  __device__ __forceinline__ const uint8_t* queries() const { return smem.q + at.warpgroup * 64 * T::kRowBytes; }
+
+  // The stream's last tile: scores and P; nothing to overlap with yet.
+  __device__ __forceinline__ void first_tile(float (&s)[64], uint32_t (&p)[8][4], RowState& rows,
+                                             const int (&visible)[2]) {
+    smem.k_full[k_ring.stage].wait(k_ring.phase);
+    ptx::fence_registers(s);
+    cute::warpgroup_arrive();
+    issue_scores<T>(s, queries(), smem.k[k_ring.stage]);
+    cute::warpgroup_wait<0>();
+    ptx::fence_registers(s);
+    release(smem.k_empty[k_ring.stage], at.lane);
+    k_ring.advance();
+    mask_scores(s, visible);
+    float top[2], factor[2];
+    tile_max(s, top);
+    raise_max<T>(top, scale, rows, factor);
+    exponentiate<true>(s, scale, rows);
+    pack(s, p);
+  }
+
+  // Scores of the next tile beside O += P V of the last one.
+  template <bool kMasked>
+  __device__ __forceinline__ void step(float (&s)[64], float (&o)[64], uint32_t (&p)[8][4], RowState& rows,
+                                       const int (&visible)[2]) {
+    smem.k_full[k_ring.stage].wait(k_ring.phase);
+    wait_for_turn<T>(at.warpgroup);
+    ptx::fence_registers(s);
+    ptx::fence_registers(o);
+    cute::warpgroup_arrive();
+    issue_scores<T>(s, queries(), smem.k[k_ring.stage]);
+    smem.v_full[v_ring.stage].wait(v_ring.phase);
+    issue_values<T>(o, p, smem.v[v_ring.stage]);
+    pass_turn<T>(at.warpgroup);
+    cute::warpgroup_wait<1>();
+    ptx::fence_registers(s);
+    release(smem.k_empty[k_ring.stage], at.lane);
+    k_ring.advance();
+    if constexpr (kMasked) mask_scores(s, visible);
+    float top[2], factor[2];
+    tile_max(s, top);
+    const bool grown = raise_max<T>(top, scale, rows, factor);
+    exponentiate<kMasked>(s, scale, rows);
+    if constexpr (T::kOrderedWait) {
+      ptx::wait_after(rows.sum);
+    } else {
+      cute::warpgroup_wait<0>();
+    }
+    ptx::fence_registers(o);
+    release(smem.v_empty[v_ring.stage], at.lane);
+    v_ring.advance();
+    pack(s, p);
+    if (grown) rescale(o, factor);
+  }
+
+  __device__ __forceinline__ void last_values(float (&o)[64], uint32_t (&p)[8][4]) {
+    smem.v_full[v_ring.stage].wait(v_ring.phase);
+    ptx::fence_registers(o);
+    cute::warpgroup_arrive();
+    issue_values<T>(o, p, smem.v[v_ring.stage]);
+    cute::warpgroup_wait<0>();
+    ptx::fence_registers(o);
+    release(smem.v_empty[v_ring.stage], at.lane);
+    v_ring.advance();
+  }
+
+  // O and row sums of one item; the query buffer is free when its last product is done.
+  __device__ __forceinline__ void attend(const WorkItem& item, const Stream& stream, int group, float (&o)[64],
+                                         RowState& rows) {
+    float s[64];
+    uint32_t p[8][4];
+    int visible[2];  // columns from the thread's first column of the current tile
+    int tile = stream.tiles - 1;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int token = min((at.row + 8 * r) / group, item.num_tokens - 1);
+      visible[r] = stream.visible + token - tile * T::kTokens - at.column;
+    }
+    first_tile(s, p, rows, visible);
+    const int used = stream.visible + item.num_tokens - 1 - tile * T::kTokens;
+    if (used < T::kTokens) {
+      smem.v_full[v_ring.stage].wait(v_ring.phase);
+      zero_tail<T>(smem.v[v_ring.stage], used, at.warpgroup);
+    }
+    const int unmasked = max(stream.visible, 0) / T::kTokens;  // tiles that every row sees whole
+    for (--tile; tile >= unmasked; --tile) {
+      visible[0] += T::kTokens;
+      visible[1] += T::kTokens;
+      step<true>(s, o, p, rows, visible);
+    }
+    for (; tile >= 0; --tile) step<false>(s, o, p, rows, visible);
+    release(smem.q_empty, at.lane);
+    last_values(o, p);
+  }
+};
+
+// Writes O / sum and lse of the rows that are query tokens; rows that saw nothing are 0 and -inf.
+template <class T>
+__device__ __forceinline__ void store_rows(const AttendParams& params, const WorkItem& item, const Place& at,
+                                           const float (&o)[64], const RowState& rows) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = at.row + 8 * r;
+    const int token = row / params.group;
+    const int head = item.q_head + row - token * params.group;
+    const bool writes = token < item.num_tokens;
+    const float sum = quad_sum(rows.sum[r]);
+    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    const int64_t q_token = item.q_token + token;
+    uint8_t* out = static_cast<uint8_t*>(params.out) +
+                   2 * (q_token * params.out_token_stride + head * params.out_head_stride);
+#pragma unroll
+    for (int block = 0; block < 4; ++block) {
+      uint32_t words[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const int i = 16 * block + 4 * w + 2 * r;
+        words[w] = pack_bf16(o[i] * inverse, o[i + 1] * inverse);
+      }
+      const uint4 whole = quad_transpose(words, at.lane % 4);
+      if (writes) reinterpret_cast<uint4*>(out)[4 * block + at.lane % 4] = whole;
+    }
+    if (writes && params.lse != nullptr && at.lane % 4 == 0) {
+      const float lse = sum > 0.0f ? rows.max[r] * params.sm_scale + kLn2 * __log2f(sum) : -INFINITY;
+      params.lse[q_token * params.lse_token_stride + head * params.lse_head_stride] = lse;
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void consume(const AttendParams& params, SharedStorage<T>& smem) {
+  Consumer<T> consumer{smem, place_of_thread(), params.sm_scale * kLog2E, {}, {}};
+  const Place at = consumer.at;
+  if (at.warpgroup == 1) pass_turn<T>(1);
+  uint32_t q_phase = 0;
+  for (int i = blockIdx.x; i < params.num_items; i += gridDim.x) {
+    const WorkItem item = params.items[i];
+    const Stream stream = stream_of<T>(params, item);
+    RowState rows;
+    reset(rows);
+    float o[64] = {};
+    if (stream.tiles > 0) {
+      smem.q_full.wait(q_phase);
+      q_phase ^= 1;
+      consumer.attend(item, stream, params.group, o, rows);
+    }
+    store_rows<T>(params, item, at, o, rows);
+  }
+}
+
+// ---- roles ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+__device__ __forceinline__ void init_barriers(SharedStorage<T>& smem) {
+  constexpr int kReaders = T::kConsumers * 4;  // warps
+  if (threadIdx.x == 0) {
+    smem.q_full.init(1);
+    smem.q_empty.init(kReaders);
+    for (int i = 0; i < T::kStages; ++i) {
+      smem.k_full[i].init(1);
+      smem.v_full[i].init(1);
+      smem.k_empty[i].init(kReaders);
+      smem.v_empty[i].init(kReaders);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+}
+
+template <class T>
+__device__ __forceinline__ void attend(const Maps& maps, const AttendParams& params) {
+  extern __shared__ __align__(1024) uint8_t bytes[];
+  SharedStorage<T>& smem = *reinterpret_cast<SharedStorage<T>*>(bytes);
+  init_barriers(smem);
+  if (threadIdx.x < 128) {
+    cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
+    const int warp = threadIdx.x / 32;
+    if (warp == 0) produce_tiles<T>(maps.k, smem.k, smem.k_full, smem.k_empty, params);
+    if (warp == 1) produce_tiles<T>(maps.v, smem.v, smem.v_full, smem.v_empty, params);
+    if (threadIdx.x == 64) produce_queries<T>(maps.q, smem, params);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
+    consume<T>(params, smem);
+  }
+}
+
+}  // namespace compactattn::sm90

@@ -1,0 +1,194 @@
+"""One attend problem on the GPU: a paged pool full of NaN but for its tokens, lists, work items, and an fp64 answer."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+from driver import Kernel, tensor_map
+
+DIM, ROWS, TOKENS = 128, 128, 128
+
+
+class AttendParams(ctypes.Structure):
+    """As cuda/params.h."""
+
+    _fields_ = (
+        [(name, ctypes.c_uint64) for name in ("items", "boxes", "counts", "stream_lens", "out", "lse")]
+        + [(name, ctypes.c_int64) for name in ("out_token", "out_head", "lse_token", "lse_head")]
+        + [
+            (name, ctypes.c_int32)
+            for name in ("num_items", "max_boxes", "num_pages", "group", "log2_box_tokens", "log2_boxes_per_page")
+        ]
+        + [("sm_scale", ctypes.c_float), ("reserved", ctypes.c_int32)]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """`requests`: (chunk tokens, past tokens) each; `density` of past blocks. A past below 0 leaves rows without keys."""
+
+    requests: tuple[tuple[int, int], ...]
+    kv_heads: int = 2
+    group: int = 4
+    page_size: int = 16
+    block_size: int = 128
+    layout: str = "NHD"
+    density: float = 0.5
+
+    @property
+    def box_tokens(self) -> int:
+        return min(self.page_size, self.block_size)
+
+
+class Case:
+    """Inputs on the device. The stream of list row `request * kv_heads + kv_head` is also kept as token slots."""
+
+    def __init__(self, shape: Shape, seed: int = 0, scale: float = 1.0) -> None:
+        self.shape, self.scale = shape, DIM**-0.5
+        gen = torch.Generator(device="cuda").manual_seed(seed)
+        page = shape.page_size
+        self.kv_lens = [chunk + past for chunk, past in shape.requests]
+        pages_each = [-(-n // page) for n in self.kv_lens]
+        self.num_pages = sum(pages_each) + 3
+        order = torch.randperm(self.num_pages, generator=gen, device="cuda")[: sum(pages_each)]
+        self.block_tables = order.split(pages_each)
+        total_q, heads = sum(chunk for chunk, _ in shape.requests), shape.kv_heads * shape.group
+        self.q = torch.randn(total_q, heads, DIM, generator=gen, device="cuda").mul_(scale).bfloat16()
+        self.k, self.v = self._pools()
+        for table, length in zip(self.block_tables, self.kv_lens, strict=True):
+            self._fill(table, length, gen, scale)
+        self._lists(gen)
+        self._items()
+        self.out = torch.full_like(self.q, math.nan)
+        self.lse = torch.full((heads, total_q), math.nan, device="cuda")
+        self._encode()
+
+    def _pools(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views [pages, tokens, heads, dim], whatever the memory order."""
+        s = self.shape
+        full = {"device": "cuda", "dtype": torch.bfloat16}
+        if s.layout == "HND":
+            k, v = (torch.full((self.num_pages, s.kv_heads, s.page_size, DIM), math.nan, **full) for _ in range(2))
+            return k.transpose(1, 2), v.transpose(1, 2)
+        if s.layout == "interleaved":  # one allocation [pages, 2, tokens, heads, dim]
+            both = torch.full((self.num_pages, 2, s.page_size, s.kv_heads, DIM), math.nan, **full)
+            return both[:, 0], both[:, 1]
+        k, v = (torch.full((self.num_pages, s.page_size, s.kv_heads, DIM), math.nan, **full) for _ in range(2))
+        return k, v
+
+    def _fill(self, table: torch.Tensor, length: int, gen: torch.Generator, scale: float) -> None:
+        whole, page = length // self.shape.page_size, self.shape.page_size
+        for pool in (self.k, self.v):
+            values = torch.randn(length, self.shape.kv_heads, DIM, generator=gen, device="cuda").bfloat16()
+            values = values * scale if pool is self.k else values
+            pool[table[:whole]] = values[: whole * page].view(whole, page, self.shape.kv_heads, DIM)
+            if length % page:
+                pool[table[whole], : length % page] = values[whole * page :]
+
+    def _lists(self, gen: torch.Generator) -> None:
+        """Selected past blocks, then the open region; boxes through the block table."""
+        s, box = self.shape, self.shape.box_tokens
+        per_page = s.page_size // box
+        rows, self.slots = [], []
+        for (_, past), length, table in zip(s.requests, self.kv_lens, self.block_tables, strict=True):
+            blocks, per_block = max(past, 0) // s.block_size, s.block_size // box
+            open_boxes = torch.arange(blocks * per_block, -(-length // box), device="cuda")
+            for _ in range(s.kv_heads):
+                count = round(blocks * s.density)
+                chosen = torch.randperm(blocks, generator=gen, device="cuda")[:count].sort().values
+                logical = (chosen[:, None] * per_block + torch.arange(per_block, device="cuda")).flatten()
+                logical = torch.cat([logical, open_boxes])
+                rows.append((table[logical // per_page] * per_page + logical % per_page).int())
+                tokens = (logical[:, None] * box + torch.arange(box, device="cuda")).flatten()
+                tokens = tokens[tokens < length]
+                self.slots.append(table[tokens // s.page_size] * s.page_size + tokens % s.page_size)
+        self.max_boxes = max(max(len(row) for row in rows), 1) + 5
+        self.boxes = torch.full((len(rows), self.max_boxes), 2**30, device="cuda", dtype=torch.int32)  # past: poison
+        for i, row in enumerate(rows):
+            self.boxes[i, : len(row)] = row
+        self.counts = torch.tensor([len(row) for row in rows], device="cuda", dtype=torch.int32)
+        self.stream_lens = torch.tensor([len(slots) for slots in self.slots], device="cuda", dtype=torch.int32)
+
+    def _items(self) -> None:
+        """List row major, longest streams first; a CTA takes every 132nd."""
+        s, per_tile = self.shape, ROWS // self.shape.group
+        items = []
+        lens = self.stream_lens.tolist()
+        first = 0
+        for request, (chunk, _) in enumerate(s.requests):
+            for head in range(s.kv_heads):
+                row = request * s.kv_heads + head
+                for token in range(0, chunk, per_tile):
+                    num = min(per_tile, chunk - token)
+                    item = [row, head, first + token, num, head * s.group, chunk - 1 - token, 0, 0]
+                    items.append((-lens[row], item))
+            first += chunk
+        items.sort(key=lambda pair: pair[0])
+        self.num_items = len(items)
+        self.items = torch.tensor([item for _, item in items], device="cuda", dtype=torch.int32)
+
+    def _encode(self) -> None:
+        s = self.shape
+        heads = s.kv_heads * s.group
+        sizes, strides = (64, heads, len(self.q), DIM // 64), (self.q.stride(1), self.q.stride(0), 64)
+        self.maps = [tensor_map(self.q.data_ptr(), sizes, strides, (64, s.group, ROWS // s.group, 1))]
+        for pool in (self.k, self.v):
+            sizes = (64, s.page_size, DIM // 64, s.kv_heads, self.num_pages)
+            strides = (pool.stride(1), 64, pool.stride(2), pool.stride(0))
+            self.maps.append(tensor_map(pool.data_ptr(), sizes, strides, (64, min(s.box_tokens, TOKENS), 1, 1, 1)))
+        pointers = [t.data_ptr() for t in (self.items, self.boxes, self.counts, self.stream_lens, self.out, self.lse)]
+        self.params = AttendParams(
+            *pointers,
+            *(self.out.stride(0), self.out.stride(1), self.lse.stride(1), self.lse.stride(0)),
+            *(self.num_items, self.max_boxes, self.num_pages, s.group),
+            *(int(math.log2(s.box_tokens)), int(math.log2(s.page_size // s.box_tokens))),
+            self.scale,
+            0,
+        )
+
+    def launch(self, kernel: Kernel) -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        kernel.launch(min(self.num_items, 132), 384, stream, [*self.maps, self.params])
+
+    def flop(self) -> float:
+        """Multiplications and additions of both products over visible columns, 4 * d each."""
+        s, total = self.shape, 0.0
+        for row, length in enumerate(self.stream_lens.tolist()):
+            chunk = s.requests[row // s.kv_heads][0]
+            total += chunk * (length - (chunk - 1) / 2)
+        return 4 * DIM * s.group * total
+
+    def expected(self) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
+        """Per list row: query tokens, heads, out [tokens, heads, dim] and lse [heads, tokens], fp64."""
+        s, first = self.shape, 0
+        for request, (chunk, _) in enumerate(s.requests):
+            for head in range(s.kv_heads):
+                slots = self.slots[request * s.kv_heads + head]
+                k, v = (
+                    pool[slots // s.page_size, slots % s.page_size, head].double() for pool in (self.k, self.v)
+                )
+                tokens, heads = slice(first, first + chunk), slice(head * s.group, (head + 1) * s.group)
+                logits = torch.einsum("thd,nd->htn", self.q[tokens, heads].double(), k) * self.scale
+                column = torch.arange(len(slots), device="cuda")
+                visible = column < len(slots) - chunk + 1 + torch.arange(chunk, device="cuda")[:, None]
+                logits = logits.masked_fill(~visible, -math.inf)
+                lse = torch.logsumexp(logits, -1)
+                weights = torch.nan_to_num((logits - lse[..., None]).exp(), nan=0.0)
+                yield tokens, heads, torch.einsum("htn,nd->thd", weights, v), lse
+            first += chunk
+
+    def errors(self) -> tuple[float, float]:
+        """Relative error of out (norm over norm, worst list row) and greatest error of lse; NaN is infinite."""
+        worst, worst_lse = 0.0, 0.0
+        for tokens, heads, out, lse in self.expected():
+            got = self.out[tokens, heads].double()
+            error = ((got - out).norm() / out.norm().clamp_min(1e-30)).item()
+            gap = self.lse[heads, tokens].double() - lse
+            gap = torch.where((lse == -math.inf) & (self.lse[heads, tokens] == -math.inf), 0.0, gap).abs().max().item()
+            worst = max(worst, math.inf if math.isnan(error) else error)
+            worst_lse = max(worst_lse, math.inf if math.isnan(gap) else gap)
+        return worst, worst_lse

@@ -1,0 +1,74 @@
+"""Times attend beside the peers that torch brings; two problems in turn, CUDA events, medians. Each is checked first."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from attend_case import DIM, Case, Shape
+from driver import Kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+SHARED_BYTES = 232448
+
+
+def median_ms(calls: Sequence[Callable[[], object]], repeats: int) -> float:
+    for call in calls:
+        call()
+    times = []
+    for i in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        calls[i % len(calls)]()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def time_peers(chunk: int, context: int, kv_heads: int, group: int) -> None:
+    q = torch.randn(1, kv_heads * group, chunk, DIM, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(1, kv_heads, context, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    flop = 4 * DIM * kv_heads * group * chunk * context
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(backend):
+            ms = median_ms([lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True)], 10)
+        print(f"{backend.name:28s} contiguous, no mask    {ms:7.3f} ms {flop / ms / 1e9:6.1f} TFLOP/s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("cubin", type=Path)
+    parser.add_argument("--kernels", nargs="+", default=["compactattn_attend_sm90_bf16_d128"])
+    parser.add_argument("--context", type=int, default=131072)
+    parser.add_argument("--chunk", type=int, default=1024)
+    parser.add_argument("--pages", type=int, nargs="+", default=[16, 128])
+    parser.add_argument("--densities", type=float, nargs="+", default=[1.0, 0.3, 0.15])
+    parser.add_argument("--layouts", nargs="+", default=["NHD"])
+    parser.add_argument("--heads", type=int, nargs=2, default=[8, 4], help="KV heads, query heads of each")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=12)
+    args = parser.parse_args()
+    kernels = {name: Kernel(args.cubin, name, SHARED_BYTES) for name in args.kernels}
+    if args.batch == 1:
+        time_peers(args.chunk, args.context, *args.heads)
+    for density in args.densities:
+        for page in args.pages:
+            for layout in args.layouts:
+                requests = ((args.chunk, args.context - args.chunk),) * args.batch
+                shape = Shape(requests, *args.heads, page, 128, layout, density)
+                cases = [Case(shape, seed) for seed in range(2)]
+                for name, kernel in kernels.items():
+                    ms = median_ms([lambda case=case: case.launch(kernel) for case in cases], args.repeats)
+                    error, _ = cases[0].errors() if density < 1 else (float("nan"), 0)
+                    rate = cases[0].flop() / ms / 1e9
+                    print(f"{name:34s} page {page:3d} {layout} density {density:4.2f} {ms:7.3f} ms {rate:6.1f} TFLOP/s error {error:.1e}", flush=True)
+                del cases
+
+
+if __name__ == "__main__":
+    main()
