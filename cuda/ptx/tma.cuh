@@ -23,8 +23,9 @@ struct PoolBox {
   int32_t page;
 };
 
+template <CacheHint kHint>
 __device__ __forceinline__ void load(const CUtensorMap& map, CopyBarrier& done, void* smem, PoolBox at) {
-  cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<uint64_t*>(&done), static_cast<uint64_t>(CacheHint::EVICT_LAST),
+  cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<uint64_t*>(&done), static_cast<uint64_t>(kHint),
                                smem, 0, at.token, at.columns, at.kv_head, at.page);
 }
 

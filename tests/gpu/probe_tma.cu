@@ -55,7 +55,7 @@ probe_tma(const __grid_constant__ CUtensorMap map, const __grid_constant__ Probe
       __syncwarp();
       if (copies) {
         uint8_t* to = smem.tiles[ring.stage] + columns * (kTileBytes / 2) + box * p.rows * 128;
-        load(map, smem.full[ring.stage], to, PoolBox{0, columns, stream % p.heads, page});
+        load<CacheHint::EVICT_LAST>(map, smem.full[ring.stage], to, PoolBox{0, columns, stream % p.heads, page});
       }
       page = next;
       ring.advance();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,18 +17,19 @@ from torch.nn.functional import scaled_dot_product_attention
 SHARED_BYTES = 232448
 
 
-def median_ms(calls: Sequence[Callable[[], object]], repeats: int) -> float:
-    for call in calls:
-        call()
-    times = []
-    for i in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        calls[i % len(calls)]()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+def times_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """The median of each call; all take turns, so that none has the cooler chip."""
+    times: list[list[float]] = [[] for _ in calls]
+    for repeat in range(repeats + 2):
+        for call, into in zip(calls, times, strict=True):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            if repeat >= 2:
+                into.append(start.elapsed_time(end))
+    return [statistics.median(each) for each in times]
 
 
 def time_peers(chunk: int, context: int, kv_heads: int, group: int) -> None:
@@ -36,8 +38,23 @@ def time_peers(chunk: int, context: int, kv_heads: int, group: int) -> None:
     flop = 4 * DIM * kv_heads * group * chunk * context
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         with sdpa_kernel(backend):
-            ms = median_ms([lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True)], 10)
+            (ms,) = times_ms([lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True)], 10)
         print(f"{backend.name:28s} contiguous, no mask    {ms:7.3f} ms {flop / ms / 1e9:6.1f} TFLOP/s")
+
+
+def time_shape(shape: Shape, kernels: dict[str, Kernel], repeats: int) -> None:
+    cases = [Case(shape, seed) for seed in range(2)]
+    calls, errors = [], []
+    for kernel in kernels.values():
+        turns = itertools.cycle(cases)
+        calls.append(lambda kernel=kernel, turns=turns: next(turns).launch(kernel))
+        cases[0].out.fill_(float("nan"))
+        cases[0].launch(kernel)
+        errors.append(cases[0].errors()[0])
+    for name, error, ms in zip(kernels, errors, times_ms(calls, repeats), strict=True):
+        rate = cases[0].flop() / ms / 1e9
+        where = f"page {shape.page_size:3d} {shape.layout} density {shape.density:4.2f}"
+        print(f"{name:34s} {where} {ms:7.3f} ms {rate:6.1f} TFLOP/s error {error:.1e}", flush=True)
 
 
 def main() -> None:
@@ -61,13 +78,7 @@ def main() -> None:
             for layout in args.layouts:
                 requests = ((args.chunk, args.context - args.chunk),) * args.batch
                 shape = Shape(requests, *args.heads, page, 128, layout, density)
-                cases = [Case(shape, seed) for seed in range(2)]
-                for name, kernel in kernels.items():
-                    ms = median_ms([lambda case=case: case.launch(kernel) for case in cases], args.repeats)
-                    error, _ = cases[0].errors() if density < 1 else (float("nan"), 0)
-                    rate = cases[0].flop() / ms / 1e9
-                    print(f"{name:34s} page {page:3d} {layout} density {density:4.2f} {ms:7.3f} ms {rate:6.1f} TFLOP/s error {error:.1e}", flush=True)
-                del cases
+                time_shape(shape, kernels, args.repeats)
 
 
 if __name__ == "__main__":

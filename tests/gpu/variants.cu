@@ -14,11 +14,21 @@ struct RescaleAlways : Bf16D128 {
 struct NoTurns : Bf16D128 {
   static constexpr bool kTakeTurns = false;
 };
-struct PlainWaitRescaleAlways : PlainWait {
-  static constexpr float kRescaleAbove = 0.0f;
-};
 struct TwoStages : Bf16D128 {
   static constexpr int kStages = 2;
+};
+struct MoreConsumerRegisters : Bf16D128 {
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+};
+struct NormalHint : Bf16D128 {
+  static constexpr compactattn::ptx::CacheHint kKvHint = compactattn::ptx::CacheHint::EVICT_NORMAL;
+};
+struct Polynomial4 : Bf16D128 {
+  static constexpr int kPolynomialEvery = 4;
+};
+struct Polynomial8 : Bf16D128 {
+  static constexpr int kPolynomialEvery = 8;
 };
 }  // namespace
 
@@ -33,5 +43,8 @@ VARIANT(plain, Plain)
 VARIANT(plain_wait, PlainWait)
 VARIANT(rescale_always, RescaleAlways)
 VARIANT(no_turns, NoTurns)
-VARIANT(plain_wait_rescale_always, PlainWaitRescaleAlways)
 VARIANT(two_stages, TwoStages)
+VARIANT(registers_24_240, MoreConsumerRegisters)
+VARIANT(normal_hint, NormalHint)
+VARIANT(polynomial_4, Polynomial4)
+VARIANT(polynomial_8, Polynomial8)

@@ -87,6 +87,7 @@ __device__ __forceinline__ void produce_tiles(const CUtensorMap& map, uint8_t (*
     const Stream stream = stream_of<T>(params, item);
     int token = (stream.tiles - 1) * T::kTokens + mine.first;
     int entry = stream.tiles > 0 ? entry_at(params, stream, token) : 0;
+#pragma unroll 1
     for (int tile = stream.tiles - 1; tile >= 0; --tile) {
       const int next = tile > 0 ? entry_at(params, stream, token - T::kTokens) : 0;
       empty[ring.stage].wait(ring.phase ^ 1);
@@ -96,7 +97,7 @@ __device__ __forceinline__ void produce_tiles(const CUtensorMap& map, uint8_t (*
         ptx::PoolBox at = place(params, entry, token);
         at.columns = mine.columns;
         at.kv_head = item.kv_head;
-        ptx::load(map, full[ring.stage], tiles[ring.stage] + mine.smem, at);
+        ptx::load<T::kKvHint>(map, full[ring.stage], tiles[ring.stage] + mine.smem, at);
       }
       entry = next;
       token -= T::kTokens;
@@ -220,7 +221,7 @@ struct Consumer {
     float top[2], factor[2];
     tile_max(s, top);
     raise_max<T>(top, scale, rows, factor);
-    exponentiate<true>(s, scale, rows);
+    exponentiate<T, true>(s, scale, rows);
     pack(s, p);
   }
 
@@ -228,13 +229,14 @@ struct Consumer {
   template <bool kMasked>
   __device__ __forceinline__ void step(float (&s)[64], float (&o)[64], uint32_t (&p)[8][4], RowState& rows,
                                        const int (&visible)[2]) {
+    // Both waits stand before the products: a branch between them costs a second fence. V was asked for long before K.
+    smem.v_full[v_ring.stage].wait(v_ring.phase);
     smem.k_full[k_ring.stage].wait(k_ring.phase);
     wait_for_turn<T>(at.warpgroup);
     ptx::fence_registers(s);
     ptx::fence_registers(o);
     cute::warpgroup_arrive();
     issue_scores<T>(s, queries(), smem.k[k_ring.stage]);
-    smem.v_full[v_ring.stage].wait(v_ring.phase);
     issue_values<T>(o, p, smem.v[v_ring.stage]);
     pass_turn<T>(at.warpgroup);
     cute::warpgroup_wait<1>();
@@ -245,7 +247,7 @@ struct Consumer {
     float top[2], factor[2];
     tile_max(s, top);
     const bool grown = raise_max<T>(top, scale, rows, factor);
-    exponentiate<kMasked>(s, scale, rows);
+    exponentiate<T, kMasked>(s, scale, rows);
     if constexpr (T::kOrderedWait) {
       ptx::wait_after(rows.sum);
     } else {

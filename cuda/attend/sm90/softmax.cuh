@@ -58,7 +58,7 @@ __device__ __forceinline__ bool raise_max(const float (&tile)[2], float scale, R
 }
 
 // s = exp2((s - max) * scale), sums added up. `kMasked`: rows may have seen nothing yet.
-template <bool kMasked>
+template <class T, bool kMasked>
 __device__ __forceinline__ void exponentiate(float (&s)[64], float scale, RowState& rows) {
   float shift[2];
 #pragma unroll
@@ -66,7 +66,11 @@ __device__ __forceinline__ void exponentiate(float (&s)[64], float scale, RowSta
     shift[r] = kMasked && rows.max[r] == -INFINITY ? 0.0f : rows.max[r] * scale;
   }
 #pragma unroll
-  for (int i = 0; i < 64; ++i) s[i] = exp2_approx(s[i] * scale - shift[i / 2 % 2]);
+  for (int i = 0; i < 64; ++i) {
+    const float x = s[i] * scale - shift[i / 2 % 2];
+    const bool polynomial = !kMasked && T::kPolynomialEvery > 0 && i % max(T::kPolynomialEvery, 1) == 0;
+    s[i] = polynomial ? exp2_polynomial(x) : exp2_approx(x);
+  }
   float chain[4] = {s[0], s[1], s[2], s[3]};
 #pragma unroll
   for (int i = 4; i < 64; ++i) chain[i % 4] += s[i];
