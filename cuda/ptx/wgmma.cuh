@@ -11,7 +11,8 @@ namespace compactattn::ptx {
 using cute::SM90::GMMA::Major;
 using cute::SM90::GMMA::ScaleOut;
 using Atom64x128SS = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_SS<Major::K, Major::K>;
-using Atom64x128RS = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
+template <Major kRight>
+using Atom64x128RS = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, kRight>;
 
 // A 128-byte-swizzled operand. `next_128_bytes`: bytes between the 64-element column groups of an operand whose long
 // side is contiguous (V); unused, 16, where the reduced side is contiguous (Q, K). Atoms of 8 rows are 1 KB apart.
@@ -33,10 +34,10 @@ __device__ __forceinline__ void fma_ss(float (&d)[64], uint64_t a, uint64_t b, S
   Atom64x128SS::fma(a, b, d[I]..., keep);
 }
 
-template <int... I>
-__device__ __forceinline__ void fma_rs(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
+template <Major kRight, int... I>
+__device__ __forceinline__ void fma_rs(float (&d)[64], const uint32_t (&a)[4], uint64_t b, ScaleOut keep,
                                        std::integer_sequence<int, I...>) {
-  Atom64x128RS::fma(a[0], a[1], a[2], a[3], b, d[I]..., ScaleOut::One);
+  Atom64x128RS<kRight>::fma(a[0], a[1], a[2], a[3], b, d[I]..., keep);
 }
 
 // d[64 x 128] (+)= a[64 x 16] b[128 x 16]^T; `keep` Zero drops the old d.
@@ -44,9 +45,17 @@ __device__ __forceinline__ void mma_ss(float (&d)[64], uint64_t a, uint64_t b, S
   fma_ss(d, a, b, keep, std::make_integer_sequence<int, 64>{});
 }
 
-// d[64 x 128] += a[64 x 16] b[16 x 128], a in registers.
-__device__ __forceinline__ void mma_rs(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
-  fma_rs(d, a, b, std::make_integer_sequence<int, 64>{});
+// The same with a in registers; `kRight` says which side of b is contiguous.
+template <Major kRight>
+__device__ __forceinline__ void mma_rs(float (&d)[64], const uint32_t (&a)[4], uint64_t b, ScaleOut keep) {
+  fma_rs<kRight>(d, a, b, keep, std::make_integer_sequence<int, 64>{});
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane i names row i % 8 of matrix i / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(cute::cast_smem_ptr_to_uint(row)));
 }
 
 // Keeps ordinary reads and writes of `d` on their side of the asynchronous products.

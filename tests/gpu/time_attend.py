@@ -57,6 +57,25 @@ def time_shape(shape: Shape, kernels: dict[str, Kernel], repeats: int) -> None:
         print(f"{name:34s} {where} {ms:7.3f} ms {rate:6.1f} TFLOP/s error {error:.1e}", flush=True)
 
 
+def time_steady(shape: Shape, kernels: dict[str, Kernel], seconds: float) -> None:
+    """Blocks of back-to-back launches: the rate of a chip at its power limit. Two rounds, the second in reverse."""
+    cases = [Case(shape, seed) for seed in range(2)]
+    names = [*kernels, *reversed(kernels)]
+    once = cases[0].flop() / 6e14
+    for name in names:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        count = max(4, int(seconds / once))
+        cases[0].launch(kernels[name])
+        start.record()
+        for i in range(count):
+            cases[i % 2].launch(kernels[name])
+        end.record()
+        torch.cuda.synchronize()
+        ms = start.elapsed_time(end) / count
+        print(f"steady {name:28s} page {shape.page_size:3d} density {shape.density:4.2f} {ms:7.3f} ms "
+              f"{cases[0].flop() / ms / 1e9:6.1f} TFLOP/s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("cubin", type=Path)
@@ -69,16 +88,20 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs=2, default=[8, 4], help="KV heads, query heads of each")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--steady", type=float, default=0, help="seconds of back-to-back launches of each kernel")
     args = parser.parse_args()
     kernels = {name: Kernel(args.cubin, name, SHARED_BYTES) for name in args.kernels}
-    if args.batch == 1:
+    if args.batch == 1 and not args.steady:
         time_peers(args.chunk, args.context, *args.heads)
     for density in args.densities:
         for page in args.pages:
             for layout in args.layouts:
                 requests = ((args.chunk, args.context - args.chunk),) * args.batch
                 shape = Shape(requests, *args.heads, page, 128, layout, density)
-                time_shape(shape, kernels, args.repeats)
+                if args.steady:
+                    time_steady(shape, kernels, args.steady)
+                else:
+                    time_shape(shape, kernels, args.repeats)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,18 @@ struct NoTurns : Bf16D128 {
 struct TwoStages : Bf16D128 {
   static constexpr int kStages = 2;
 };
-struct MoreConsumerRegisters : Bf16D128 {
+struct Queries : Bf16D128 {
+  static constexpr bool kQueriesInRegisters = true;
+};
+struct QueriesPlainWait : PlainWait {
+  static constexpr bool kQueriesInRegisters = true;
+};
+struct Queries240 : Queries {
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
 };
-struct NormalHint : Bf16D128 {
-  static constexpr compactattn::ptx::CacheHint kKvHint = compactattn::ptx::CacheHint::EVICT_NORMAL;
-};
-struct Polynomial4 : Bf16D128 {
-  static constexpr int kPolynomialEvery = 4;
-};
-struct Polynomial8 : Bf16D128 {
-  static constexpr int kPolynomialEvery = 8;
+struct PlainWaitNoTurns : PlainWait {
+  static constexpr bool kTakeTurns = false;
 };
 }  // namespace
 
@@ -44,7 +44,7 @@ VARIANT(plain_wait, PlainWait)
 VARIANT(rescale_always, RescaleAlways)
 VARIANT(no_turns, NoTurns)
 VARIANT(two_stages, TwoStages)
-VARIANT(registers_24_240, MoreConsumerRegisters)
-VARIANT(normal_hint, NormalHint)
-VARIANT(polynomial_4, Polynomial4)
-VARIANT(polynomial_8, Polynomial8)
+VARIANT(queries, Queries)
+VARIANT(queries_plain_wait, QueriesPlainWait)
+VARIANT(queries_240, Queries240)
+VARIANT(plain_wait_no_turns, PlainWaitNoTurns)

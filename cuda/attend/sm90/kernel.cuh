@@ -156,13 +156,36 @@ __device__ __forceinline__ void issue_scores(float (&s)[64], const uint8_t* q, c
   cute::warpgroup_commit_batch();
 }
 
+// The same with Q in registers.
+template <class T>
+__device__ __forceinline__ void issue_scores(float (&s)[64], const uint32_t (&q)[8][4], const uint8_t* k) {
+  const uint64_t right = ptx::swizzled_operand(k);
+#pragma unroll
+  for (int step = 0; step < T::kHeadDim / 16; ++step) {
+    ptx::mma_rs<ptx::Major::K>(s, q[step], ptx::advanced(right, step / 4 * T::kKvGroupBytes + step % 4 * 32),
+                               step == 0 ? ptx::ScaleOut::Zero : ptx::ScaleOut::One);
+  }
+  cute::warpgroup_commit_batch();
+}
+
+// The warp's 16 query rows as left operands.
+template <class T>
+__device__ __forceinline__ void load_queries(uint32_t (&q)[8][4], const uint8_t* rows, int lane) {
+  const int row = lane % 16;
+#pragma unroll
+  for (int step = 0; step < T::kHeadDim / 16; ++step) {
+    const int chunk = step % 4 * 2 + lane / 16;
+    ptx::load_matrices(q[step], rows + step / 4 * T::kQGroupBytes + row * T::kRowBytes + (chunk ^ row % 8) * 16);
+  }
+}
+
 // O += P V, issued.
 template <class T>
 __device__ __forceinline__ void issue_values(float (&o)[64], const uint32_t (&p)[8][4], const uint8_t* v) {
   const uint64_t right = ptx::swizzled_operand(v, T::kKvGroupBytes);
 #pragma unroll
   for (int step = 0; step < T::kTokens / 16; ++step) {
-    ptx::mma_rs(o, p[step], ptx::advanced(right, step * 16 * T::kRowBytes));
+    ptx::mma_rs<ptx::Major::MN>(o, p[step], ptx::advanced(right, step * 16 * T::kRowBytes), ptx::ScaleOut::One);
   }
   cute::warpgroup_commit_batch();
 }
@@ -203,6 +226,15 @@ struct Consumer {
   float scale;  // sm_scale * log2(e)
   ptx::Ring<T::kStages> k_ring;
   ptx::Ring<T::kStages> v_ring;
+  uint32_t q[8][4];
+
+  __device__ __forceinline__ void issue(float (&s)[64]) {
+    if constexpr (T::kQueriesInRegisters) {
+      issue_scores<T>(s, q, smem.k[k_ring.stage]);
+    } else {
+      issue_scores<T>(s, queries(), smem.k[k_ring.stage]);
+    }
+  }
 
   __device__ __forceinline__ const uint8_t* queries() const { return smem.q + at.warpgroup * 64 * T::kRowBytes; }
 
@@ -212,7 +244,7 @@ struct Consumer {
     smem.k_full[k_ring.stage].wait(k_ring.phase);
     ptx::fence_registers(s);
     cute::warpgroup_arrive();
-    issue_scores<T>(s, queries(), smem.k[k_ring.stage]);
+    issue(s);
     cute::warpgroup_wait<0>();
     ptx::fence_registers(s);
     release(smem.k_empty[k_ring.stage], at.lane);
@@ -236,7 +268,7 @@ struct Consumer {
     ptx::fence_registers(s);
     ptx::fence_registers(o);
     cute::warpgroup_arrive();
-    issue_scores<T>(s, queries(), smem.k[k_ring.stage]);
+    issue(s);
     issue_values<T>(o, p, smem.v[v_ring.stage]);
     pass_turn<T>(at.warpgroup);
     cute::warpgroup_wait<1>();
@@ -283,6 +315,12 @@ struct Consumer {
       const int token = min((at.row + 8 * r) / group, item.num_tokens - 1);
       visible[r] = stream.visible + token - tile * T::kTokens - at.column;
     }
+    if constexpr (T::kQueriesInRegisters) {
+      load_queries<T>(q, smem.q + (at.row - at.lane / 4) * T::kRowBytes, at.lane);
+      cutlass::arch::fence_view_async_shared();
+      __syncwarp();
+      release(smem.q_empty, at.lane);
+    }
     first_tile(s, p, rows, visible);
     const int used = stream.visible + item.num_tokens - 1 - tile * T::kTokens;
     if (used < T::kTokens) {
@@ -296,7 +334,7 @@ struct Consumer {
       step<true>(s, o, p, rows, visible);
     }
     for (; tile >= 0; --tile) step<false>(s, o, p, rows, visible);
-    release(smem.q_empty, at.lane);
+    if constexpr (!T::kQueriesInRegisters) release(smem.q_empty, at.lane);
     last_values(o, p);
   }
 };

@@ -32,6 +32,7 @@ struct Bf16D128 {
   // One exponential in so many runs on the multiply-add pipe instead of the special function unit; 0: none.
   static constexpr int kPolynomialEvery = 0;
   static constexpr ptx::CacheHint kKvHint = ptx::CacheHint::EVICT_LAST;
+  static constexpr bool kQueriesInRegisters = false;
   static constexpr bool kOrderedWait = true;
   static constexpr bool kTakeTurns = true;
 };
