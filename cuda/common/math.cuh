@@ -5,28 +5,12 @@
 
 #include <cstdint>
 
+#include "../ptx/scalar.cuh"
+
 namespace compactattn {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
-
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// 2^x for -126 <= x < 127 on the multiply-add pipe, relative error 1.2e-4; below, 2^-126. The sum with 1.5 * 2^23 leaves the
-// nearest integer in the low bits; the cubic is the best on [-1/2, 1/2] with a constant of 1.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-  x = fmaxf(x, -126.0f);
-  const float shifted = x + 12582912.0f;
-  const float rest = x - (shifted - 12582912.0f);
-  float y = fmaf(rest, 0.0550f, 0.2422f);
-  y = fmaf(y, rest, 0.6933f);
-  y = fmaf(y, rest, 1.0f);
-  return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
-}
 
 // Two bf16 in one word, `low` at the lower address.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
@@ -51,7 +35,8 @@ __device__ __forceinline__ uint32_t pick(const uint32_t (&w)[4], int i) {
   return i & 2 ? high : low;
 }
 
-// Transposes 4 words x 4 lanes: lane `i` of the quad ends with word `i` of each lane, in lane order.
+// Transposes 4 words x 4 lanes: lane `i` of the quad ends with word `i` of each lane, in lane
+// order.
 __device__ __forceinline__ uint4 quad_transpose(const uint32_t (&w)[4], int lane_in_quad) {
   uint32_t got[4];
 #pragma unroll

@@ -2,12 +2,12 @@
 #pragma once
 
 #include <cuda.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
 
 #include <cstdint>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
-#include <cutlass/arch/barrier.h>
-#include <cutlass/arch/reg_reconfig.h>
 
 namespace compactattn::ptx {
 
@@ -17,16 +17,17 @@ using CacheHint = cute::TMA::CacheHintSm90;
 
 // Where a box of the paged pool starts; the first coordinate, within 64 columns, is always 0.
 struct PoolBox {
-  int32_t token;  // in the page
+  int32_t token;    // in the page
   int32_t columns;  // group of 64
   int32_t kv_head;
   int32_t page;
 };
 
-template <CacheHint kHint>
-__device__ __forceinline__ void load(const CUtensorMap& map, CopyBarrier& done, void* smem, PoolBox at) {
-  cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<uint64_t*>(&done), static_cast<uint64_t>(kHint),
-                               smem, 0, at.token, at.columns, at.kv_head, at.page);
+__device__ __forceinline__ void load(const CUtensorMap& map, CopyBarrier& done, void* smem,
+                                     PoolBox at) {
+  cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<uint64_t*>(&done),
+                               static_cast<uint64_t>(CacheHint::EVICT_LAST), smem, 0, at.token,
+                               at.columns, at.kv_head, at.page);
 }
 
 // Where a query tile starts.
@@ -36,9 +37,11 @@ struct QueryBox {
   int32_t columns;  // group of 64
 };
 
-__device__ __forceinline__ void load(const CUtensorMap& map, CopyBarrier& done, void* smem, QueryBox at) {
-  cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&done), static_cast<uint64_t>(CacheHint::EVICT_FIRST),
-                               smem, 0, at.head, at.token, at.columns);
+__device__ __forceinline__ void load(const CUtensorMap& map, CopyBarrier& done, void* smem,
+                                     QueryBox at) {
+  cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&done),
+                               static_cast<uint64_t>(CacheHint::EVICT_FIRST), smem, 0, at.head,
+                               at.token, at.columns);
 }
 
 // A place in a ring of `kStages` buffers; consumers wait on `phase`, producers on the opposite one.

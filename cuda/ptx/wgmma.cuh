@@ -1,4 +1,5 @@
-// Warpgroup matrix products on CUTLASS's atoms, with accumulators as plain arrays and descriptors as one addition.
+// Warpgroup matrix products on CUTLASS's atoms, with accumulators as plain arrays and descriptors
+// as one addition.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +11,14 @@ namespace compactattn::ptx {
 
 using cute::SM90::GMMA::Major;
 using cute::SM90::GMMA::ScaleOut;
-using Atom64x128SS = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_SS<Major::K, Major::K>;
 template <Major kRight>
 using Atom64x128RS = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, kRight>;
 
-// A 128-byte-swizzled operand. `next_128_bytes`: bytes between the 64-element column groups of an operand whose long
-// side is contiguous (V); unused, 16, where the reduced side is contiguous (Q, K). Atoms of 8 rows are 1 KB apart.
-__device__ __forceinline__ uint64_t swizzled_operand(const void* smem, uint32_t next_128_bytes = 16) {
+// A 128-byte-swizzled operand. `next_128_bytes`: bytes between the 64-element column groups of an
+// operand whose long side is contiguous (V); unused, 16, where the reduced side is contiguous (K).
+// Atoms of 8 rows are 1 KB apart.
+__device__ __forceinline__ uint64_t swizzled_operand(const void* smem,
+                                                     uint32_t next_128_bytes = 16) {
   cute::GmmaDescriptor desc;
   desc.bitfield.start_address_ = static_cast<uint16_t>(cute::cast_smem_ptr_to_uint(smem) >> 4);
   desc.bitfield.leading_byte_offset_ = static_cast<uint16_t>(next_128_bytes >> 4);
@@ -25,30 +27,24 @@ __device__ __forceinline__ uint64_t swizzled_operand(const void* smem, uint32_t 
   return desc.desc_;
 }
 
-// The operand `bytes` further on; never crosses the 14 address bits, for shared memory ends below 256 KB.
-__device__ __forceinline__ uint64_t advanced(uint64_t operand, uint32_t bytes) { return operand + (bytes >> 4); }
-
-template <int... I>
-__device__ __forceinline__ void fma_ss(float (&d)[64], uint64_t a, uint64_t b, ScaleOut keep,
-                                       std::integer_sequence<int, I...>) {
-  Atom64x128SS::fma(a, b, d[I]..., keep);
+// The operand `bytes` further on; never crosses the 14 address bits, for shared memory ends below
+// 256 KB.
+__device__ __forceinline__ uint64_t advanced(uint64_t operand, uint32_t bytes) {
+  return operand + (bytes >> 4);
 }
 
 template <Major kRight, int... I>
-__device__ __forceinline__ void fma_rs(float (&d)[64], const uint32_t (&a)[4], uint64_t b, ScaleOut keep,
-                                       std::integer_sequence<int, I...>) {
+__device__ __forceinline__ void fma_all(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
+                                        ScaleOut keep, std::integer_sequence<int, I...>) {
   Atom64x128RS<kRight>::fma(a[0], a[1], a[2], a[3], b, d[I]..., keep);
 }
 
-// d[64 x 128] (+)= a[64 x 16] b[128 x 16]^T; `keep` Zero drops the old d.
-__device__ __forceinline__ void mma_ss(float (&d)[64], uint64_t a, uint64_t b, ScaleOut keep) {
-  fma_ss(d, a, b, keep, std::make_integer_sequence<int, 64>{});
-}
-
-// The same with a in registers; `kRight` says which side of b is contiguous.
+// d[64 x 128] (+)= a[64 x 16] b[16 x 128], a in registers; `kRight` says which side of b is
+// contiguous, `keep` Zero drops the old d.
 template <Major kRight>
-__device__ __forceinline__ void mma_rs(float (&d)[64], const uint32_t (&a)[4], uint64_t b, ScaleOut keep) {
-  fma_rs<kRight>(d, a, b, keep, std::make_integer_sequence<int, 64>{});
+__device__ __forceinline__ void mma(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
+                                    ScaleOut keep) {
+  fma_all<kRight>(d, a, b, keep, std::make_integer_sequence<int, 64>{});
 }
 
 // Four 8 x 8 matrices of 16-bit elements; lane i names row i % 8 of matrix i / 8.
@@ -62,14 +58,6 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* ro
 __device__ __forceinline__ void fence_registers(float (&d)[64]) {
 #pragma unroll
   for (int i = 0; i < 64; ++i) cute::warpgroup_fence_operand(d[i]);
-}
-
-// Waits for every product in flight, but not before `sums` exist. ptxas moves a plain wait above the exponentials,
-// which then no longer overlap the products; the mask of this warp barrier is always full, yet depends on the sums.
-__device__ __forceinline__ void wait_after(const float (&sums)[2]) {
-  const unsigned mask = __ballot_sync(0xffffffffu, !(sums[0] + sums[1] < 0.0f));
-  asm volatile("bar.warp.sync %0;" ::"r"(mask) : "memory");
-  cute::warpgroup_wait<0>();
 }
 
 }  // namespace compactattn::ptx

@@ -6,25 +6,52 @@ import ctypes
 import dataclasses
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from driver import Kernel, tensor_map
 
 DIM, ROWS, TOKENS = 128, 128, 128
+CTAS = 132
+SHARED_BYTES = 232448
+
+
+class Work(ctypes.Structure):
+    """As cuda/params.h."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in ("items", "boxes", "counts", "stream_lens", "cuts", "costs")] + [
+        (name, ctypes.c_int32) for name in ("num_items", "num_ctas", "max_boxes", "group")
+    ]
+
+
+class Results(ctypes.Structure):
+    """As cuda/params.h."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in ("out", "lse", "partial_out", "partial_lse")] + [
+        (name, ctypes.c_int64) for name in ("out_token", "out_head", "lse_token", "lse_head")
+    ]
 
 
 class AttendParams(ctypes.Structure):
     """As cuda/params.h."""
 
-    _fields_ = (
-        [(name, ctypes.c_uint64) for name in ("items", "boxes", "counts", "stream_lens", "out", "lse")]
-        + [(name, ctypes.c_int64) for name in ("out_token", "out_head", "lse_token", "lse_head")]
-        + [
-            (name, ctypes.c_int32)
-            for name in ("num_items", "max_boxes", "num_pages", "group", "log2_box_tokens", "log2_boxes_per_page")
-        ]
-        + [("sm_scale", ctypes.c_float), ("reserved", ctypes.c_int32)]
-    )
+    _fields_ = [
+        ("work", Work),
+        ("results", Results),
+        ("num_pages", ctypes.c_int32),
+        ("log2_box_tokens", ctypes.c_int32),
+        ("log2_boxes_per_page", ctypes.c_int32),
+        ("sm_scale", ctypes.c_float),
+    ]
+
+
+class Stages:
+    """plan, attend and combine, from the cubins of a folder."""
+
+    def __init__(self, folder: Path, cubin: str = "bf16_d128", attend: str = "compactattn_attend_sm90_bf16_d128"):
+        self.plan = Kernel(folder / "plan.cubin", "compactattn_plan", 0)
+        self.attend = Kernel(folder / f"{cubin}.cubin", attend, SHARED_BYTES)
+        self.combine = Kernel(folder / "combine.cubin", "compactattn_combine_bf16_d128", 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +65,8 @@ class Shape:
     block_size: int = 128
     layout: str = "NHD"
     density: float = 0.5
+    spread: float = 0.0  # of list lengths: the sigma of a log-normal factor on `density`
+    num_ctas: int = CTAS
 
     @property
     def box_tokens(self) -> int:
@@ -98,7 +127,8 @@ class Case:
             blocks, per_block = max(past, 0) // s.block_size, s.block_size // box
             open_boxes = torch.arange(blocks * per_block, -(-length // box), device="cuda")
             for _ in range(s.kv_heads):
-                count = round(blocks * s.density)
+                factor = math.exp(s.spread * torch.randn(1, generator=gen, device="cuda").item() - s.spread**2 / 2)
+                count = min(blocks, round(blocks * s.density * factor))
                 chosen = torch.randperm(blocks, generator=gen, device="cuda")[:count].sort().values
                 logical = (chosen[:, None] * per_block + torch.arange(per_block, device="cuda")).flatten()
                 logical = torch.cat([logical, open_boxes])
@@ -114,22 +144,18 @@ class Case:
         self.stream_lens = torch.tensor([len(slots) for slots in self.slots], device="cuda", dtype=torch.int32)
 
     def _items(self) -> None:
-        """List row major, longest streams first; a CTA takes every 132nd."""
+        """List row major, tokens ascending."""
         s, per_tile = self.shape, ROWS // self.shape.group
-        items = []
-        lens = self.stream_lens.tolist()
-        first = 0
+        items, first = [], 0
         for request, (chunk, _) in enumerate(s.requests):
             for head in range(s.kv_heads):
                 row = request * s.kv_heads + head
                 for token in range(0, chunk, per_tile):
                     num = min(per_tile, chunk - token)
-                    item = [row, head, first + token, num, head * s.group, chunk - 1 - token, 0, 0]
-                    items.append((-lens[row], item))
+                    items.append([row, head, first + token, num, head * s.group, chunk - 1 - token, 0, 0])
             first += chunk
-        items.sort(key=lambda pair: pair[0])
         self.num_items = len(items)
-        self.items = torch.tensor([item for _, item in items], device="cuda", dtype=torch.int32)
+        self.items = torch.tensor(items, device="cuda", dtype=torch.int32)
 
     def _encode(self) -> None:
         s = self.shape
@@ -140,19 +166,25 @@ class Case:
             sizes = (64, s.page_size, DIM // 64, s.kv_heads, self.num_pages)
             strides = (pool.stride(1), 64, pool.stride(2), pool.stride(0))
             self.maps.append(tensor_map(pool.data_ptr(), sizes, strides, (64, min(s.box_tokens, TOKENS), 1, 1, 1)))
-        pointers = [t.data_ptr() for t in (self.items, self.boxes, self.counts, self.stream_lens, self.out, self.lse)]
-        self.params = AttendParams(
-            *pointers,
+        self.cuts = torch.full((s.num_ctas + 1, 2), 2**30, device="cuda", dtype=torch.int32)
+        self.costs = torch.full((self.num_items + 1,), 2**30, device="cuda", dtype=torch.int32)
+        self.partial_out = torch.full((2 * s.num_ctas, ROWS, DIM), math.nan, device="cuda")
+        self.partial_lse = torch.full((2 * s.num_ctas, ROWS), math.nan, device="cuda")
+        pointers = (self.items, self.boxes, self.counts, self.stream_lens, self.cuts, self.costs)
+        work = Work(*[t.data_ptr() for t in pointers], self.num_items, s.num_ctas, self.max_boxes, s.group)
+        results = Results(
+            *[t.data_ptr() for t in (self.out, self.lse, self.partial_out, self.partial_lse)],
             *(self.out.stride(0), self.out.stride(1), self.lse.stride(1), self.lse.stride(0)),
-            *(self.num_items, self.max_boxes, self.num_pages, s.group),
-            *(int(math.log2(s.box_tokens)), int(math.log2(s.page_size // s.box_tokens))),
-            self.scale,
-            0,
         )
+        logs = int(math.log2(s.box_tokens)), int(math.log2(s.page_size // s.box_tokens))
+        self.params = AttendParams(work, results, self.num_pages, *logs, self.scale)
 
-    def launch(self, kernel: Kernel) -> None:
-        stream = torch.cuda.current_stream().cuda_stream
-        kernel.launch(min(self.num_items, 132), 384, stream, [*self.maps, self.params])
+    def launch(self, stages: Stages) -> None:
+        ctas = self.shape.num_ctas
+        stages.plan.launch((1, 1), 1024, [self.params.work])
+        stages.attend.launch((ctas, 1), 384, [*self.maps, self.params])
+        if ctas > 1:
+            stages.combine.launch((ctas - 1, 16), 256, [self.params])
 
     def flop(self) -> float:
         """Multiplications and additions of both products over visible columns, 4 * d each."""

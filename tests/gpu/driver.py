@@ -53,12 +53,13 @@ class Kernel:
         check(cuda().cuModuleGetFunction(ctypes.byref(self.function), self.module, name.encode()))
         check(cuda().cuFuncSetAttribute(self.function, MAX_SHARED, shared_bytes))
 
-    def launch(self, grid: int, block: int, stream: int, args: Sequence[ctypes.Array | ctypes._SimpleCData]) -> None:
-        """`args` are ctypes values, copied by the driver."""
+    def launch(self, grid: tuple[int, int], block: int, args: Sequence[ctypes.Array | ctypes.Structure]) -> None:
+        """On torch's current stream; `args` are ctypes values, copied by the driver."""
+        stream = torch.cuda.current_stream().cuda_stream
         pointers = (ctypes.c_void_p * len(args))(*[ctypes.addressof(arg) for arg in args])
         check(
             cuda().cuLaunchKernel(
-                self.function, grid, 1, 1, block, 1, 1, self.shared_bytes, ctypes.c_void_p(stream), pointers, None
+                self.function, *grid, 1, block, 1, 1, self.shared_bytes, ctypes.c_void_p(stream), pointers, None
             )
         )
 

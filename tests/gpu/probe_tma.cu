@@ -1,4 +1,5 @@
-// How fast one SM's copy engine takes boxes of 16..128 tokens: a ring of 32 KB tiles, read by nobody.
+// How fast one SM's copy engine takes boxes of 16..128 tokens: a ring of 32 KB tiles, read by
+// nobody.
 #include "../../cuda/ptx/tma.cuh"
 
 namespace {
@@ -27,7 +28,7 @@ struct ProbeParams {
 };
 
 extern "C" __global__ void __launch_bounds__(128, 1)
-probe_tma(const __grid_constant__ CUtensorMap map, const __grid_constant__ ProbeParams p) {
+    probe_tma(const __grid_constant__ CUtensorMap map, const __grid_constant__ ProbeParams p) {
   extern __shared__ __align__(1024) uint8_t bytes[];
   Shared& smem = *reinterpret_cast<Shared*>(bytes);
   if (threadIdx.x == 0) {
@@ -55,7 +56,7 @@ probe_tma(const __grid_constant__ CUtensorMap map, const __grid_constant__ Probe
       __syncwarp();
       if (copies) {
         uint8_t* to = smem.tiles[ring.stage] + columns * (kTileBytes / 2) + box * p.rows * 128;
-        load<CacheHint::EVICT_LAST>(map, smem.full[ring.stage], to, PoolBox{0, columns, stream % p.heads, page});
+        load(map, smem.full[ring.stage], to, PoolBox{0, columns, stream % p.heads, page});
       }
       page = next;
       ring.advance();

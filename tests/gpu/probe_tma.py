@@ -33,7 +33,7 @@ def run(kernel: Kernel, rows: int, issuers: int, layout: str, streams: int, pool
     for _ in range(6):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        kernel.launch(132, 128, torch.cuda.current_stream().cuda_stream, [kv_map, params])
+        kernel.launch((132, 1), 128, [kv_map, params])
         end.record()
         torch.cuda.synchronize()
         per_clock = TILES * 32768 / clocks.double().mean().item()

@@ -9,12 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from attend_case import DIM, Case, Shape
-from driver import Kernel
+from attend_case import DIM, Case, Shape, Stages
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-
-SHARED_BYTES = 232448
 
 
 def times_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
@@ -39,10 +36,10 @@ def time_peers(chunk: int, context: int, kv_heads: int, group: int) -> None:
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         with sdpa_kernel(backend):
             (ms,) = times_ms([lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True)], 10)
-        print(f"{backend.name:28s} contiguous, no mask    {ms:7.3f} ms {flop / ms / 1e9:6.1f} TFLOP/s")
+        print(f"{backend.name:16s} contiguous, no mask    {ms:7.3f} ms {flop / ms / 1e9:6.1f} TFLOP/s")
 
 
-def time_shape(shape: Shape, kernels: dict[str, Kernel], repeats: int) -> None:
+def time_shape(shape: Shape, kernels: dict[str, Stages], repeats: int) -> None:
     cases = [Case(shape, seed) for seed in range(2)]
     calls, errors = [], []
     for kernel in kernels.values():
@@ -54,10 +51,10 @@ def time_shape(shape: Shape, kernels: dict[str, Kernel], repeats: int) -> None:
     for name, error, ms in zip(kernels, errors, times_ms(calls, repeats), strict=True):
         rate = cases[0].flop() / ms / 1e9
         where = f"page {shape.page_size:3d} {shape.layout} density {shape.density:4.2f}"
-        print(f"{name:34s} {where} {ms:7.3f} ms {rate:6.1f} TFLOP/s error {error:.1e}", flush=True)
+        print(f"{name:16s} {where} {ms:7.3f} ms {rate:6.1f} TFLOP/s error {error:.1e}", flush=True)
 
 
-def time_steady(shape: Shape, kernels: dict[str, Kernel], seconds: float) -> None:
+def time_steady(shape: Shape, kernels: dict[str, Stages], seconds: float) -> None:
     """Blocks of back-to-back launches: the rate of a chip at its power limit. Two rounds, the second in reverse."""
     cases = [Case(shape, seed) for seed in range(2)]
     names = [*kernels, *reversed(kernels)]
@@ -72,14 +69,15 @@ def time_steady(shape: Shape, kernels: dict[str, Kernel], seconds: float) -> Non
         end.record()
         torch.cuda.synchronize()
         ms = start.elapsed_time(end) / count
-        print(f"steady {name:28s} page {shape.page_size:3d} density {shape.density:4.2f} {ms:7.3f} ms "
+        print(f"steady {name:16s} page {shape.page_size:3d} density {shape.density:4.2f} {ms:7.3f} ms "
               f"{cases[0].flop() / ms / 1e9:6.1f} TFLOP/s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("cubin", type=Path)
-    parser.add_argument("--kernels", nargs="+", default=["compactattn_attend_sm90_bf16_d128"])
+    parser.add_argument("cubins", type=Path)
+    parser.add_argument("--variants", nargs="*", help="of variants.cu; without, the shipped kernel")
+    parser.add_argument("--spread", type=float, default=0)
     parser.add_argument("--context", type=int, default=131072)
     parser.add_argument("--chunk", type=int, default=1024)
     parser.add_argument("--pages", type=int, nargs="+", default=[16, 128])
@@ -90,14 +88,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--steady", type=float, default=0, help="seconds of back-to-back launches of each kernel")
     args = parser.parse_args()
-    kernels = {name: Kernel(args.cubin, name, SHARED_BYTES) for name in args.kernels}
+    if args.variants:
+        kernels = {name: Stages(args.cubins, "variants", name) for name in args.variants}
+    else:
+        kernels = {"attend": Stages(args.cubins)}
     if args.batch == 1 and not args.steady:
         time_peers(args.chunk, args.context, *args.heads)
     for density in args.densities:
         for page in args.pages:
             for layout in args.layouts:
                 requests = ((args.chunk, args.context - args.chunk),) * args.batch
-                shape = Shape(requests, *args.heads, page, 128, layout, density)
+                shape = Shape(requests, *args.heads, page, 128, layout, density, args.spread)
                 if args.steady:
                     time_steady(shape, kernels, args.steady)
                 else:

@@ -1,7 +1,9 @@
-// Online softmax over accumulator fragments: a thread holds 2 rows x 32 columns of the 64 x 128 scores.
+// Online softmax over accumulator fragments: a thread holds 2 rows x 32 columns of the 64 x 128
+// scores.
 //
-// Score `i` of a thread is row (i / 2) % 2, column 8 * (i / 4) + i % 2, counted from the thread's first row and column.
-// Maxima are of raw q . k; `scale` = sm_scale * log2(e) takes them to powers of two (FlashAttention-2, arXiv 2307.08691).
+// Score `i` of a thread is row (i / 2) % 2, column 8 * (i / 4) + i % 2, counted from the thread's
+// first row and column. Maxima are of raw q . k; `scale` = sm_scale * log2(e) takes them to powers
+// of two (FlashAttention-2, arXiv 2307.08691).
 #pragma once
 
 #include "../../common/math.cuh"
@@ -21,7 +23,8 @@ __device__ __forceinline__ void reset(RowState& rows) {
   }
 }
 
-// Drops the columns that a row may not see; `visible` counts from the thread's first column of this tile.
+// Drops the columns that a row may not see; `visible` counts from the thread's first column of this
+// tile.
 __device__ __forceinline__ void mask_scores(float (&s)[64], const int (&visible)[2]) {
 #pragma unroll
   for (int i = 0; i < 64; ++i) {
@@ -38,9 +41,11 @@ __device__ __forceinline__ void tile_max(const float (&s)[64], float (&out)[2]) 
   out[1] = quad_max(fmaxf(chain[2], chain[3]));
 }
 
-// Moves the reference maxima up where the tile asks for it; whether O must be multiplied by `factor`.
+// Moves the reference maxima up where the tile asks for it; whether O must be multiplied by
+// `factor`.
 template <class T>
-__device__ __forceinline__ bool raise_max(const float (&tile)[2], float scale, RowState& rows, float (&factor)[2]) {
+__device__ __forceinline__ bool raise_max(const float (&tile)[2], float scale, RowState& rows,
+                                          float (&factor)[2]) {
   if constexpr (T::kRescaleAbove > 0.0f) {
     const bool grown = (tile[0] - rows.max[0]) * scale > T::kRescaleAbove ||
                        (tile[1] - rows.max[1]) * scale > T::kRescaleAbove;
@@ -50,7 +55,7 @@ __device__ __forceinline__ bool raise_max(const float (&tile)[2], float scale, R
   for (int r = 0; r < 2; ++r) {
     const float top = fmaxf(rows.max[r], tile[r]);
     // A row that has seen nothing: its sums are 0, and -inf - -inf must not turn them into NaN.
-    factor[r] = top == -INFINITY ? 1.0f : exp2_approx((rows.max[r] - top) * scale);
+    factor[r] = top == -INFINITY ? 1.0f : ptx::exp2_approx((rows.max[r] - top) * scale);
     rows.max[r] = top;
     rows.sum[r] *= factor[r];
   }
@@ -58,7 +63,7 @@ __device__ __forceinline__ bool raise_max(const float (&tile)[2], float scale, R
 }
 
 // s = exp2((s - max) * scale), sums added up. `kMasked`: rows may have seen nothing yet.
-template <class T, bool kMasked>
+template <bool kMasked>
 __device__ __forceinline__ void exponentiate(float (&s)[64], float scale, RowState& rows) {
   float shift[2];
 #pragma unroll
@@ -66,11 +71,7 @@ __device__ __forceinline__ void exponentiate(float (&s)[64], float scale, RowSta
     shift[r] = kMasked && rows.max[r] == -INFINITY ? 0.0f : rows.max[r] * scale;
   }
 #pragma unroll
-  for (int i = 0; i < 64; ++i) {
-    const float x = s[i] * scale - shift[i / 2 % 2];
-    const bool polynomial = !kMasked && T::kPolynomialEvery > 0 && i % max(T::kPolynomialEvery, 1) == 0;
-    s[i] = polynomial ? exp2_polynomial(x) : exp2_approx(x);
-  }
+  for (int i = 0; i < 64; ++i) s[i] = ptx::exp2_approx(s[i] * scale - shift[i / 2 % 2]);
   float chain[4] = {s[0], s[1], s[2], s[3]};
 #pragma unroll
   for (int i = 4; i < 64; ++i) chain[i % 4] += s[i];
@@ -89,7 +90,8 @@ __device__ __forceinline__ void pack(const float (&s)[64], uint32_t (&p)[8][4]) 
 #pragma unroll
   for (int step = 0; step < 8; ++step) {
 #pragma unroll
-    for (int w = 0; w < 4; ++w) p[step][w] = pack_bf16(s[8 * step + 2 * w], s[8 * step + 2 * w + 1]);
+    for (int w = 0; w < 4; ++w)
+      p[step][w] = pack_bf16(s[8 * step + 2 * w], s[8 * step + 2 * w + 1]);
   }
 }
 

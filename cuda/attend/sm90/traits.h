@@ -7,15 +7,15 @@
 
 namespace compactattn::sm90 {
 
-// bf16, head_dim 128, 128 query rows x 128 KV tokens. 128 tokens are a whole number of boxes of every page size, so
-// paging never reaches the matrix products.
+// bf16, head_dim 128, 128 query rows x 128 KV tokens. 128 tokens are a whole number of boxes of
+// every page size, so paging never reaches the matrix products.
 struct Bf16D128 {
   static constexpr int kHeadDim = 128;
-  static constexpr int kRows = 128;       // two consumer warpgroups of 64
+  static constexpr int kRows = 128;  // two consumer warpgroups of 64
   static constexpr int kTokens = 128;
-  static constexpr int kConsumers = 2;    // warpgroups
-  static constexpr int kStages = 3;       // K tiles and V tiles each; what 227 KB hold beside Q
-  static constexpr int kColumns = 64;     // of bf16 = 128 B, the widest swizzle
+  static constexpr int kConsumers = 2;  // warpgroups
+  static constexpr int kStages = 3;     // K tiles and V tiles each; what 227 KB hold beside Q
+  static constexpr int kColumns = 64;   // of bf16 = 128 B, the widest swizzle
   static constexpr int kGroups = kHeadDim / kColumns;
   static constexpr int kRowBytes = kColumns * 2;
   static constexpr int kKvGroupBytes = kTokens * kRowBytes;
@@ -26,15 +26,10 @@ struct Bf16D128 {
   // 40 * 128 + 232 * 256 = 168 * 384, the registers at launch; 24 / 240 spills in the producers.
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
-  // The old row maximum stays until a row grows by this many powers of two: P <= 2^8 is exact enough in bf16 and the
-  // final division removes the factor (FlashAttention-4, arXiv 2603.05451). 0 rescales always.
+  // The old row maximum stays until a row grows by this many powers of two: P <= 2^8 is exact
+  // enough in bf16 and the final division removes the factor (FlashAttention-4, arXiv 2603.05451).
+  // 0 rescales always.
   static constexpr float kRescaleAbove = 8.0f;
-  // One exponential in so many runs on the multiply-add pipe instead of the special function unit; 0: none.
-  static constexpr int kPolynomialEvery = 0;
-  static constexpr ptx::CacheHint kKvHint = ptx::CacheHint::EVICT_LAST;
-  static constexpr bool kQueriesInRegisters = false;
-  static constexpr bool kOrderedWait = true;
-  static constexpr bool kTakeTurns = true;
 };
 
 template <class T>
