@@ -44,7 +44,8 @@ struct Work {
 };
 static_assert(sizeof(Work) == 64, "host code writes this layout");
 
-// Results; strides count elements.
+// Results; strides count elements, those of `out` in multiples of 8 and `out` itself 16-byte
+// aligned.
 struct Results {
   void* out;           // [total_q, num_q_heads, head_dim] by the strides below
   float* lse;          // [total_q, num_q_heads] by the strides below, natural log; may be null
@@ -62,7 +63,7 @@ struct AttendParams {
   Work work;
   Results results;
   int32_t num_pages;  // the first page id outside the pool: the copy engine fills it with zeros
-  int32_t log2_box_tokens;
+  int32_t log2_box_tokens;  // at least 3, an atom of the copy's swizzle
   int32_t log2_boxes_per_page;
   float sm_scale;  // on q . k, before softmax
 };

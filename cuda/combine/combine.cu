@@ -1,7 +1,5 @@
 // combine: adds the pieces of each cut item, in the order of its tiles, so that every run gives the
 // same bits.
-#include <cuda_bf16.h>
-
 #include "../common/math.cuh"
 #include "../common/work.cuh"
 
@@ -28,6 +26,7 @@ __device__ Slots slots_of(const Work& work, int cut) {
 }
 
 // One warp, one row: 4 columns a lane.
+template <class Element>
 __device__ void combine_row(const AttendParams& params, const Slots& slots, const WorkItem& item,
                             int row) {
   const int lane = threadIdx.x % 32, group = params.work.group;
@@ -52,29 +51,37 @@ __device__ void combine_row(const AttendParams& params, const Slots& slots, cons
   const int64_t token = item.q_token + row / group, head = item.q_head + row % group;
   uint8_t* out = static_cast<uint8_t*>(results.out) +
                  2 * (token * results.out_token_stride + head * results.out_head_stride);
-  reinterpret_cast<uint2*>(out)[lane] = {pack_bf16(sum.x * inverse, sum.y * inverse),
-                                         pack_bf16(sum.z * inverse, sum.w * inverse)};
+  reinterpret_cast<uint2*>(out)[lane] = {pack_pair<Element>(sum.x * inverse, sum.y * inverse),
+                                         pack_pair<Element>(sum.z * inverse, sum.w * inverse)};
   if (lane == 0 && results.lse != nullptr) {
     const float lse = weights > 0 ? top + kLn2 * __log2f(weights) : -INFINITY;
     results.lse[token * results.lse_token_stride + head * results.lse_head_stride] = lse;
   }
 }
 
-}  // namespace
-}  // namespace compactattn
-
 // CTAs (num_ctas - 1, 16): a warp for each row of the item that cut blockIdx.x + 1 is the first to
 // divide.
-extern "C" __global__ void __launch_bounds__(256)
-    compactattn_combine_bf16_d128(const __grid_constant__ compactattn::AttendParams params) {
-  using namespace compactattn;
+template <class Element>
+__device__ void combine(const AttendParams& params) {
   const int cut = blockIdx.x + 1;
   const Cut* cuts = params.work.cuts;
   if (cuts[cut].tiles == 0) return;
   if (cuts[cut - 1].item == cuts[cut].item && cuts[cut - 1].tiles > 0) return;
-  const Slots slots = slots_of(params.work, cut);
   const WorkItem item = params.work.items[cuts[cut].item];
-  const int rows = item.num_tokens * params.work.group;
   const int row = blockIdx.y * 8 + threadIdx.x / 32;
-  if (row < rows) combine_row(params, slots, item, row);
+  if (row >= item.num_tokens * params.work.group) return;
+  combine_row<Element>(params, slots_of(params.work, cut), item, row);
+}
+
+}  // namespace
+}  // namespace compactattn
+
+extern "C" __global__ void __launch_bounds__(256)
+    compactattn_combine_bf16_d128(const __grid_constant__ compactattn::AttendParams params) {
+  compactattn::combine<__nv_bfloat16>(params);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    compactattn_combine_fp16_d128(const __grid_constant__ compactattn::AttendParams params) {
+  compactattn::combine<__half>(params);
 }

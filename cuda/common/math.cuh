@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
 
@@ -12,9 +13,19 @@ namespace compactattn {
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
 
-// Two bf16 in one word, `low` at the lower address.
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+// Two elements in one word, `low` at the lower address; __nv_bfloat16 or __half.
+template <class Element>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
   return reinterpret_cast<const uint32_t&>(pair);
 }
 

@@ -2,6 +2,9 @@
 // as one addition.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
 #include <cute/arch/mma_sm90_desc.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
@@ -11,8 +14,15 @@ namespace compactattn::ptx {
 
 using cute::SM90::GMMA::Major;
 using cute::SM90::GMMA::ScaleOut;
+namespace gmma = cute::SM90::GMMA;
+
+// CUTLASS's atom d[64 x 128] += a[64 x 16] b[16 x 128], a in registers.
+template <class Element, Major kRight>
+struct Atom;
 template <Major kRight>
-using Atom64x128RS = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, kRight>;
+struct Atom<__nv_bfloat16, kRight> : gmma::MMA_64x128x16_F32BF16BF16_RS<Major::K, kRight> {};
+template <Major kRight>
+struct Atom<__half, kRight> : gmma::MMA_64x128x16_F32F16F16_RS<Major::K, kRight> {};
 
 // A 128-byte-swizzled operand. `next_128_bytes`: bytes between the 64-element column groups of an
 // operand whose long side is contiguous (V); unused, 16, where the reduced side is contiguous (K).
@@ -33,18 +43,18 @@ __device__ __forceinline__ uint64_t advanced(uint64_t operand, uint32_t bytes) {
   return operand + (bytes >> 4);
 }
 
-template <Major kRight, int... I>
+template <class Element, Major kRight, int... I>
 __device__ __forceinline__ void fma_all(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
                                         ScaleOut keep, std::integer_sequence<int, I...>) {
-  Atom64x128RS<kRight>::fma(a[0], a[1], a[2], a[3], b, d[I]..., keep);
+  Atom<Element, kRight>::fma(a[0], a[1], a[2], a[3], b, d[I]..., keep);
 }
 
 // d[64 x 128] (+)= a[64 x 16] b[16 x 128], a in registers; `kRight` says which side of b is
 // contiguous, `keep` Zero drops the old d.
-template <Major kRight>
+template <class Element, Major kRight>
 __device__ __forceinline__ void mma(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
                                     ScaleOut keep) {
-  fma_all<kRight>(d, a, b, keep, std::make_integer_sequence<int, 64>{});
+  fma_all<Element, kRight>(d, a, b, keep, std::make_integer_sequence<int, 64>{});
 }
 
 // Four 8 x 8 matrices of 16-bit elements; lane i names row i % 8 of matrix i / 8.

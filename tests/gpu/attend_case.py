@@ -48,15 +48,17 @@ class AttendParams(ctypes.Structure):
 class Stages:
     """plan, attend and combine, from the cubins of a folder."""
 
-    def __init__(self, folder: Path, cubin: str = "bf16_d128", attend: str = "compactattn_attend_sm90_bf16_d128"):
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16, variant: str | None = None) -> None:
+        name = "bf16_d128" if dtype == torch.bfloat16 else "fp16_d128"
+        entry = variant or f"compactattn_attend_sm90_{name}"
         self.plan = Kernel(folder / "plan.cubin", "compactattn_plan", 0)
-        self.attend = Kernel(folder / f"{cubin}.cubin", attend, SHARED_BYTES)
-        self.combine = Kernel(folder / "combine.cubin", "compactattn_combine_bf16_d128", 0)
+        self.attend = Kernel(folder / f"{'variants' if variant else name}.cubin", entry, SHARED_BYTES)
+        self.combine = Kernel(folder / "combine.cubin", f"compactattn_combine_{name}", 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """`requests`: (chunk tokens, past tokens) each; `density` of past blocks. A past below 0 leaves rows without keys."""
+    """`requests`: (chunk, past) tokens each; a past below 0 leaves rows without keys. `density` of past blocks."""
 
     requests: tuple[tuple[int, int], ...]
     kv_heads: int = 2
@@ -67,9 +69,11 @@ class Shape:
     density: float = 0.5
     spread: float = 0.0  # of list lengths: the sigma of a log-normal factor on `density`
     num_ctas: int = CTAS
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def box_tokens(self) -> int:
+        """Tokens that one entry of a list names."""
         return min(self.page_size, self.block_size)
 
 
@@ -86,7 +90,7 @@ class Case:
         order = torch.randperm(self.num_pages, generator=gen, device="cuda")[: sum(pages_each)]
         self.block_tables = order.split(pages_each)
         total_q, heads = sum(chunk for chunk, _ in shape.requests), shape.kv_heads * shape.group
-        self.q = torch.randn(total_q, heads, DIM, generator=gen, device="cuda").mul_(scale).bfloat16()
+        self.q = torch.randn(total_q, heads, DIM, generator=gen, device="cuda").mul_(scale).to(shape.dtype)
         self.k, self.v = self._pools()
         for table, length in zip(self.block_tables, self.kv_lens, strict=True):
             self._fill(table, length, gen, scale)
@@ -99,7 +103,7 @@ class Case:
     def _pools(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Views [pages, tokens, heads, dim], whatever the memory order."""
         s = self.shape
-        full = {"device": "cuda", "dtype": torch.bfloat16}
+        full = {"device": "cuda", "dtype": s.dtype}
         if s.layout == "HND":
             k, v = (torch.full((self.num_pages, s.kv_heads, s.page_size, DIM), math.nan, **full) for _ in range(2))
             return k.transpose(1, 2), v.transpose(1, 2)
@@ -112,7 +116,7 @@ class Case:
     def _fill(self, table: torch.Tensor, length: int, gen: torch.Generator, scale: float) -> None:
         whole, page = length // self.shape.page_size, self.shape.page_size
         for pool in (self.k, self.v):
-            values = torch.randn(length, self.shape.kv_heads, DIM, generator=gen, device="cuda").bfloat16()
+            values = torch.randn(length, self.shape.kv_heads, DIM, generator=gen, device="cuda").to(self.shape.dtype)
             values = values * scale if pool is self.k else values
             pool[table[:whole]] = values[: whole * page].view(whole, page, self.shape.kv_heads, DIM)
             if length % page:
@@ -161,11 +165,11 @@ class Case:
         s = self.shape
         heads = s.kv_heads * s.group
         sizes, strides = (64, heads, len(self.q), DIM // 64), (self.q.stride(1), self.q.stride(0), 64)
-        self.maps = [tensor_map(self.q.data_ptr(), sizes, strides, (64, s.group, ROWS // s.group, 1))]
+        self.maps = [tensor_map(self.q, sizes, strides, (64, s.group, ROWS // s.group, 1))]
         for pool in (self.k, self.v):
             sizes = (64, s.page_size, DIM // 64, s.kv_heads, self.num_pages)
             strides = (pool.stride(1), 64, pool.stride(2), pool.stride(0))
-            self.maps.append(tensor_map(pool.data_ptr(), sizes, strides, (64, min(s.box_tokens, TOKENS), 1, 1, 1)))
+            self.maps.append(tensor_map(pool, sizes, strides, (64, min(s.box_tokens, TOKENS), 1, 1, 1)))
         self.cuts = torch.full((s.num_ctas + 1, 2), 2**30, device="cuda", dtype=torch.int32)
         self.costs = torch.full((self.num_items + 1,), 2**30, device="cuda", dtype=torch.int32)
         self.partial_out = torch.full((2 * s.num_ctas, ROWS, DIM), math.nan, device="cuda")
@@ -180,6 +184,7 @@ class Case:
         self.params = AttendParams(work, results, self.num_pages, *logs, self.scale)
 
     def launch(self, stages: Stages) -> None:
+        """On torch's current stream."""
         ctas = self.shape.num_ctas
         stages.plan.launch((1, 1), 1024, [self.params.work])
         stages.attend.launch((ctas, 1), 384, [*self.maps, self.params])
@@ -200,9 +205,7 @@ class Case:
         for request, (chunk, _) in enumerate(s.requests):
             for head in range(s.kv_heads):
                 slots = self.slots[request * s.kv_heads + head]
-                k, v = (
-                    pool[slots // s.page_size, slots % s.page_size, head].double() for pool in (self.k, self.v)
-                )
+                k, v = (pool[slots // s.page_size, slots % s.page_size, head].double() for pool in (self.k, self.v))
                 tokens, heads = slice(first, first + chunk), slice(head * s.group, (head + 1) * s.group)
                 logits = torch.einsum("thd,nd->htn", self.q[tokens, heads].double(), k) * self.scale
                 column = torch.arange(len(slots), device="cuda")

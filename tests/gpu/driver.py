@@ -13,17 +13,19 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-BFLOAT16 = 9  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CU_TENSOR_MAP_DATA_TYPE_*
 SWIZZLE_128B = 3
 PROMOTE_256B = 3
 
 
 @functools.cache
 def cuda() -> ctypes.CDLL:
+    """The driver."""
     return ctypes.CDLL("libcuda.so.1")
 
 
 def check(code: int) -> None:
+    """Raises what the driver calls `code`."""
     if code:
         name = ctypes.c_char_p()
         cuda().cuGetErrorName(code, ctypes.byref(name))
@@ -64,8 +66,8 @@ class Kernel:
         )
 
 
-def tensor_map(address: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> ctypes.Array:
-    """A bf16 map, 128-byte swizzle, zeros outside. `strides` in elements, of dimensions 1 on."""
+def tensor_map(of: torch.Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> ctypes.Array:
+    """A map from `of`'s first element on, 128-byte swizzle, zeros outside; `strides` in elements, from dimension 1."""
     rank = len(sizes)
     raw = (ctypes.c_uint8 * 192)()
     offset = -ctypes.addressof(raw) % 64
@@ -74,9 +76,9 @@ def tensor_map(address: int, sizes: Sequence[int], strides: Sequence[int], box: 
     check(
         cuda().cuTensorMapEncodeTiled(
             ctypes.byref(out),
-            BFLOAT16,
+            MAP_TYPES[of.dtype],
             rank,
-            ctypes.c_void_p(address),
+            ctypes.c_void_p(of.data_ptr()),
             (ctypes.c_uint64 * rank)(*sizes),
             (ctypes.c_uint64 * (rank - 1))(*[2 * stride for stride in strides]),
             (ctypes.c_uint32 * rank)(*box),

@@ -14,6 +14,8 @@ HEADS, DIM, TILES = 8, 128, 1024
 
 
 class ProbeParams(ctypes.Structure):
+    """As in probe_tma.cu."""
+
     _fields_ = [("pages", ctypes.c_uint64), ("clocks", ctypes.c_uint64)] + [
         (name, ctypes.c_int32) for name in ("tiles", "rows", "issuers", "streams", "heads", "reserved")
     ]
@@ -23,9 +25,11 @@ def run(kernel: Kernel, rows: int, issuers: int, layout: str, streams: int, pool
     """Bytes a clock and SM, and TB/s over the chip, median of 5."""
     num_pages = pool_mb * 2**20 // (rows * HEADS * DIM * 2)
     pool = torch.randn(num_pages * rows * HEADS * DIM // 2, device="cuda").view(torch.bfloat16)
-    page, token, head = (rows * HEADS * DIM, HEADS * DIM, DIM) if layout == "NHD" else (rows * HEADS * DIM, DIM, rows * DIM)
+    page, token, head = (
+        (rows * HEADS * DIM, HEADS * DIM, DIM) if layout == "NHD" else (rows * HEADS * DIM, DIM, rows * DIM)
+    )
     sizes, strides = (64, rows, 2, HEADS, num_pages), (token, 64, head, page)
-    kv_map = tensor_map(pool.data_ptr(), sizes, strides, (64, rows, 1, 1, 1))
+    kv_map = tensor_map(pool, sizes, strides, (64, rows, 1, 1, 1))
     pages = torch.randint(0, num_pages, (streams, TILES, 128 // rows), device="cuda", dtype=torch.int32)
     clocks = torch.zeros(132, device="cuda", dtype=torch.int64)
     params = ProbeParams(pages.data_ptr(), clocks.data_ptr(), TILES, rows, issuers, streams, HEADS, 0)
@@ -42,6 +46,7 @@ def run(kernel: Kernel, rows: int, issuers: int, layout: str, streams: int, pool
 
 
 def main() -> None:
+    """Prints one line a case."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "probe.cubin"
         compile_cubin(ROOT / "tests/gpu/probe_tma.cu", cubin)
@@ -53,7 +58,8 @@ def main() -> None:
                 for layout in ("NHD", "HND"):
                     for streams, pool in cases:
                         per_clock, rate = run(kernel, rows, issuers, layout, streams, pool)
-                        print(f"{rows // 8:6d} {issuers:7d} {layout:6s} {streams:7d} {pool:7d} {per_clock:9.1f} {rate:5.2f}")
+                        what = f"{rows // 8:6d} {issuers:7d} {layout:6s} {streams:7d} {pool:7d}"
+                        print(f"{what} {per_clock:9.1f} {rate:5.2f}")
     sys.stdout.flush()
 
 

@@ -1,8 +1,12 @@
-"""Times attend beside the peers that torch brings; two problems in turn, CUDA events, medians. Each is checked first."""
+"""Times plan + attend + combine beside torch's attention: graph replays, CUDA events, medians, two problems in turn.
+
+Each problem is checked against fp64 first. `--steady` times blocks of back-to-back replays instead.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
@@ -12,6 +16,16 @@ import torch
 from attend_case import DIM, Case, Shape, Stages
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+
+def graph(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A replay has no launch gaps of this interpreter's making."""
+    call()
+    torch.cuda.synchronize()
+    out = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(out):
+        call()
+    return out
 
 
 def times_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
@@ -30,21 +44,24 @@ def times_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]
 
 
 def time_peers(chunk: int, context: int, kv_heads: int, group: int) -> None:
+    """Contiguous keys and values, no mask: a little more work than the causal chunk."""
     q = torch.randn(1, kv_heads * group, chunk, DIM, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(1, kv_heads, context, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     flop = 4 * DIM * kv_heads * group * chunk * context
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         with sdpa_kernel(backend):
-            (ms,) = times_ms([lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True)], 10)
+            replay = graph(lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True)).replay
+            (ms,) = times_ms([replay], 10)
         print(f"{backend.name:16s} contiguous, no mask    {ms:7.3f} ms {flop / ms / 1e9:6.1f} TFLOP/s")
 
 
 def time_shape(shape: Shape, kernels: dict[str, Stages], repeats: int) -> None:
+    """Prints each kernel's median and its error on the first problem."""
     cases = [Case(shape, seed) for seed in range(2)]
     calls, errors = [], []
     for kernel in kernels.values():
-        turns = itertools.cycle(cases)
-        calls.append(lambda kernel=kernel, turns=turns: next(turns).launch(kernel))
+        turns = itertools.cycle([graph(functools.partial(case.launch, kernel)) for case in cases])
+        calls.append(lambda turns=turns: next(turns).replay())
         cases[0].out.fill_(float("nan"))
         cases[0].launch(kernel)
         errors.append(cases[0].errors()[0])
@@ -62,18 +79,22 @@ def time_steady(shape: Shape, kernels: dict[str, Stages], seconds: float) -> Non
     for name in names:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         count = max(4, int(seconds / once))
-        cases[0].launch(kernels[name])
+        graphs = [graph(functools.partial(case.launch, kernels[name])) for case in cases]
         start.record()
         for i in range(count):
-            cases[i % 2].launch(kernels[name])
+            graphs[i % 2].replay()
         end.record()
         torch.cuda.synchronize()
         ms = start.elapsed_time(end) / count
-        print(f"steady {name:16s} page {shape.page_size:3d} density {shape.density:4.2f} {ms:7.3f} ms "
-              f"{cases[0].flop() / ms / 1e9:6.1f} TFLOP/s", flush=True)
+        print(
+            f"steady {name:16s} page {shape.page_size:3d} density {shape.density:4.2f} {ms:7.3f} ms "
+            f"{cases[0].flop() / ms / 1e9:6.1f} TFLOP/s",
+            flush=True,
+        )
 
 
 def main() -> None:
+    """Times what the command line asks for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("cubins", type=Path)
     parser.add_argument("--variants", nargs="*", help="of variants.cu; without, the shipped kernel")
@@ -89,7 +110,7 @@ def main() -> None:
     parser.add_argument("--steady", type=float, default=0, help="seconds of back-to-back launches of each kernel")
     args = parser.parse_args()
     if args.variants:
-        kernels = {name: Stages(args.cubins, "variants", name) for name in args.variants}
+        kernels = {name: Stages(args.cubins, variant=name) for name in args.variants}
     else:
         kernels = {"attend": Stages(args.cubins)}
     if args.batch == 1 and not args.steady:

@@ -20,14 +20,14 @@
 namespace compactattn::sm90 {
 
 struct Maps {
-  const CUtensorMap& q;  // [columns / 64, tokens, heads, 64], box: 64 x group x rows / group
-  const CUtensorMap&
-      k;  // [pages, kv heads, columns / 64, tokens of a page, 64], box: 64 x min(box, 128)
-  const CUtensorMap& v;  // as k
+  // [columns / 64, tokens, heads, 64] in boxes of rows / group tokens x group heads x 64
+  const CUtensorMap& q;
+  // [pages, kv heads, columns / 64, tokens of a page, 64] in boxes of min(box tokens, 128) x 64
+  const CUtensorMap& k;
+  const CUtensorMap& v;
 };
 
-// ---- producer
-// ------------------------------------------------------------------------------------------------------
+// ---- producer ----
 
 // The one box of each tile that a lane copies.
 template <class T>
@@ -36,6 +36,8 @@ struct BoxLane {
   int columns;  // group of 64
   int smem;     // byte of the tile
   bool copies;
+
+  static_assert(T::kTokens / 8 * T::kGroups <= 32, "boxes of 8 tokens, one a lane");
 
   __device__ BoxLane(const AttendParams& params, int lane) {
     const int rows = min(1 << params.log2_box_tokens, T::kTokens);
@@ -118,8 +120,7 @@ __device__ __forceinline__ void produce_queries(const CUtensorMap& map, SharedSt
   }
 }
 
-// ---- consumers
-// -----------------------------------------------------------------------------------------------------
+// ---- consumers ----
 
 // A thread's place in its warpgroup's 64 rows; rows are query token * group + head.
 struct Place {
@@ -142,9 +143,9 @@ __device__ __forceinline__ void issue_scores(float (&s)[64], const uint32_t (&q)
   const uint64_t right = ptx::swizzled_operand(k);
 #pragma unroll
   for (int step = 0; step < T::kHeadDim / 16; ++step) {
-    ptx::mma<ptx::Major::K>(s, q[step],
-                            ptx::advanced(right, step / 4 * T::kKvGroupBytes + step % 4 * 32),
-                            step == 0 ? ptx::ScaleOut::Zero : ptx::ScaleOut::One);
+    ptx::mma<typename T::Element, ptx::Major::K>(
+        s, q[step], ptx::advanced(right, step / 4 * T::kKvGroupBytes + step % 4 * 32),
+        step == 0 ? ptx::ScaleOut::Zero : ptx::ScaleOut::One);
   }
   cute::warpgroup_commit_batch();
 }
@@ -175,8 +176,8 @@ __device__ __forceinline__ void issue_values(float (&o)[64], const uint32_t (&p)
   const uint64_t right = ptx::swizzled_operand(v, T::kKvGroupBytes);
 #pragma unroll
   for (int step = 0; step < T::kTokens / 16; ++step) {
-    ptx::mma<ptx::Major::MN>(o, p[step], ptx::advanced(right, step * 16 * T::kRowBytes),
-                             ptx::ScaleOut::One);
+    ptx::mma<typename T::Element, ptx::Major::MN>(
+        o, p[step], ptx::advanced(right, step * 16 * T::kRowBytes), ptx::ScaleOut::One);
   }
   cute::warpgroup_commit_batch();
 }
@@ -226,7 +227,7 @@ struct Consumer {
     tile_max(s, top);
     raise_max<T>(top, scale, rows, factor);
     exponentiate<true>(s, scale, rows);
-    pack(s, p);
+    pack<typename T::Element>(s, p);
   }
 
   // Scores of the next tile beside O += P V of the last one.
@@ -255,7 +256,7 @@ struct Consumer {
     ptx::fence_registers(o);
     release(smem.v_empty[v_ring.stage], at.lane);
     v_ring.advance();
-    pack(s, p);
+    pack<typename T::Element>(s, p);
     if (grown) rescale(o, factor);
   }
 
@@ -317,6 +318,7 @@ __device__ __forceinline__ RowEnd end_of(const RowState& rows, int r, float sm_s
 }
 
 // The rows of a whole item that are query tokens.
+template <class T>
 __device__ __forceinline__ void store_rows(const AttendParams& params, const WorkItem& item,
                                            const Place& at, const float (&o)[64],
                                            const RowState& rows) {
@@ -337,7 +339,7 @@ __device__ __forceinline__ void store_rows(const AttendParams& params, const Wor
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         const int i = 16 * block + 4 * w + 2 * r;
-        words[w] = pack_bf16(o[i] * end.inverse, o[i + 1] * end.inverse);
+        words[w] = pack_pair<typename T::Element>(o[i] * end.inverse, o[i + 1] * end.inverse);
       }
       const uint4 whole = quad_transpose(words, at.lane % 4);
       if (writes) reinterpret_cast<uint4*>(out)[4 * block + at.lane % 4] = whole;
@@ -383,15 +385,14 @@ __device__ __forceinline__ void consume(const AttendParams& params, SharedStorag
       consumer.attend(piece, params.work.group, o, rows);
     }
     if (piece.slot < 0) {
-      store_rows(params, piece.item, at, o, rows);
+      store_rows<T>(params, piece.item, at, o, rows);
     } else {
       store_partial<T>(params, piece.slot, at, o, rows);
     }
   }
 }
 
-// ---- roles
-// ---------------------------------------------------------------------------------------------------------
+// ---- roles ----
 
 template <class T>
 __device__ __forceinline__ void init_barriers(SharedStorage<T>& smem) {

@@ -86,12 +86,13 @@ __device__ __forceinline__ void rescale(float (&o)[64], const float (&factor)[2]
 }
 
 // Scores as the left operand of the next product: 8 steps of 16 columns, 4 words each.
+template <class Element>
 __device__ __forceinline__ void pack(const float (&s)[64], uint32_t (&p)[8][4]) {
 #pragma unroll
   for (int step = 0; step < 8; ++step) {
 #pragma unroll
     for (int w = 0; w < 4; ++w)
-      p[step][w] = pack_bf16(s[8 * step + 2 * w], s[8 * step + 2 * w + 1]);
+      p[step][w] = pack_pair<Element>(s[8 * step + 2 * w], s[8 * step + 2 * w + 1]);
   }
 }
 

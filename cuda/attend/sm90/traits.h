@@ -1,21 +1,27 @@
 // Tile shapes and shared memory of the sm_90a attend kernel. Each number says why it is what it is.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
 
 #include "../../ptx/tma.cuh"
 
 namespace compactattn::sm90 {
 
-// bf16, head_dim 128, 128 query rows x 128 KV tokens. 128 tokens are a whole number of boxes of
-// every page size, so paging never reaches the matrix products.
-struct Bf16D128 {
+// 16-bit elements, head_dim 128, 128 query rows x 128 KV tokens. 128 tokens are a whole number of
+// boxes of every page size, so paging never reaches the matrix products.
+template <class E>
+struct D128 {
+  using Element = E;  // __nv_bfloat16 or __half
   static constexpr int kHeadDim = 128;
   static constexpr int kRows = 128;  // two consumer warpgroups of 64
   static constexpr int kTokens = 128;
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kStages = 3;     // K tiles and V tiles each; what 227 KB hold beside Q
-  static constexpr int kColumns = 64;   // of bf16 = 128 B, the widest swizzle
+  static_assert(sizeof(E) == 2);
+  static constexpr int kColumns = 64;  // of 2 bytes = 128 B, the widest swizzle
   static constexpr int kGroups = kHeadDim / kColumns;
   static constexpr int kRowBytes = kColumns * 2;
   static constexpr int kKvGroupBytes = kTokens * kRowBytes;
@@ -31,6 +37,9 @@ struct Bf16D128 {
   // 0 rescales always.
   static constexpr float kRescaleAbove = 8.0f;
 };
+
+using Bf16D128 = D128<__nv_bfloat16>;
+using Fp16D128 = D128<__half>;
 
 template <class T>
 struct SharedStorage {
