@@ -199,31 +199,33 @@ class Case:
             total += chunk * (length - (chunk - 1) / 2)
         return 4 * DIM * s.group * total
 
-    def expected(self) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
-        """Per list row: query tokens, heads, out [tokens, heads, dim] and lse [heads, tokens], fp64."""
+    def expected(self) -> Iterator[tuple[slice, int, torch.Tensor, torch.Tensor]]:
+        """Per query head of each list row: query tokens, head, out [tokens, dim] and lse [tokens], fp64."""
         s, first = self.shape, 0
         for request, (chunk, _) in enumerate(s.requests):
-            for head in range(s.kv_heads):
-                slots = self.slots[request * s.kv_heads + head]
-                k, v = (pool[slots // s.page_size, slots % s.page_size, head].double() for pool in (self.k, self.v))
-                tokens, heads = slice(first, first + chunk), slice(head * s.group, (head + 1) * s.group)
-                logits = torch.einsum("thd,nd->htn", self.q[tokens, heads].double(), k) * self.scale
+            tokens = slice(first, first + chunk)
+            for head in range(s.kv_heads * s.group):
+                kv_head = head // s.group
+                slots = self.slots[request * s.kv_heads + kv_head]
+                k, v = (pool[slots // s.page_size, slots % s.page_size, kv_head].double() for pool in (self.k, self.v))
+                logits = self.q[tokens, head].double() @ k.T * self.scale
                 column = torch.arange(len(slots), device="cuda")
                 visible = column < len(slots) - chunk + 1 + torch.arange(chunk, device="cuda")[:, None]
-                logits = logits.masked_fill(~visible, -math.inf)
+                logits.masked_fill_(~visible, -math.inf)
                 lse = torch.logsumexp(logits, -1)
-                weights = torch.nan_to_num((logits - lse[..., None]).exp(), nan=0.0)
-                yield tokens, heads, torch.einsum("htn,nd->thd", weights, v), lse
+                weights = logits.sub_(lse[:, None]).exp_().nan_to_num_(nan=0.0)
+                yield tokens, head, weights @ v, lse
             first += chunk
 
     def errors(self) -> tuple[float, float]:
-        """Relative error of out (norm over norm, worst list row) and greatest error of lse; NaN is infinite."""
-        worst, worst_lse = 0.0, 0.0
-        for tokens, heads, out, lse in self.expected():
-            got = self.out[tokens, heads].double()
-            error = ((got - out).norm() / out.norm().clamp_min(1e-30)).item()
-            gap = self.lse[heads, tokens].double() - lse
-            gap = torch.where((lse == -math.inf) & (self.lse[heads, tokens] == -math.inf), 0.0, gap).abs().max().item()
-            worst = max(worst, math.inf if math.isnan(error) else error)
+        """Relative error of out (norm over norm, worst list) and greatest error of lse; NaN is infinite."""
+        squares = torch.zeros(len(self.slots), 2, device="cuda", dtype=torch.float64)  # of the error, of the answer
+        worst_lse = 0.0
+        for i, (tokens, head, out, lse) in enumerate(self.expected()):
+            squares[i // self.shape.group, 0] += (self.out[tokens, head].double() - out).square().sum()
+            squares[i // self.shape.group, 1] += out.square().sum()
+            got = self.lse[head, tokens].double()
+            gap = torch.where((lse == -math.inf) & (got == -math.inf), 0.0, got - lse).abs().max().item()
             worst_lse = max(worst_lse, math.inf if math.isnan(gap) else gap)
-        return worst, worst_lse
+        error = (squares[:, 0] / squares[:, 1].clamp_min(1e-30)).sqrt().max().item()
+        return math.inf if math.isnan(error) else error, worst_lse

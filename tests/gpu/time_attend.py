@@ -43,16 +43,29 @@ def times_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]
     return [statistics.median(each) for each in times]
 
 
-def time_peers(chunk: int, context: int, kv_heads: int, group: int) -> None:
+def steady_ms(graphs: Sequence[torch.cuda.CUDAGraph], count: int) -> float:
+    """The mean of `count` replays back to back: the rate of a chip at its power limit."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for i in range(count):
+        graphs[i % len(graphs)].replay()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / count
+
+
+def time_peers(chunk: int, context: int, heads: tuple[int, int], steady: float) -> None:
     """Contiguous keys and values, no mask: a little more work than the causal chunk."""
+    kv_heads, group = heads
     q = torch.randn(1, kv_heads * group, chunk, DIM, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(1, kv_heads, context, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     flop = 4 * DIM * kv_heads * group * chunk * context
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         with sdpa_kernel(backend):
-            replay = graph(lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True)).replay
-            (ms,) = times_ms([replay], 10)
-        print(f"{backend.name:16s} contiguous, no mask    {ms:7.3f} ms {flop / ms / 1e9:6.1f} TFLOP/s")
+            peer = graph(lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True))
+        ms = steady_ms([peer], max(4, int(steady * 6e14 / flop))) if steady else times_ms([peer.replay], 10)[0]
+        kind = "steady" if steady else "burst"
+        print(f"{kind} {backend.name:16s} contiguous, no mask    {ms:7.3f} ms {flop / ms / 1e9:6.1f} TFLOP/s")
 
 
 def time_shape(shape: Shape, kernels: dict[str, Stages], repeats: int) -> None:
@@ -68,29 +81,18 @@ def time_shape(shape: Shape, kernels: dict[str, Stages], repeats: int) -> None:
     for name, error, ms in zip(kernels, errors, times_ms(calls, repeats), strict=True):
         rate = cases[0].flop() / ms / 1e9
         where = f"page {shape.page_size:3d} {shape.layout} density {shape.density:4.2f}"
-        print(f"{name:16s} {where} {ms:7.3f} ms {rate:6.1f} TFLOP/s error {error:.1e}", flush=True)
+        print(f"burst {name:16s} {where} {ms:7.3f} ms {rate:6.1f} TFLOP/s error {error:.1e}", flush=True)
 
 
 def time_steady(shape: Shape, kernels: dict[str, Stages], seconds: float) -> None:
-    """Blocks of back-to-back launches: the rate of a chip at its power limit. Two rounds, the second in reverse."""
+    """Two rounds, the second in reverse."""
     cases = [Case(shape, seed) for seed in range(2)]
-    names = [*kernels, *reversed(kernels)]
-    once = cases[0].flop() / 6e14
-    for name in names:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        count = max(4, int(seconds / once))
+    flop = cases[0].flop()
+    where = f"page {shape.page_size:3d} {shape.layout} density {shape.density:4.2f}"
+    for name in (*kernels, *reversed(kernels)):
         graphs = [graph(functools.partial(case.launch, kernels[name])) for case in cases]
-        start.record()
-        for i in range(count):
-            graphs[i % 2].replay()
-        end.record()
-        torch.cuda.synchronize()
-        ms = start.elapsed_time(end) / count
-        print(
-            f"steady {name:16s} page {shape.page_size:3d} density {shape.density:4.2f} {ms:7.3f} ms "
-            f"{cases[0].flop() / ms / 1e9:6.1f} TFLOP/s",
-            flush=True,
-        )
+        ms = steady_ms(graphs, max(4, int(seconds * 6e14 / flop)))
+        print(f"steady {name:16s} {where} {ms:7.3f} ms {flop / ms / 1e9:6.1f} TFLOP/s", flush=True)
 
 
 def main() -> None:
@@ -113,8 +115,8 @@ def main() -> None:
         kernels = {name: Stages(args.cubins, variant=name) for name in args.variants}
     else:
         kernels = {"attend": Stages(args.cubins)}
-    if args.batch == 1 and not args.steady:
-        time_peers(args.chunk, args.context, *args.heads)
+    if args.batch == 1:
+        time_peers(args.chunk, args.context, args.heads, args.steady)
     for density in args.densities:
         for page in args.pages:
             for layout in args.layouts:
