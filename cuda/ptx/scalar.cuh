@@ -1,0 +1,13 @@
+// Scalar instructions without a name in CUDA C++.
+#pragma once
+
+namespace compactattn::ptx {
+
+// 2^x by the special function unit, relative error 2^-22; results below 2^-126 are 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace compactattn::ptx

@@ -1,0 +1,73 @@
+// Warpgroup matrix products on CUTLASS's atoms, with accumulators as plain arrays and descriptors
+// as one addition.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cute/arch/mma_sm90_desc.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <utility>
+
+namespace compactattn::ptx {
+
+using cute::SM90::GMMA::Major;
+using cute::SM90::GMMA::ScaleOut;
+namespace gmma = cute::SM90::GMMA;
+
+// CUTLASS's atom d[64 x 128] += a[64 x 16] b[16 x 128], a in registers.
+template <class Element, Major kRight>
+struct Atom;
+template <Major kRight>
+struct Atom<__nv_bfloat16, kRight> : gmma::MMA_64x128x16_F32BF16BF16_RS<Major::K, kRight> {};
+template <Major kRight>
+struct Atom<__half, kRight> : gmma::MMA_64x128x16_F32F16F16_RS<Major::K, kRight> {};
+
+// A 128-byte-swizzled operand. `next_128_bytes`: bytes between the 64-element column groups of an
+// operand whose long side is contiguous (V); unused, 16, where the reduced side is contiguous (K).
+// Atoms of 8 rows are 1 KB apart.
+__device__ __forceinline__ uint64_t swizzled_operand(const void* smem,
+                                                     uint32_t next_128_bytes = 16) {
+  cute::GmmaDescriptor desc;
+  desc.bitfield.start_address_ = static_cast<uint16_t>(cute::cast_smem_ptr_to_uint(smem) >> 4);
+  desc.bitfield.leading_byte_offset_ = static_cast<uint16_t>(next_128_bytes >> 4);
+  desc.bitfield.stride_byte_offset_ = 1024 >> 4;
+  desc.bitfield.layout_type_ = static_cast<uint8_t>(cute::SM90::GMMA::LayoutType::B128);
+  return desc.desc_;
+}
+
+// The operand `bytes` further on; never crosses the 14 address bits, for shared memory ends below
+// 256 KB.
+__device__ __forceinline__ uint64_t advanced(uint64_t operand, uint32_t bytes) {
+  return operand + (bytes >> 4);
+}
+
+template <class Element, Major kRight, int... I>
+__device__ __forceinline__ void fma_all(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
+                                        ScaleOut keep, std::integer_sequence<int, I...>) {
+  Atom<Element, kRight>::fma(a[0], a[1], a[2], a[3], b, d[I]..., keep);
+}
+
+// d[64 x 128] (+)= a[64 x 16] b[16 x 128], a in registers; `kRight` says which side of b is
+// contiguous, `keep` Zero drops the old d.
+template <class Element, Major kRight>
+__device__ __forceinline__ void mma(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
+                                    ScaleOut keep) {
+  fma_all<Element, kRight>(d, a, b, keep, std::make_integer_sequence<int, 64>{});
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane i names row i % 8 of matrix i / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(cute::cast_smem_ptr_to_uint(row)));
+}
+
+// Keeps ordinary reads and writes of `d` on their side of the asynchronous products.
+__device__ __forceinline__ void fence_registers(float (&d)[64]) {
+#pragma unroll
+  for (int i = 0; i < 64; ++i) cute::warpgroup_fence_operand(d[i]);
+}
+
+}  // namespace compactattn::ptx
