@@ -89,6 +89,19 @@ fn each_list(
     lists
 }
 
+/// Past blocks that each list chooses from: none where it is dense by policy or for want of a voting span.
+#[must_use]
+pub fn candidates(layout: &Layout, requests: &[Request]) -> Vec<usize> {
+    let select = chunks(layout, requests, select_step(layout));
+    let mut lists = Vec::new();
+    for chunk in chunks(layout, requests, layout.settings.scope.query_span) {
+        let chooses = !chunk.dense && !voting(layout, &select, &chunk).is_empty();
+        let past = requests[chunk.req].past() / layout.settings.block_size;
+        lists.extend(heads_of_lists(layout).iter().map(|_| if chooses { past } else { 0 }));
+    }
+    lists
+}
+
 /// Query heads of each list of a span: KV head by KV head, its group cut into runs of `heads_per_list`.
 fn heads_of_lists(layout: &Layout) -> Vec<std::ops::Range<usize>> {
     let group = layout.shape.num_q_heads / layout.shape.num_kv_heads;

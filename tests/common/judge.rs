@@ -114,11 +114,9 @@ fn union_of(
     let want = union::lists_of_scores(layout, requests, &given);
     let bits = list_bits(layout, requests, lists);
     between(&want, &bits).map_err(|e| format!("union: {e}"))?;
-    let past = |i: usize| {
-        let span = &chunks(layout, requests, layout.settings.scope.query_span)[i / layout.lists_per_span()];
-        if span.dense { 0 } else { requests[span.req].past() / layout.settings.block_size }
-    };
-    let kept: usize = bits.iter().enumerate().map(|(i, b)| b[..past(i)].iter().filter(|&&x| x).count()).sum();
+    let chosen = union::candidates(layout, requests);
+    let kept: usize =
+        bits.iter().zip(&chosen).map(|(bits, &n)| bits[..n].iter().filter(|&&x| x).count()).sum();
     same("selected past blocks", kept as u64, selected)
 }
 
