@@ -5,6 +5,7 @@
 //! `q_len * kv_len`; this is for tests and for checking a step in the field, not for serving.
 
 pub mod attend;
+pub mod gate;
 pub mod keep;
 pub mod select;
 mod select_pooled;
