@@ -4,10 +4,13 @@
 //! |---|---|
 //! | `COMPACTATTN_MODE` | `dense` (default), `compactattn` or `block_sparse`: which preset to start from |
 //! | `COMPACTATTN_CONFIG` | a JSON file whose fields replace the preset's, with `"layers": {"0": {..}}` per layer |
+//! | `COMPACTATTN_LIBCUDA` | the driver's library; `libcuda.so.1`, wherever the loader finds it, by default |
 //!
 //! `dense` means dense: the file is still checked, but none of it applies.
 
 use std::collections::BTreeMap;
+use std::ffi::{CString, OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 
 use serde_json::{Map, Value};
 
@@ -86,6 +89,20 @@ pub fn from_env() -> Result<Config> {
     resolve(vars.map(|(name, value)| (name, text(value))), |path| std::fs::read_to_string(path))
 }
 
+/// The driver's library: `COMPACTATTN_LIBCUDA`, or the name that a driver's installation provides.
+///
+/// # Errors
+/// [`Status::Config`] for a path with a NUL inside.
+pub fn libcuda() -> Result<CString> {
+    libcuda_of(std::env::var_os(LIBCUDA))
+}
+
+fn libcuda_of(value: Option<OsString>) -> Result<CString> {
+    let path = value.filter(|path| !path.is_empty());
+    let path = path.as_deref().unwrap_or(OsStr::new("libcuda.so.1"));
+    CString::new(path.as_bytes()).map_err(|_| Error::new(Status::Config, LIBCUDA, "a path", "a NUL inside"))
+}
+
 /// [`from_env`] over given variables and files.
 ///
 /// # Errors
@@ -112,7 +129,7 @@ pub fn resolve(
     }
     config.unknown = vars
         .into_keys()
-        .filter(|name| ![MODE, FILE].contains(&name.as_str()) && !of_kubernetes(name))
+        .filter(|name| ![MODE, FILE, LIBCUDA].contains(&name.as_str()) && !of_kubernetes(name))
         .collect();
     Ok(config)
 }
@@ -245,6 +262,7 @@ const KEEP_RULES: [&str; 3] = ["keep_threshold", "keep_mass", "keep_density"];
 const PREFIX: &str = "COMPACTATTN_";
 const MODE: &str = "COMPACTATTN_MODE";
 const FILE: &str = "COMPACTATTN_CONFIG";
+const LIBCUDA: &str = "COMPACTATTN_LIBCUDA";
 
 #[cfg(test)]
 mod tests {
@@ -312,5 +330,14 @@ mod tests {
         let vars =
             [("COMPACTATTN_MOOD", "x"), ("COMPACTATTN_PORT_80_TCP", "x"), ("COMPACTATTN_SERVICE_HOST", "x")];
         assert_eq!(of(&vars, "").unwrap().unknown, ["COMPACTATTN_MOOD"]);
+    }
+
+    #[test]
+    fn the_drivers_library_has_a_default_and_is_no_unknown_variable() {
+        assert_eq!(libcuda_of(None).unwrap().as_c_str(), c"libcuda.so.1");
+        assert_eq!(libcuda_of(Some("".into())).unwrap().as_c_str(), c"libcuda.so.1");
+        assert_eq!(libcuda_of(Some("/x.so".into())).unwrap().as_c_str(), c"/x.so");
+        assert_eq!(libcuda_of(Some("/x\0y".into())).unwrap_err().status(), Status::Config);
+        assert!(of(&[("COMPACTATTN_LIBCUDA", "/x.so")], "").unwrap().unknown.is_empty());
     }
 }

@@ -1,45 +1,51 @@
-//! The GPU side. This build holds no kernels; it can tell whether a driver is there.
+//! The GPU side: the driver, found at run time, and what the stages need of it.
+//!
+//! | file | holds |
+//! |---|---|
+//! | symbols, driver | the driver's functions, loaded once; codes to statuses |
+//! | device | one GPU through its primary context |
+//! | images, kernels | the kernels of this build, loaded at creation and launched by name |
+//! | stream, memory, `tensor_map` | the caller's streams and addresses; memory of a plan; maps for the copy engine |
+//!
+//! Nothing links against CUDA: a machine without a driver loads this library and gets [`Status::NoDriver`].
 
-use std::ffi::CStr;
+#[cfg_attr(not(test), allow(dead_code, reason = "for the stages"))]
+mod device;
+#[cfg_attr(not(test), allow(dead_code, reason = "for the stages"))]
+mod driver;
+#[cfg(test)]
+mod fake;
+mod images;
+#[cfg_attr(not(test), allow(dead_code, reason = "for the stages"))]
+mod kernels;
+#[cfg_attr(not(test), allow(dead_code, reason = "for the stages"))]
+mod memory;
+#[cfg_attr(not(test), allow(dead_code, reason = "for the stages"))]
+mod stream;
+#[cfg_attr(not(test), allow(dead_code, reason = "for the stages"))]
+mod symbols;
+#[cfg_attr(not(test), allow(dead_code, reason = "for the stages"))]
+mod tensor_map;
 
-use crate::error::{Error, Result, Status};
+use crate::error::Result;
+#[cfg(doc)]
+use crate::error::Status;
 
 /// Whether a context on GPU `ordinal` can be made.
 ///
 /// # Errors
-/// [`Status::NoDriver`] without `libcuda.so.1`, else [`Status::NotBuilt`].
-pub fn probe(_ordinal: usize) -> Result<()> {
-    probe_library(c"libcuda.so.1")
+/// [`Status::NoDriver`], [`Status::DriverOld`], [`Status::NoDevice`], [`Status::NotBuilt`], [`Status::Arch`];
+/// [`Status::Value`] for an ordinal beyond the visible GPUs; others of the driver.
+pub fn probe(ordinal: usize) -> Result<()> {
+    let device = device::Device::open(ordinal)?;
+    kernels::choose(device.properties(), images::IMAGES).map(drop)
 }
 
-fn probe_library(name: &CStr) -> Result<()> {
-    if !is_loadable(name) {
-        let text = "libcuda.so.1 could not be loaded: no NVIDIA driver; use device_kind CPU";
-        return Err(Error::plain(Status::NoDriver, text));
-    }
-    let text = "no GPU kernels in this build yet (a driver was found); use device_kind CPU";
-    Err(Error::plain(Status::NotBuilt, text))
-}
-
-fn is_loadable(name: &CStr) -> bool {
-    // SAFETY: `name` ends in NUL; libraries named here have no constructors that break the process.
-    let library = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
-    if library.is_null() {
-        return false;
-    }
-    // SAFETY: `library` was opened above and is not used again.
-    unsafe { libc::dlclose(library) };
-    true
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_missing_driver_and_missing_kernels_are_told_apart() {
-        let missing = probe_library(c"libcompactattn_no_such.so.1").unwrap_err();
-        assert_eq!(missing.status(), Status::NoDriver);
-        assert_eq!(probe_library(c"libc.so.6").unwrap_err().status(), Status::NotBuilt);
-    }
+/// Architectures this build holds kernels for, as the compiler names them: `sm_90a`. Empty without any.
+#[must_use]
+pub fn architectures() -> Vec<&'static str> {
+    let mut archs: Vec<_> = images::IMAGES.iter().map(|image| image.arch).collect();
+    archs.sort_unstable();
+    archs.dedup();
+    archs
 }

@@ -1,0 +1,106 @@
+//! The fake driver of tests/gpu/counting_driver.c, compiled once a test process; each test gets a copy of its own.
+
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::io::Write;
+use std::os::fd::{FromRawFd, IntoRawFd};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use super::driver::Driver;
+use super::symbols;
+
+/// One copy of the library: its state is shared with no other test.
+#[derive(Debug)]
+pub(crate) struct Fake {
+    /// For [`Driver::load`].
+    pub(crate) path: CString,
+    library: *mut c_void,
+    driver: OnceLock<&'static Driver>,
+}
+
+impl Fake {
+    /// A copy that misbehaves as `mode` says: a word of counting_driver.c, or "" for one GPU of 9.0 that works.
+    pub(crate) fn in_mode(mode: &str) -> Self {
+        let path = in_memory(binary());
+        // SAFETY: `path` ends in NUL; the fake has no constructors.
+        let library = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+        assert!(!library.is_null(), "the fake driver does not load");
+        let this = Self { path, library, driver: OnceLock::new() };
+        let mode = CString::new(mode).unwrap();
+        let set = this.find(c"fake_set_mode");
+        // SAFETY: the signature in counting_driver.c.
+        let set = unsafe { std::mem::transmute::<*mut c_void, extern "C" fn(*const c_char)>(set) };
+        set(mode.as_ptr());
+        this
+    }
+
+    /// The driver, loaded.
+    pub(crate) fn driver(&self) -> &'static Driver {
+        self.driver.get_or_init(|| Box::leak(Box::new(Driver::load(&self.path).unwrap())))
+    }
+
+    /// How often one driver function was called.
+    pub(crate) fn calls(&self, function: &CStr) -> u64 {
+        let calls = self.find(c"fake_calls");
+        // SAFETY: the signature in counting_driver.c.
+        let calls = unsafe { std::mem::transmute::<*mut c_void, extern "C" fn(*const c_char) -> u64>(calls) };
+        calls(function.as_ptr())
+    }
+
+    /// How often any was.
+    pub(crate) fn all_calls(&self) -> u64 {
+        self.calls(c"*")
+    }
+
+    /// What one of the fake's own functions without arguments returns.
+    pub(crate) fn number(&self, function: &CStr) -> usize {
+        let function = self.find(function);
+        // SAFETY: the signature in counting_driver.c.
+        let function = unsafe { std::mem::transmute::<*mut c_void, extern "C" fn() -> usize>(function) };
+        function()
+    }
+
+    /// Launches so far: name, grid, threads, dynamic shared memory.
+    pub(crate) fn launches(&self) -> Vec<String> {
+        let launch = self.find(c"fake_launch");
+        // SAFETY: the signature in counting_driver.c.
+        let launch =
+            unsafe { std::mem::transmute::<*mut c_void, extern "C" fn(usize) -> *const c_char>(launch) };
+        (0..self.number(c"fake_num_launches"))
+            // SAFETY: the fake's own strings, which end in NUL and stay.
+            .map(|index| unsafe { CStr::from_ptr(launch(index)) }.to_string_lossy().into_owned())
+            .collect()
+    }
+
+    fn find(&self, symbol: &CStr) -> *mut c_void {
+        // SAFETY: opened in `in_mode`, never closed.
+        unsafe { symbols::find(self.library, symbol) }.unwrap()
+    }
+}
+
+/// A file of its own for each copy, because the loader opens one file only once; it stays open, so that its name
+/// stays taken.
+fn in_memory(binary: &[u8]) -> CString {
+    // SAFETY: the name ends in NUL.
+    let fd = unsafe { libc::memfd_create(c"fake_driver".as_ptr(), 0) };
+    assert!(fd >= 0);
+    // SAFETY: just made, owned by nobody else.
+    let mut file = unsafe { std::fs::File::from_raw_fd(fd) };
+    file.write_all(binary).unwrap();
+    CString::new(format!("/proc/self/fd/{}", file.into_raw_fd())).unwrap()
+}
+
+fn binary() -> &'static [u8] {
+    static BINARY: OnceLock<Vec<u8>> = OnceLock::new();
+    BINARY.get_or_init(|| {
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/gpu/counting_driver.c");
+        let out = format!("{}/counting_driver-{}.so", env!("OUT_DIR"), std::process::id());
+        let mut cc = Command::new("cc");
+        cc.args(["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]);
+        let status = cc.args(["-o", &out, source, "-ldl"]).status().unwrap();
+        assert!(status.success(), "cc: {status}");
+        let binary = std::fs::read(&out).unwrap();
+        std::fs::remove_file(&out).unwrap();
+        binary
+    })
+}

@@ -1,0 +1,492 @@
+// A stand-in for libcuda.so.1 that counts every call. It is either a fake GPU whose memory is the
+// host's and whose kernels only leave a line in a log, or, in mode "forward", a gate to the real
+// driver.
+//
+// The mode is a list of words, from FAKE_CUDA or fake_set_mode:
+//   nodevice init34 old mismatch count0   cuInit, cuDriverGetVersion or cuDeviceGetCount fail or
+//   disappoint oom_on_alloc badimage nobinary lost   2 from allocations; 200, 209 from loads; 700
+//   from launches capture                               the stream is captured: 900 from what a
+//   capture forbids ccNN                                  compute capability N.N instead of 9.0
+//   forward                               the real driver does the work; only counts are kept
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+  kOk,
+  kInvalidValue,
+  kOutOfMemory,
+  kStub = 34,
+  kNoDevice = 100,
+  kInvalidDevice,
+  kBadImage = 200
+};
+enum { kInvalidContext = 201, kNoBinary = 209, kInvalidHandle = 400, kNotFound = 500, kLost = 700 };
+enum { kMismatch = 803, kCapture = 900 };
+enum {
+  kMaxNames = 64,
+  kMaxBlocks = 4096,
+  kMaxFunctions = 256,
+  kMaxLaunches = 4096,
+  kMaxDepth = 64
+};
+
+typedef int Code;
+typedef uint64_t Address;
+
+struct Count {
+  const char* name;
+  uint64_t calls;
+};
+
+struct Block {
+  char* start;  // NULL: free place
+  size_t bytes;
+  int memory_type;  // 1 host, 2 device
+};
+
+struct Function {
+  char name[96];
+  size_t param_bytes[8];
+  int num_params;
+  int max_dynamic_bytes;
+};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static char mode[256];
+static int mode_is_set;
+static struct Count counts[kMaxNames];
+static struct Block blocks[kMaxBlocks];
+static struct Function functions[kMaxFunctions];
+static int num_functions;
+static char launches[kMaxLaunches][160];
+static size_t num_launches;
+static int last_attribute;
+static uint64_t last_argument;
+static char primary_context, foreign_context, stream, foreign_stream;
+static __thread void* current[kMaxDepth];
+static __thread size_t depth;
+
+// ---- what tests see ----
+
+void fake_set_mode(const char* words) {
+  snprintf(mode, sizeof mode, "%s", words);
+  mode_is_set = 1;
+}
+
+// Of one function, or of all for "*".
+uint64_t fake_calls(const char* name) {
+  uint64_t calls = 0;
+  pthread_mutex_lock(&lock);
+  for (int i = 0; i < kMaxNames && counts[i].name; ++i) {
+    if (!strcmp(name, "*") || !strcmp(name, counts[i].name)) calls += counts[i].calls;
+  }
+  pthread_mutex_unlock(&lock);
+  return calls;
+}
+
+void fake_reset(void) {
+  pthread_mutex_lock(&lock);
+  for (int i = 0; i < kMaxNames; ++i) counts[i].calls = 0;
+  num_launches = 0;
+  pthread_mutex_unlock(&lock);
+}
+
+size_t fake_num_launches(void) { return num_launches; }
+// "name XxYxZ threads shared_bytes", or NULL beyond the last.
+const char* fake_launch(size_t index) { return index < num_launches ? launches[index] : NULL; }
+size_t fake_context_depth(void) { return depth; }
+size_t fake_stream(void) { return (size_t)&stream; }
+size_t fake_foreign_stream(void) { return (size_t)&foreign_stream; }
+size_t fake_last_attribute(void) { return (size_t)last_attribute; }
+// The first 8 bytes of the last argument of the last launch.
+size_t fake_last_argument(void) { return last_argument; }
+
+// ---- how it works ----
+
+static int is(const char* word) {
+  if (!mode_is_set) fake_set_mode(getenv("FAKE_CUDA") ? getenv("FAKE_CUDA") : "");
+  return strstr(mode, word) != NULL;
+}
+
+static void count(const char* name) {
+  pthread_mutex_lock(&lock);
+  int i = 0;
+  while (i < kMaxNames - 1 && counts[i].name && strcmp(counts[i].name, name)) ++i;
+  counts[i].name = name;
+  ++counts[i].calls;
+  pthread_mutex_unlock(&lock);
+}
+
+static void* real(const char* name) {
+  const char* path = getenv("FAKE_CUDA_REAL");
+  void* library = dlopen(path ? path : "libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  void* found = library ? dlsym(library, name) : NULL;
+  if (!found) {
+    fprintf(stderr, "counting driver: no %s in the real driver\n", name);
+    abort();
+  }
+  return found;
+}
+
+// Defines a driver function: counted, then forwarded or faked by the body that follows.
+#define DRIVER(name, parameters, arguments)                             \
+  static Code fake_##name parameters;                                   \
+  Code name parameters {                                                \
+    static Code(*forward) parameters;                                   \
+    count(#name);                                                       \
+    if (!is("forward")) return fake_##name arguments;                   \
+    if (!forward) forward = (Code(*) parameters)(uintptr_t)real(#name); \
+    return forward arguments;                                           \
+  }                                                                     \
+  static Code fake_##name parameters
+
+#define UNUSED(x) (void)(x)
+
+static int has_context(void) { return depth > 0 && current[depth - 1] == &primary_context; }
+
+static int capability(void) {
+  const char* word = is("cc") ? strstr(mode, "cc") : NULL;
+  return word ? atoi(word + 2) : 90;
+}
+
+static struct Block* block_of(Address address) {
+  for (int i = 0; i < kMaxBlocks; ++i) {
+    Address start = (Address)(uintptr_t)blocks[i].start;
+    if (start && address >= start && address < start + blocks[i].bytes) return &blocks[i];
+  }
+  return NULL;
+}
+
+// Poisoned, so that nobody relies on zeros. Starts lie 256 bytes apart, as the driver's do.
+static Code allocate(void** out, size_t bytes, int memory_type) {
+  if (!has_context()) return kInvalidContext;
+  if (is("capture")) return kCapture;
+  if (!bytes) return kInvalidValue;
+  if (is("oom_on_alloc")) return kOutOfMemory;
+  pthread_mutex_lock(&lock);
+  int i = 0;
+  while (i < kMaxBlocks && blocks[i].start) ++i;
+  char* start = i < kMaxBlocks ? aligned_alloc(256, (bytes + 255) / 256 * 256) : NULL;
+  if (start) {
+    memset(start, 0xFF, bytes);
+    blocks[i] = (struct Block){start, bytes, memory_type};
+    *out = start;
+  }
+  pthread_mutex_unlock(&lock);
+  return start ? kOk : kOutOfMemory;
+}
+
+static Code release(Address address, int memory_type) {
+  if (!has_context()) return kInvalidContext;
+  pthread_mutex_lock(&lock);
+  struct Block* block = block_of(address);
+  int found =
+      block && (Address)(uintptr_t)block->start == address && block->memory_type == memory_type;
+  if (found) {
+    free(block->start);
+    block->start = NULL;
+  }
+  pthread_mutex_unlock(&lock);
+  return found ? kOk : kInvalidValue;
+}
+
+static Code copy(void* to, const void* from, size_t bytes, Address device) {
+  if (!has_context()) return kInvalidContext;
+  if (is("capture")) return kCapture;
+  struct Block* block = block_of(device);
+  size_t offset = block ? device - (Address)(uintptr_t)block->start : 0;
+  if (!block || offset + bytes > block->bytes) return kInvalidValue;
+  memcpy(to, from, bytes);
+  return kOk;
+}
+
+// Parameters of a kernel. "FAKE name:bytes,bytes; .." after a fatbin's header says them; for a real
+// image they are those of cuda/params.h: maps of 128 bytes, Step 440, AttendParams 280.
+static int describe(struct Function* function, const char* image, const char* name) {
+  const char* text = image + 16;
+  if (strncmp(text, "FAKE ", 5)) {
+    int attends = strstr(name, "_attend_") || strstr(name, "_combine_");
+    if (strstr(name, "_attend_sm90_")) {
+      for (int i = 0; i < 3; ++i) function->param_bytes[function->num_params++] = 128;
+    }
+    function->param_bytes[function->num_params++] = attends ? 280 : 440;
+    return 1;
+  }
+  char key[98];
+  snprintf(key, sizeof key, " %.95s:", name);
+  const char* at = strstr(text, key);
+  if (!at) return 0;
+  at += strlen(key) - 1;
+  do {
+    function->param_bytes[function->num_params++] = strtoul(at + 1, (char**)&at, 10);
+  } while (*at == ',' && function->num_params < 8);
+  return 1;
+}
+
+// ---- the driver's functions ----
+
+DRIVER(cuInit, (unsigned flags), (flags)) {
+  if (is("nodevice")) return kNoDevice;
+  if (is("init34")) return kStub;
+  if (is("mismatch")) return kMismatch;
+  return flags ? kInvalidValue : kOk;
+}
+
+DRIVER(cuDriverGetVersion, (int* version), (version)) {
+  *version = is("old") ? 12080 : 13000;
+  return kOk;
+}
+
+DRIVER(cuGetErrorName, (Code code, const char** name), (code, name)) {
+  static const struct {
+    Code code;
+    const char* name;
+  } names[] = {
+      {1, "CUDA_ERROR_INVALID_VALUE"},       {2, "CUDA_ERROR_OUT_OF_MEMORY"},
+      {34, "CUDA_ERROR_STUB_LIBRARY"},       {100, "CUDA_ERROR_NO_DEVICE"},
+      {200, "CUDA_ERROR_INVALID_IMAGE"},     {201, "CUDA_ERROR_INVALID_CONTEXT"},
+      {209, "CUDA_ERROR_NO_BINARY_FOR_GPU"}, {500, "CUDA_ERROR_NOT_FOUND"},
+      {700, "CUDA_ERROR_ILLEGAL_ADDRESS"},   {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"}};
+  for (size_t i = 0; i < sizeof names / sizeof *names; ++i) {
+    if (names[i].code == code) {
+      *name = names[i].name;
+      return kOk;
+    }
+  }
+  *name = NULL;
+  return kInvalidValue;
+}
+
+DRIVER(cuDeviceGetCount, (int* n), (n)) {
+  *n = is("count0") ? 0 : 1;
+  return kOk;
+}
+
+DRIVER(cuDeviceGet, (int* device, int ordinal), (device, ordinal)) {
+  *device = 0;
+  return ordinal ? kInvalidDevice : kOk;
+}
+
+DRIVER(cuDeviceGetName, (char* name, int bytes, int device), (name, bytes, device)) {
+  snprintf(name, (size_t)bytes, "fake GPU");
+  return device ? kInvalidDevice : kOk;
+}
+
+DRIVER(cuDeviceTotalMem_v2, (size_t* bytes, int device), (bytes, device)) {
+  *bytes = (size_t)80 << 30;
+  return device ? kInvalidDevice : kOk;
+}
+
+DRIVER(cuDeviceGetAttribute, (int* value, int which, int device), (value, which, device)) {
+  switch (which) {
+    case 16:
+      *value = 132;
+      break;
+    case 75:
+      *value = capability() / 10;
+      break;
+    case 76:
+      *value = capability() % 10;
+      break;
+    case 97:
+      *value = 232448;
+      break;
+    default:
+      return kInvalidValue;
+  }
+  return device ? kInvalidDevice : kOk;
+}
+
+DRIVER(cuDevicePrimaryCtxRetain, (void** context, int device), (context, device)) {
+  *context = &primary_context;
+  return device ? kInvalidDevice : kOk;
+}
+
+DRIVER(cuDevicePrimaryCtxRelease_v2, (int device), (device)) {
+  return device ? kInvalidDevice : kOk;
+}
+
+DRIVER(cuCtxPushCurrent_v2, (void* context), (context)) {
+  if (depth == kMaxDepth) return kInvalidValue;
+  current[depth++] = context;
+  return context == &primary_context ? kOk : kInvalidContext;
+}
+
+DRIVER(cuCtxPopCurrent_v2, (void** context), (context)) {
+  if (!depth) return kInvalidContext;
+  *context = current[--depth];
+  return kOk;
+}
+
+DRIVER(cuModuleLoadData, (void** module, const void* image), (module, image)) {
+  if (!has_context()) return kInvalidContext;
+  if (is("capture")) return kCapture;
+  if (is("badimage")) return kBadImage;
+  if (is("nobinary")) return kNoBinary;
+  *module = (void*)(uintptr_t)image;
+  return kOk;
+}
+
+DRIVER(cuModuleUnload, (void* module), (module)) {
+  return has_context() && module ? kOk : kInvalidContext;
+}
+
+DRIVER(cuModuleGetFunction, (void** function, void* module, const char* name),
+       (function, module, name)) {
+  if (!has_context()) return kInvalidContext;
+  struct Function made = {0};
+  if (!describe(&made, module, name)) return kNotFound;
+  snprintf(made.name, sizeof made.name, "%s", name);
+  pthread_mutex_lock(&lock);
+  int full = num_functions == kMaxFunctions;
+  if (!full) functions[num_functions++] = made;
+  *function = &functions[num_functions - 1];
+  pthread_mutex_unlock(&lock);
+  return full ? kOutOfMemory : kOk;
+}
+
+DRIVER(cuFuncGetAttribute, (int* value, int which, void* function), (value, which, function)) {
+  *value = 1024;  // static shared memory, the one that is asked for
+  return which == 1 && function ? kOk : kInvalidValue;
+}
+
+DRIVER(cuFuncSetAttribute, (void* function, int which, int value), (function, which, value)) {
+  if (which != 8 || value < 0 || value > 232448 - 1024) return kInvalidValue;
+  ((struct Function*)function)->max_dynamic_bytes = last_attribute = value;
+  return kOk;
+}
+
+#ifndef WITHOUT_FUNC_LOAD
+DRIVER(cuFuncLoad, (void* function), (function)) { return function ? kOk : kInvalidHandle; }
+#endif
+
+DRIVER(cuFuncGetParamInfo, (void* function, size_t index, size_t* offset, size_t* bytes),
+       (function, index, offset, bytes)) {
+  struct Function* of = function;
+  if (index >= (size_t)of->num_params) return kInvalidValue;
+  *offset = 0;  // nobody asks
+  *bytes = of->param_bytes[index];
+  return kOk;
+}
+
+DRIVER(cuLaunchKernel,
+       (void* function, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty, unsigned tz,
+        unsigned shared, void* on, void** values, void** extra),
+       (function, x, y, z, tx, ty, tz, shared, on, values, extra)) {
+  struct Function* of = function;
+  UNUSED(on);
+  if (!has_context()) return kInvalidContext;
+  if (is("lost")) return kLost;
+  if (!x || !y || !z || y > 65535 || z > 65535 || !tx || tx * ty * tz > 1024 || extra)
+    return kInvalidValue;
+  if ((int)shared > (of->max_dynamic_bytes > 49152 ? of->max_dynamic_bytes : 49152))
+    return kInvalidValue;
+  pthread_mutex_lock(&lock);
+  if (num_launches < kMaxLaunches) {
+    snprintf(launches[num_launches++], sizeof *launches, "%s %ux%ux%u %u %u", of->name, x, y, z, tx,
+             shared);
+  }
+  for (int i = 0; i < of->num_params; ++i) {
+    if (of->param_bytes[i] >= 8) memcpy(&last_argument, values[i], 8);
+  }
+  pthread_mutex_unlock(&lock);
+  return kOk;
+}
+
+DRIVER(cuStreamGetCtx, (void* of, void** context), (of, context)) {
+  *context = of == &foreign_stream ? &foreign_context : &primary_context;
+  return kOk;
+}
+
+DRIVER(cuStreamIsCapturing, (void* of, int* status), (of, status)) {
+  UNUSED(of);
+  *status = is("capture") ? 1 : 0;
+  return kOk;
+}
+
+DRIVER(cuStreamSynchronize, (void* of), (of)) {
+  UNUSED(of);
+  return is("capture") ? kCapture : kOk;
+}
+
+DRIVER(cuMemsetD32Async, (Address to, unsigned value, size_t words, void* on),
+       (to, value, words, on)) {
+  UNUSED(on);
+  struct Block* block = block_of(to);
+  if (!has_context()) return kInvalidContext;
+  if (!block || to % 4 || to + 4 * words > (Address)(uintptr_t)block->start + block->bytes)
+    return kInvalidValue;
+  for (size_t i = 0; i < words; ++i) ((uint32_t*)(uintptr_t)to)[i] = value;
+  return kOk;
+}
+
+DRIVER(cuMemAlloc_v2, (Address * out, size_t bytes), (out, bytes)) {
+  void* start = NULL;
+  Code code = allocate(&start, bytes, 2);
+  if (!code) *out = (Address)(uintptr_t)start;
+  return code;
+}
+
+DRIVER(cuMemFree_v2, (Address address), (address)) { return release(address, 2); }
+
+DRIVER(cuMemcpyHtoD_v2, (Address to, const void* from, size_t bytes), (to, from, bytes)) {
+  return copy((void*)(uintptr_t)to, from, bytes, to);
+}
+
+DRIVER(cuMemcpyDtoH_v2, (void* to, Address from, size_t bytes), (to, from, bytes)) {
+  return copy(to, (void*)(uintptr_t)from, bytes, from);
+}
+
+DRIVER(cuMemHostAlloc, (void** out, size_t bytes, unsigned flags), (out, bytes, flags)) {
+  return flags > 7 ? kInvalidValue : allocate(out, bytes, 1);
+}
+
+DRIVER(cuMemFreeHost, (void* host), (host)) { return release((Address)(uintptr_t)host, 1); }
+
+DRIVER(cuMemHostGetDevicePointer_v2, (Address * out, void* host, unsigned flags),
+       (out, host, flags)) {
+  struct Block* block = block_of((Address)(uintptr_t)host);
+  *out = (Address)(uintptr_t)host;
+  return block && block->memory_type == 1 && !flags ? kOk : kInvalidValue;
+}
+
+DRIVER(cuPointerGetAttributes, (unsigned n, const int* which, void** data, Address address),
+       (n, which, data, address)) {
+  struct Block* block = block_of(address);
+  for (unsigned i = 0; i < n; ++i) {
+    if (which[i] == 2) *(unsigned*)data[i] = block ? (unsigned)block->memory_type : 0;
+    if (which[i] == 9) *(int*)data[i] = block ? 0 : -2;
+    if (which[i] != 2 && which[i] != 9) return kInvalidValue;
+  }
+  return kOk;
+}
+
+// The map is what it was told: element << 32 | rank, address, sizes (5 words), strides (4), boxes
+// (two a word, 3), nothing, and the four modes.
+DRIVER(cuTensorMapEncodeTiled,
+       (void* map, int element, uint32_t rank, void* address, const uint64_t* sizes,
+        const uint64_t* strides, const uint32_t* box, const uint32_t* steps, int interleave,
+        int swizzle, int promotion, int fill),
+       (map, element, rank, address, sizes, strides, box, steps, interleave, swizzle, promotion,
+        fill)) {
+  uint64_t* words = map;
+  if ((uintptr_t)map % 64 || (uintptr_t)address % 16 || rank < 1 || rank > 5) return kInvalidValue;
+  memset(words, 0, 128);
+  words[0] = (uint64_t)element << 32 | rank;
+  words[1] = (uint64_t)(uintptr_t)address;
+  for (uint32_t i = 0; i < rank; ++i) {
+    if (!sizes[i] || box[i] < 1 || box[i] > 256 || steps[i] != 1) return kInvalidValue;
+    words[2 + i] = sizes[i];
+    if (i > 0 && strides[i - 1] % 16) return kInvalidValue;
+    if (i > 0) words[6 + i] = strides[i - 1];
+    words[11 + i / 2] |= (uint64_t)box[i] << (i % 2 * 32);
+  }
+  words[15] = (uint64_t)interleave << 24 | (uint64_t)swizzle << 16 | (uint64_t)promotion << 8 |
+              (uint64_t)fill;
+  return kOk;
+}
