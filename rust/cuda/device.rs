@@ -141,9 +141,9 @@ fn properties(driver: &Driver, id: c_int) -> Result<Properties> {
         driver.check(code, "cuDeviceGetAttribute")?;
         Ok(u32::try_from(value).unwrap_or(0))
     };
-    let mut name: [c_char; NAME_BYTES] = [0; NAME_BYTES];
+    let mut name: [c_char; NAME_BYTES as usize] = [0; NAME_BYTES as usize];
     // SAFETY: writes at most one byte less than the length told, and NUL.
-    let code = unsafe { (driver.functions.device_get_name)(name.as_mut_ptr(), NAME_BYTES as c_int - 1, id) };
+    let code = unsafe { (driver.functions.device_get_name)(name.as_mut_ptr(), NAME_BYTES - 1, id) };
     driver.check(code, "cuDeviceGetName")?;
     let mut memory_bytes = 0;
     // SAFETY: writes one number.
@@ -160,7 +160,7 @@ fn properties(driver: &Driver, id: c_int) -> Result<Properties> {
     })
 }
 
-const NAME_BYTES: usize = 128;
+const NAME_BYTES: c_int = 128;
 // CU_DEVICE_ATTRIBUTE_* of cuda.h.
 const NUM_SMS: c_int = 16;
 const CAPABILITY_MAJOR: c_int = 75;
@@ -201,6 +201,15 @@ mod tests {
             assert_eq!(depth(), 2);
         }
         assert_eq!(depth(), 0);
+    }
+
+    #[test]
+    fn a_forked_child_releases_nothing() {
+        let fake = Fake::in_mode("");
+        let mut driver = Driver::load(&fake.path).unwrap();
+        driver.belongs_to_another_process();
+        drop(Device::open_on(Box::leak(Box::new(driver)), 0).unwrap());
+        assert_eq!(fake.calls(c"cuDevicePrimaryCtxRelease_v2"), 0);
     }
 
     #[test]

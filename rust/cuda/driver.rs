@@ -27,12 +27,7 @@ impl Driver {
     /// Those of [`Driver::load`]; [`Status::WrongProcess`] in a child forked after the driver was loaded, where CUDA
     /// does not work.
     pub(crate) fn get() -> Result<&'static Self> {
-        let driver = DRIVER.get_or_try_init(|| Self::load(&config::libcuda()?))?;
-        if driver.is_of_this_process() {
-            return Ok(driver);
-        }
-        let text = "CUDA was initialised before this process was forked; start workers with exec (spawn)";
-        Err(Error::plain(Status::WrongProcess, text))
+        DRIVER.get_or_try_init(|| Self::load(&config::libcuda()?))?.of_this_process()
     }
 
     /// Loads the library at `path` and keeps it for the life of the process: a driver cannot be unloaded safely.
@@ -86,6 +81,14 @@ impl Driver {
             return Ok(());
         }
         Err(Error::plain(status_of(code), format!("{call}: {} ({code})", self.error_name(code))))
+    }
+
+    fn of_this_process(&self) -> Result<&Self> {
+        if self.is_of_this_process() {
+            return Ok(self);
+        }
+        let text = "CUDA was initialised before this process was forked; start workers with exec (spawn)";
+        Err(Error::plain(Status::WrongProcess, text))
     }
 
     fn init(&mut self) -> Result<()> {
@@ -161,6 +164,13 @@ mod tests {
     use super::*;
     use crate::cuda::fake::Fake;
 
+    impl Driver {
+        /// As a forked child finds it.
+        pub(crate) fn belongs_to_another_process(&mut self) {
+            self.pid += 1;
+        }
+    }
+
     #[test]
     fn a_missing_library_and_one_that_is_no_driver_are_told_apart() {
         let missing = Driver::load(c"libcompactattn_no_such.so.1").unwrap_err();
@@ -180,6 +190,14 @@ mod tests {
             let error = Driver::load(&Fake::in_mode(mode).path).unwrap_err();
             assert_eq!(error.status(), status, "{mode}: {error}");
         }
+    }
+
+    #[test]
+    fn a_forked_child_is_told_so() {
+        let mut driver = Driver::load(&Fake::in_mode("").path).unwrap();
+        assert!(driver.of_this_process().is_ok());
+        driver.belongs_to_another_process();
+        assert_eq!(driver.of_this_process().unwrap_err().status(), Status::WrongProcess);
     }
 
     #[test]

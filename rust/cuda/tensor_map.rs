@@ -19,6 +19,7 @@ pub(crate) struct TensorMap([u64; 16]);
 /// [`Status::Internal`] if the ranks differ or exceed 5; [`Status::Dtype`] unless bf16 or f16; [`Status::Cuda`] if
 /// the driver finds an address or stride off 16 bytes, a size of 0 or above 2^32, or a box wider than 128 bytes or
 /// longer than 256.
+#[expect(clippy::cast_possible_truncation, reason = "a rank is at most 5")]
 pub(crate) fn encode(
     driver: &Driver,
     dtype: Dtype,
@@ -37,6 +38,9 @@ pub(crate) fn encode(
         Dtype::Bf16 => BFLOAT16,
         other => return Err(Error::new(Status::Dtype, "tensor map", "bf16 or f16", format!("{other:?}"))),
     };
+    let start = usize::try_from(address).map(std::ptr::without_provenance_mut);
+    let start =
+        start.map_err(|_| Error::plain(Status::Internal, "tensor map: an address beyond this machine's"))?;
     let mut map = TensorMap([0; 16]);
     // SAFETY: the map is aligned and 128 bytes; each array has the length that `rank` says. The address is stored,
     // not followed.
@@ -45,7 +49,7 @@ pub(crate) fn encode(
             map.0.as_mut_ptr().cast(),
             element,
             rank as u32,
-            std::ptr::without_provenance_mut(address as usize),
+            start,
             sizes.as_ptr(),
             strides_bytes.as_ptr(),
             box_sizes.as_ptr(),
