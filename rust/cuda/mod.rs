@@ -1,5 +1,7 @@
 //! The GPU side. This build holds no kernels; it can tell whether a driver is there.
 
+mod images;
+
 use std::ffi::CStr;
 
 use crate::error::{Error, Result, Status};
@@ -10,6 +12,12 @@ use crate::error::{Error, Result, Status};
 /// [`Status::NoDriver`] without `libcuda.so.1`, else [`Status::NotBuilt`].
 pub fn probe(_ordinal: usize) -> Result<()> {
     probe_library(c"libcuda.so.1")
+}
+
+/// One line on the GPU kernels of this build: "none", or units, kernels, architectures and the compiler.
+#[must_use]
+pub fn kernels() -> String {
+    images::summary()
 }
 
 fn probe_library(name: &CStr) -> Result<()> {

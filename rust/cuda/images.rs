@@ -1,0 +1,31 @@
+//! The kernels this build holds, as `build.rs` made them (`cuda/toolchain`).
+
+use std::collections::BTreeSet;
+
+/// One unit of `cuda/` compiled for one architecture.
+pub(crate) struct Image {
+    /// Path of the source below `cuda/`, without its ending: "plan/plan".
+    pub(crate) unit: &'static str,
+    /// "sm_90a".
+    pub(crate) arch: &'static str,
+    /// Names of its kernels.
+    pub(crate) kernels: &'static [&'static str],
+    /// For `cuLibraryLoadData`: one cubin, compressed, no PTX; 64-byte aligned.
+    pub(crate) fatbin: &'static [u8],
+}
+
+/// One line on the kernels of this build: "none", or units, kernels, architectures and the compiler.
+pub(crate) fn summary() -> String {
+    if IMAGES.is_empty() {
+        return "none".to_owned();
+    }
+    let distinct = |names: Vec<&'static str>| names.into_iter().collect::<BTreeSet<_>>();
+    let units = distinct(IMAGES.iter().map(|image| image.unit).collect()).len();
+    let kernels = distinct(IMAGES.iter().flat_map(|image| image.kernels).copied().collect()).len();
+    let archs = Vec::from_iter(distinct(IMAGES.iter().map(|image| image.arch).collect())).join(" ");
+    let kib = IMAGES.iter().map(|image| image.fatbin.len()).sum::<usize>() / 1024;
+    format!("{kernels} kernels in {units} units for {archs}, {kib} KiB, nvcc {NVCC_VERSION}")
+}
+
+// IMAGES: &[Image], sorted by unit; NVCC_VERSION: &str, "13.0.88". Both empty in a build without kernels.
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
