@@ -28,8 +28,8 @@ fn main() -> ExitCode {
 fn build_kernels() -> Result<Vec<String>, String> {
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set: cargo runs this")?);
     let variable = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());
-    let root = env!("CARGO_MANIFEST_DIR").as_ref();
-    toolchain::build(&toolchain::Place { root, out: &out, env: &variable })
+    let (root, system) = (env!("CARGO_MANIFEST_DIR").as_ref(), "/usr/local/cuda".as_ref());
+    toolchain::build(&toolchain::Place { root, out: &out, system, env: &variable })
 }
 
 /// Without a SONAME a program records the path it was linked with, and an upgrade in place goes unnoticed.

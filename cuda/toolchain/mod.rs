@@ -23,30 +23,14 @@ use std::path::Path;
 
 use compile::Image;
 
-/// Every variable that changes what is built.
-pub(crate) const VARIABLES: [&str; 14] = [
-    "COMPACTATTN_CUDA",
-    "COMPACTATTN_KERNEL_CACHE",
-    "COMPACTATTN_PYTHON",
-    "CUDA_HOME",
-    "CUDA_PATH",
-    "CUTLASS_DIR",
-    "DOCS_RS",
-    "HOME",
-    "NVCC",
-    "NVCC_APPEND_FLAGS",
-    "NVCC_CCBIN",
-    "NVCC_PREPEND_FLAGS",
-    "PATH",
-    "XDG_CACHE_HOME",
-];
-
 /// What a build starts from.
 pub(crate) struct Place<'a> {
     /// The source tree: holds `cuda/`.
     pub(crate) root: &'a Path,
     /// Where `kernels.rs` and `kernels/` are written.
     pub(crate) out: &'a Path,
+    /// Where a system keeps CUDA: the last place to look.
+    pub(crate) system: &'a Path,
     /// A variable of the environment; an empty one counts as not set.
     pub(crate) env: &'a dyn Fn(&str) -> Option<String>,
 }
@@ -58,12 +42,14 @@ pub(crate) struct Place<'a> {
 /// `require` whatever else keeps the build from having all its kernels in order.
 pub(crate) fn build(place: &Place) -> Result<Vec<String>, String> {
     let mode = Mode::of(place)?;
-    let mut lines = vec!["rerun-if-changed=cuda".to_owned()];
-    lines.extend(VARIABLES.iter().map(|name| format!("rerun-if-env-changed={name}")));
+    let watched = |names: &[&str]| names.iter().map(|name| format!("rerun-if-env-changed={name}")).collect();
+    let mut lines: Vec<_> = watched(&SWITCHES);
     if mode == Mode::Off {
         write_kernels(place.out, "", &[])?;
         return Ok(lines);
     }
+    lines.push("rerun-if-changed=cuda".to_owned());
+    lines.append(&mut watched(&VARIABLES));
     let mut notes = Vec::new();
     let toolkit = search::toolkit(place, &mut notes);
     match (&toolkit, mode) {
@@ -76,6 +62,8 @@ pub(crate) fn build(place: &Place) -> Result<Vec<String>, String> {
             }
             notes.extend(faults);
             write_kernels(place.out, &toolkit.version.text, &images)?;
+            // Tools that read images lie beside the compiler: tests/gpu/check_sass.py.
+            write_file(&place.out.join("kernels/nvcc"), &toolkit.nvcc.to_string_lossy())?;
         }
         (Err(missing), Mode::Require) => {
             let seen: String = notes.iter().map(|note| format!("\n  {note}")).collect();
@@ -91,6 +79,25 @@ pub(crate) fn build(place: &Place) -> Result<Vec<String>, String> {
     lines.extend(notes.iter().map(|note| format!("warning={note}")));
     Ok(lines)
 }
+
+/// What decides whether kernels are built.
+const SWITCHES: [&str; 2] = ["COMPACTATTN_CUDA", "DOCS_RS"];
+
+/// What decides how.
+const VARIABLES: [&str; 12] = [
+    "COMPACTATTN_KERNEL_CACHE",
+    "COMPACTATTN_PYTHON",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "CUTLASS_DIR",
+    "HOME",
+    "NVCC",
+    "NVCC_APPEND_FLAGS",
+    "NVCC_CCBIN",
+    "NVCC_PREPEND_FLAGS",
+    "PATH",
+    "XDG_CACHE_HOME",
+];
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Mode {
@@ -137,8 +144,11 @@ fn write_kernels(out: &Path, version: &str, images: &[Image]) -> Result<(), Stri
         let _ = writeln!(text, "    Image {{ {fields} }},");
     }
     text.push_str("];\n");
-    let path = out.join("kernels.rs");
-    fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))
+    write_file(&out.join("kernels.rs"), &text)
+}
+
+fn write_file(path: &Path, text: &str) -> Result<(), String> {
+    fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()))
 }
 
 fn make_folder(path: &Path) -> Result<(), String> {

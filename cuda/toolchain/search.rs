@@ -60,7 +60,7 @@ fn nvcc_candidates(place: &Place, cache: &Option<PathBuf>, wheels: &Wheels) -> V
     let folders = cache.iter().map(|folder| folder.join("nvidia/cu13/bin"));
     let folders = split_paths(&path).chain(folders);
     let folders = folders.chain(wheels.nvidia.iter().map(|folder| folder.join("cu13/bin")));
-    let folders = folders.chain([PathBuf::from("/usr/local/cuda/bin")]);
+    let folders = folders.chain([place.system.join("bin")]);
     let files = folders.map(|folder| folder.join("nvcc")).filter(|nvcc| nvcc.is_file());
     found.extend(files.map(|nvcc| (nvcc.display().to_string(), nvcc)));
     found

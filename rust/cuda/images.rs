@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 /// One unit of `cuda/` compiled for one architecture.
+#[derive(Debug)]
 pub(crate) struct Image {
     /// Path of the source below `cuda/`, without its ending: "plan/plan".
     pub(crate) unit: &'static str,
@@ -22,7 +23,9 @@ pub(crate) fn summary() -> String {
     let distinct = |names: Vec<&'static str>| names.into_iter().collect::<BTreeSet<_>>();
     let units = distinct(IMAGES.iter().map(|image| image.unit).collect()).len();
     let kernels = distinct(IMAGES.iter().flat_map(|image| image.kernels).copied().collect()).len();
-    let archs = Vec::from_iter(distinct(IMAGES.iter().map(|image| image.arch).collect())).join(" ");
+    let mut archs = Vec::from_iter(distinct(IMAGES.iter().map(|image| image.arch).collect()));
+    archs.sort_by_key(|arch| arch.len());
+    let archs = archs.join(" ");
     let kib = IMAGES.iter().map(|image| image.fatbin.len()).sum::<usize>() / 1024;
     format!("{kernels} kernels in {units} units for {archs}, {kib} KiB, nvcc {NVCC_VERSION}")
 }
