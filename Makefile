@@ -10,26 +10,44 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 SOVERSION := $(firstword $(subst ., ,$(VERSION)))
 TRACE ?=
 
-.PHONY: demo test test-rust test-cpp test-python differential sanitize lint format header install clean
+# off, auto, require (cuda/toolchain/mod.rs). GPU kernels where there is a GPU; elsewhere the quick build for the CPU,
+# even if a compiler is at hand.
+ifeq ($(COMPACTATTN_CUDA),)
+COMPACTATTN_CUDA := $(if $(wildcard /dev/nvidia0)$(shell command -v nvidia-smi 2>/dev/null),auto,off)
+endif
+export COMPACTATTN_CUDA
+
+.PHONY: demo test kernels toolkit test-rust test-cpp test-python differential sanitize lint format header install clean
 
 # The main job: chunked prefill over real tensors. TRACE=FILE runs another trace.
-demo:
+demo: toolkit
 	$(CARGO) build --release --locked --features cli
 	target/release/compactattn demo $(if $(TRACE),--trace "$(TRACE)")
 
 test: test-rust test-cpp test-python
 
+# The library with its GPU kernels, and what their machine code must hold; needs no GPU.
+kernels: export COMPACTATTN_CUDA = require
+kernels: toolkit
+	mkdir -p $(BUILD)
+	$(CARGO) build --release --locked --features cli --message-format=json-render-diagnostics > $(BUILD)/kernels.json
+	$(PYTHON) tests/gpu/check_sass.py $(BUILD)/kernels.json
+
+# A compiler for the kernels, where they are to be built and there is none. Under auto the CPU's build will do as well.
+toolkit:
+	@test "$$COMPACTATTN_CUDA" = off || cuda/toolkit.sh --if-missing >/dev/null || test "$$COMPACTATTN_CUDA" = auto
+
 # The bridge goes alone: under its feature the library exports C++ symbols that the C ABI's tests refuse.
-test-rust:
+test-rust: toolkit
 	$(CARGO) test --locked --features cli
 	$(CARGO) test --locked --features cxx --lib bridge
 
 # The installed package, as a stranger's CMake project sees it: shared, static, pkg-config.
-test-cpp: $(VENV)/ready
+test-cpp: $(VENV)/ready toolkit
 	$(MAKE) install PREFIX="$(STAGE)"
 	PATH="$(abspath $(VENV))/bin:$$PATH" tests/cpp/run.sh "$(STAGE)" "$(BUILD)/cpp"
 
-test-python: $(VENV)/ready
+test-python: $(VENV)/ready toolkit
 	$(VENV)/bin/pip install -q --no-deps --force-reinstall .
 	$(VENV)/bin/pytest -q tests/python
 

@@ -1,12 +1,35 @@
-//! Builds what cargo cannot: the shared library's SONAME, and the C++ side of the bridge (feature `cxx`).
+//! Builds what cargo cannot: the kernels (`cuda/toolchain`), the shared library's SONAME, and the C++ side of the bridge
+//! (feature `cxx`).
+
+#[path = "cuda/toolchain/mod.rs"]
+mod toolchain;
 
 use std::env;
+use std::path::PathBuf;
+use std::process::ExitCode;
 
-fn main() {
+fn main() -> ExitCode {
     println!("cargo:rerun-if-changed=build.rs");
     name_shared_library();
     #[cfg(feature = "cxx")]
     build_bridge();
+    match build_kernels() {
+        Ok(lines) => {
+            lines.iter().for_each(|line| println!("cargo:{line}"));
+            ExitCode::SUCCESS
+        }
+        Err(text) => {
+            eprintln!("{text}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn build_kernels() -> Result<Vec<String>, String> {
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set: cargo runs this")?);
+    let variable = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());
+    let (root, system) = (env!("CARGO_MANIFEST_DIR").as_ref(), "/usr/local/cuda".as_ref());
+    toolchain::build(&toolchain::Place { root, out: &out, system, env: &variable })
 }
 
 /// Without a SONAME a program records the path it was linked with, and an upgrade in place goes unnoticed.

@@ -46,7 +46,9 @@ pub unsafe extern "C" fn compactattn_build_info(buf: *mut c_char, cap: usize) ->
     let target = format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS);
     let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
     let version = env!("CARGO_PKG_VERSION");
-    let text = format!("compactattn {version}; abi {ABI_VERSION}; {target}; {profile}; cpu; no GPU kernels");
+    let kernels = crate::cuda::kernels();
+    let text =
+        format!("compactattn {version}; abi {ABI_VERSION}; {target}; {profile}; GPU kernels: {kernels}");
     // SAFETY: this function's contract.
     unsafe { copy_out(&text, buf, cap) }
 }

@@ -60,8 +60,8 @@ fn build() -> Value {
         "version": env!("CARGO_PKG_VERSION"),
         "profile": if cfg!(debug_assertions) { "debug" } else { "release" },
         "target": format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
-        "cxx_bridge": if cfg!(feature = "cxx") { "built" } else { host::GPU_KERNELS },
-        "gpu_kernels": host::GPU_KERNELS,
+        "cxx_bridge": if cfg!(feature = "cxx") { "built" } else { "not in this build" },
+        "gpu_kernels": compactattn::cuda::kernels(),
     })
 }
 
@@ -76,7 +76,7 @@ fn cuda() -> Value {
     json!({
         "kernel_module": version.unwrap_or_else(|| "not loaded".to_owned()),
         "libcuda.so.1": if driver_library() { "found" } else { "not found" },
-        "gpu_kernels": host::GPU_KERNELS,
+        "gpu_kernels": compactattn::cuda::kernels(),
     })
 }
 

@@ -1,6 +1,6 @@
 //! What this machine is, as far as it decides which code runs.
 
-use compactattn::Parallel;
+use compactattn::{Parallel, cuda};
 
 /// The instruction set the CPU path's inner loops were dispatched to.
 pub(crate) fn instruction_set() -> &'static str {
@@ -28,8 +28,5 @@ pub(crate) fn instruction_set() -> &'static str {
 pub(crate) fn path(parallel: Parallel) -> String {
     let threads = parallel.threads();
     let plural = if threads == 1 { "" } else { "s" };
-    format!("path: CPU, {threads} thread{plural}, {} (GPU kernels: {GPU_KERNELS})", instruction_set())
+    format!("path: CPU, {threads} thread{plural}, {} (GPU kernels: {})", instruction_set(), cuda::kernels())
 }
-
-/// Why no GPU runs.
-pub(crate) const GPU_KERNELS: &str = "not in this build";

@@ -1,17 +1,34 @@
-//! The kernel images of this build. None yet.
+//! The kernels this build holds, as `build.rs` made them (`cuda/toolchain`).
 
-/// One compiled unit for one architecture.
+use std::collections::BTreeSet;
+
+/// One unit of `cuda/` compiled for one architecture.
 #[derive(Debug)]
 pub(crate) struct Image {
-    /// The source it was made from.
+    /// Path of the source below `cuda/`, without its ending: "plan/plan".
     pub(crate) unit: &'static str,
-    /// What it runs on, as the compiler names it: `sm_90a`.
+    /// "sm_90a".
     pub(crate) arch: &'static str,
-    /// Entry points.
+    /// Names of its kernels.
     pub(crate) kernels: &'static [&'static str],
-    /// A fatbin or cubin.
+    /// For `cuLibraryLoadData`: one cubin, compressed, no PTX; 64-byte aligned.
     pub(crate) fatbin: &'static [u8],
 }
 
-/// Every unit for every architecture.
-pub(crate) static IMAGES: &[Image] = &[];
+/// One line on the kernels of this build: "none", or units, kernels, architectures and the compiler.
+pub(crate) fn summary() -> String {
+    if IMAGES.is_empty() {
+        return "none".to_owned();
+    }
+    let distinct = |names: Vec<&'static str>| names.into_iter().collect::<BTreeSet<_>>();
+    let units = distinct(IMAGES.iter().map(|image| image.unit).collect()).len();
+    let kernels = distinct(IMAGES.iter().flat_map(|image| image.kernels).copied().collect()).len();
+    let mut archs = Vec::from_iter(distinct(IMAGES.iter().map(|image| image.arch).collect()));
+    archs.sort_by_key(|arch| arch.len());
+    let archs = archs.join(" ");
+    let kib = IMAGES.iter().map(|image| image.fatbin.len()).sum::<usize>() / 1024;
+    format!("{kernels} kernels in {units} units for {archs}, {kib} KiB, nvcc {NVCC_VERSION}")
+}
+
+// IMAGES: &[Image], sorted by unit; NVCC_VERSION: &str, "13.0.88". Both empty in a build without kernels.
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));

@@ -41,11 +41,8 @@ pub fn probe(ordinal: usize) -> Result<()> {
     kernels::choose(device.properties(), images::IMAGES).map(drop)
 }
 
-/// Architectures this build holds kernels for, as the compiler names them: `sm_90a`. Empty without any.
+/// One line on the GPU kernels of this build: "none", or units, kernels, architectures and the compiler.
 #[must_use]
-pub fn architectures() -> Vec<&'static str> {
-    let mut archs: Vec<_> = images::IMAGES.iter().map(|image| image.arch).collect();
-    archs.sort_unstable();
-    archs.dedup();
-    archs
+pub fn kernels() -> String {
+    images::summary()
 }

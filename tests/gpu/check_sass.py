@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""Reads the machine code of a build's kernels: check_sass.py CARGO_MESSAGES (`make kernels`) or FOLDER of fatbins.
+
+Says whether every kernel is there for every architecture, made of the instructions it was written for. A kernel that
+compiles and is right can still have lost its tensor-core or copy instructions, or keep its tile in local memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
+DTYPES = ("bf16", "fp16")
+HEAD_DIMS = (64, 96, 128, 256)
+
+# By architecture; a build may have more.
+EVERYWHERE = {
+    "compactattn_plan_spans",
+    "compactattn_keep_rows",
+    "compactattn_union_table",
+    "compactattn_plan_work",
+    *(f"compactattn_attend_sm80_{dtype}_d{dim}" for dtype in DTYPES for dim in HEAD_DIMS),
+    *(f"compactattn_combine_{dtype}_d{dim}" for dtype in DTYPES for dim in HEAD_DIMS),
+}
+EXPECTED = {arch: set(EVERYWHERE) for arch in ARCHS}
+EXPECTED["sm_90a"] |= {f"compactattn_attend_sm90_{dtype}_d128" for dtype in DTYPES}
+
+# By the start of a kernel's name: tensor cores, then the copies that run beside them.
+WANTED = {
+    "compactattn_attend_sm90_": {"HGMMA", "UTMALDG"},
+    "compactattn_attend_sm80_": {"HMMA", "LDGSTS"},
+}
+# Stores to and loads from local memory: registers that did not suffice.
+LOCAL = {"STL", "LDL"}
+WITHOUT_LOCAL = "compactattn_attend_"
+
+# An instruction's line: address, predicate, opcode.
+OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+
+
+def main(arguments: list[str]) -> int:
+    """Prints one line for each fault; 0 without any."""
+    if len(arguments) != 1:
+        sys.exit(__doc__)
+    folder = kernels_folder(Path(arguments[0]))
+    faults: list[str] = []
+    found: dict[str, dict[str, set[str]]] = {arch: {} for arch in ARCHS}
+    for path in sorted(folder.glob("*.fatbin")):
+        arch = path.stem.rsplit(".", 1)[1]
+        listing = disassembled(path)
+        made_for = set(re.findall(r"^\s*arch = (\w+)", listing, re.MULTILINE))
+        if made_for != {arch} or "Fatbin ptx code" in listing:
+            faults.append(f"{path.name}: wanted machine code for {arch} alone, holds {sorted(made_for)}")
+        found.setdefault(arch, {}).update(opcodes(listing))
+    for arch, kernels in found.items():
+        faults += [f"{name} is missing for {arch}" for name in sorted(EXPECTED.get(arch, set()) - set(kernels))]
+        faults += [fault for name, used in kernels.items() for fault in faults_of(name, arch, used)]
+    # What runs on the oldest runs on all.
+    for arch in ARCHS:
+        lost = set(found["sm_80"]) - set(found[arch]) - EXPECTED[arch]
+        faults += [f"{name} is missing for {arch}" for name in sorted(lost)]
+    print("\n".join(faults) or f"{sum(map(len, found.values()))} kernels in order: {folder}")
+    return bool(faults)
+
+
+def kernels_folder(argument: Path) -> Path:
+    """A folder as it is; of cargo's messages the output folder of this library's build script."""
+    if argument.is_dir():
+        return argument
+    messages = [json.loads(line) for line in argument.read_text().splitlines() if line.startswith("{")]
+    ran = [m for m in messages if m["reason"] == "build-script-executed" and "compactattn" in m["package_id"]]
+    if not ran:
+        sys.exit(f"{argument}: no message of the build script of compactattn")
+    return Path(ran[-1]["out_dir"]) / "kernels"
+
+
+def disassembled(path: Path) -> str:
+    """What cuobjdump prints; it and nvdisasm lie beside nvcc or on PATH."""
+    nvcc = path.parent / "nvcc"
+    beside = [str(Path(nvcc.read_text()).parent)] if nvcc.exists() else []
+    search = os.pathsep.join([*beside, os.environ.get("PATH", "")])
+    tool = shutil.which("cuobjdump", path=search)
+    if tool is None:
+        sys.exit("cuobjdump is missing; cuda/toolkit.sh installs one")
+    return subprocess.check_output([tool, "-sass", str(path)], text=True, env={**os.environ, "PATH": search})
+
+
+def opcodes(listing: str) -> dict[str, set[str]]:
+    """Opcodes without their suffixes, by kernel."""
+    _, *parts = re.split(r"^\s*Function : ", listing, flags=re.MULTILINE)
+    return {part.split(None, 1)[0]: set(OPCODE.findall(part)) for part in parts}
+
+
+def faults_of(name: str, arch: str, used: set[str]) -> list[str]:
+    """What a kernel lacks or should not have."""
+    wanted = next((wanted for start, wanted in WANTED.items() if name.startswith(start)), set())
+    faults = [f"{name} for {arch} has no {opcode}" for opcode in sorted(wanted - used)]
+    if name.startswith(WITHOUT_LOCAL):
+        faults += [f"{name} for {arch} uses local memory: {opcode}" for opcode in sorted(LOCAL & used)]
+    return faults
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
