@@ -172,19 +172,24 @@ impl Layout {
     /// Most select spans a step can have.
     #[must_use]
     pub fn max_select_spans(&self) -> usize {
-        self.max_spans(self.select_span())
+        self.most_planned().1
     }
 
     /// Most list rows (span, list) a step can have.
     #[must_use]
     pub fn max_list_rows(&self) -> usize {
-        self.max_spans(self.settings.scope.query_span) * self.lists_per_span()
+        self.most_planned().0 * self.lists_per_span()
     }
 
-    fn max_spans(&self, span: usize) -> usize {
-        let Limits { max_num_reqs, max_total_q, .. } = self.limits;
-        let whole = max_num_reqs.min(max_total_q);
-        max_total_q.checked_div(span).unwrap_or(0) + whole
+    /// Most list spans and most select spans of a step with so many requests and query tokens.
+    #[must_use]
+    pub fn most_spans(&self, num_reqs: usize, total_q: usize) -> (usize, usize) {
+        let most = |span: usize| total_q.checked_div(span).unwrap_or(0) + num_reqs.min(total_q);
+        (most(self.settings.scope.query_span), most(self.select_span()))
+    }
+
+    fn most_planned(&self) -> (usize, usize) {
+        self.most_spans(self.limits.max_num_reqs, self.limits.max_total_q)
     }
 
     /// Blocks of the longest request: the stride of a row of scores.

@@ -25,7 +25,9 @@ pub struct PlanDesc {
     pub limits: Limits,
     /// One per layer; at least one.
     pub layers: Vec<Settings>,
-    /// KV splits of every list, 1..=64. Fixed by the plan, so a request's result does not depend on its neighbours.
+    /// KV splits of every list, at most 64, fixed by the plan so that a request's result does not depend on its neighbours
+    /// by one bit. 0 = the backend's choice: 1 on the CPU; on a GPU equal shares for all its processors, at the price of
+    /// last bits that depend on the batch (1 splits nothing there).
     pub splits: usize,
     /// Learned gates, one a layer, where a layer's selector is `attn_gate`.
     pub gate: Option<Gate>,
@@ -82,13 +84,13 @@ impl Plan {
         if desc.layers.is_empty() {
             return Err(Error::new(Status::Value, "num_layers", "at least 1", 0));
         }
-        if !(1..=64).contains(&desc.splits) {
-            return Err(Error::new(Status::Value, "num_splits", "1..=64", desc.splits));
+        if desc.splits > 64 {
+            return Err(Error::new(Status::Value, "num_splits", "0..=64", desc.splits));
         }
         let layout = |settings: &Settings| Layout::new(desc.shape, *settings, desc.limits);
         let layouts = desc.layers.iter().map(layout).collect::<Result<Vec<_>>>()?;
         let stats = layouts.iter().map(|_| LayerStats::default()).collect();
-        let plan = Self { layouts, splits: desc.splits, parallel, gate: desc.gate.clone(), stats };
+        let plan = Self { layouts, splits: desc.splits.max(1), parallel, gate: desc.gate.clone(), stats };
         for (layer, layout) in plan.layouts.iter().enumerate() {
             plan.gate(layer, layout)?;
         }
@@ -103,6 +105,12 @@ impl Plan {
     pub fn layout(&self, layer: usize) -> Result<&Layout> {
         let wanted = || format!("0..{}, the plan's layers", self.layouts.len());
         self.layouts.get(layer).ok_or_else(|| Error::new(Status::Value, "layer", wanted(), layer))
+    }
+
+    /// The layouts of all layers.
+    #[must_use]
+    pub fn layouts(&self) -> &[Layout] {
+        &self.layouts
     }
 
     /// Layers planned for.

@@ -31,6 +31,7 @@ pub(crate) struct LayerStats {
     forced: AtomicU64,
     guarded: AtomicU64,
     dense: AtomicU64,
+    refused: AtomicU64,
 }
 
 impl LayerStats {
@@ -44,6 +45,7 @@ impl LayerStats {
             (&self.forced, counts.forced),
             (&self.guarded, counts.guarded),
             (&self.dense, counts.dense),
+            (&self.refused, counts.refused),
         ] {
             // Each counter stands alone; a reader may see a call half added.
             total.fetch_add(more, Ordering::Relaxed);
@@ -62,6 +64,7 @@ impl LayerStats {
                 forced: get(&self.forced),
                 guarded: get(&self.guarded),
                 dense: get(&self.dense),
+                refused: get(&self.refused),
             },
         }
     }

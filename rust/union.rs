@@ -25,6 +25,8 @@ pub struct Counts {
     pub guarded: u64,
     /// Lists that were dense by policy, or because no span votes for them.
     pub dense: u64,
+    /// Requests that a GPU refused for a length or page out of range; the CPU refuses the whole step instead.
+    pub refused: u64,
 }
 
 /// Keeps blocks per row of scores: `scores [select spans, num_q_heads, max_blocks]` to bits `[.., mask_words]`.

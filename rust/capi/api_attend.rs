@@ -5,6 +5,7 @@ use std::ffi::c_void;
 use super::api_stages::read_lists;
 use super::batch::BatchViews;
 use super::compactattn_status;
+use super::device::{self, Place};
 use super::guard::guard;
 use super::handle;
 use super::objects::PlanObject;
@@ -80,10 +81,14 @@ unsafe fn forward_args(plan: &PlanObject, args: &compactattn_forward_args) -> Re
     let scratch = if step.batch.is_empty() {
         None
     } else {
-        Some(scratch(plan, &layout, args.workspace, args.workspace_bytes)?)
+        Some(scratch(plan, (args.layer, &layout), args.workspace, args.workspace_bytes)?)
     };
     let outputs: Vec<View> = results.views().into_iter().chain(scratch.map(|scratch| scratch.view)).collect();
     check_apart(&outputs, &step.views())?;
+    if let Some(cuda) = &plan.cuda {
+        let place = Place { layer: plan.layer(args.layer)?, layout: &layout, stream: args.stream, scratch };
+        return device::forward(cuda, &place, &step, &results);
+    }
     // SAFETY: this function's contract; outputs lie apart from it.
     let batch = unsafe { step.batch.open(plan, args.layer) }?;
     if let Some(external) = step.external {
@@ -101,10 +106,13 @@ unsafe fn forward_args(plan: &PlanObject, args: &compactattn_forward_args) -> Re
 }
 
 /// What forward reads.
-struct StepViews {
-    batch: BatchViews,
-    summaries: Option<SummaryViews>,
-    external: Option<SelectionViews>,
+pub(super) struct StepViews {
+    /// The step.
+    pub(super) batch: BatchViews,
+    /// Block means of the caller's.
+    pub(super) summaries: Option<SummaryViews>,
+    /// For selector external.
+    pub(super) external: Option<SelectionViews>,
 }
 
 impl StepViews {
@@ -165,11 +173,15 @@ unsafe fn attend_args(plan: &PlanObject, args: &compactattn_attend_args) -> Resu
     let scratch = if views.is_empty() {
         None
     } else {
-        Some(scratch(plan, layout, args.workspace, args.workspace_bytes)?)
+        Some(scratch(plan, (args.layer, layout), args.workspace, args.workspace_bytes)?)
     };
     let outputs: Vec<View> = results.views().into_iter().chain(scratch.map(|scratch| scratch.view)).collect();
     let read = correction.as_ref().map_or(Vec::new(), CorrectionViews::views);
     check_apart(&outputs, &[&views.views[..], &table.views, &read].concat())?;
+    if let Some(cuda) = &plan.cuda {
+        let place = Place { layer: plan.layer(args.layer)?, layout, stream: args.stream, scratch };
+        return device::attend(cuda, &place, &views, (&table, correction.is_some()), &results);
+    }
     // SAFETY: this function's contract; outputs lie apart from it.
     let batch = unsafe { views.open(plan, args.layer) }?;
     // SAFETY: as above.
@@ -232,14 +244,22 @@ impl CorrectionViews {
 
 /// A checked workspace, not yet touched.
 #[derive(Clone, Copy)]
-struct Scratch {
-    data: *mut u8,
+pub(super) struct Scratch {
+    /// Where it starts.
+    pub(super) data: *mut u8,
     bytes: usize,
-    view: View,
+    /// All of it, for overlap checks.
+    pub(super) view: View,
 }
 
-fn scratch(plan: &PlanObject, layout: &Layout, data: *mut c_void, bytes: i64) -> Result<Scratch> {
-    let needed = Sizes::of(layout, plan.plan.splits())?.workspace_bytes;
+/// A caller's workspace, if it will do.
+pub(super) fn scratch(
+    plan: &PlanObject,
+    (layer, layout): (i32, &Layout),
+    data: *mut c_void,
+    bytes: i64,
+) -> Result<Scratch> {
+    let needed = plan.workspace_bytes(plan.layer(layer)?, layout)?;
     let refuse = |got: String| {
         let wanted = format!("{needed} bytes aligned to {}", Sizes::ALIGNMENT);
         Err(Error::new(Status::Workspace, "args.workspace", wanted, got))

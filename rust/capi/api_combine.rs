@@ -38,6 +38,7 @@ pub unsafe extern "C" fn compactattn_combine(
 /// # Safety
 /// As [`compactattn_combine`], for what `args` points to.
 unsafe fn combine_args(plan: &PlanObject, args: &compactattn_combine_args) -> Result<()> {
+    plan.check_cpu("combine")?;
     plan.check_stream(args.stream)?;
     let shape = plan.layout(0)?.shape;
     let device = plan.context.device;

@@ -9,7 +9,6 @@ use super::handle::{self, Object};
 use super::objects::Context;
 use super::read::{check_pointer, input};
 use super::structs::{compactattn_context, compactattn_context_desc, compactattn_device_kind};
-use crate::cuda;
 use crate::error::{Error, Result, Status};
 
 /// Makes a context for one device. out_context is set only on COMPACTATTN_OK.
@@ -54,7 +53,7 @@ fn context(desc: &compactattn_context_desc) -> Result<Context> {
         Error::new(Status::Value, "desc.num_threads", wanted, desc.num_threads)
     })?;
     if desc.device_kind == compactattn_device_kind::COMPACTATTN_DEVICE_CUDA as i32 {
-        cuda::probe(ordinal)?;
+        return Context::cuda(ordinal);
     }
     if desc.device_kind != compactattn_device_kind::COMPACTATTN_DEVICE_CPU as i32 {
         let wanted = "1 (CPU) or 2 (CUDA)";

@@ -20,6 +20,7 @@ pub unsafe extern "C" fn compactattn_table_export_padded(
     padded: *const compactattn_padded,
 ) -> compactattn_status {
     on_plan(plan, layer, |plan, layout| {
+        plan.check_cpu("table_export_padded")?;
         // SAFETY: this function's contract.
         let out = unsafe { Rows::padded(plan, padded) }?;
         // SAFETY: this function's contract.
@@ -43,6 +44,7 @@ pub unsafe extern "C" fn compactattn_table_export_csr(
     out_entries: *mut i64,
 ) -> compactattn_status {
     on_plan(plan, layer, |plan, layout| {
+        plan.check_cpu("table_export_csr")?;
         // SAFETY: this function's contract.
         let out = unsafe { Rows::csr(plan, csr) }?;
         // SAFETY: this function's contract.

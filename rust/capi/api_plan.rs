@@ -13,7 +13,6 @@ use super::structs::{compactattn_context, compactattn_plan, compactattn_plan_des
 use super::structs_step::{compactattn_sizes, compactattn_stats};
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
-use crate::run::Plan;
 use crate::stats::Stats;
 use crate::summaries;
 use crate::workspace::Sizes;
@@ -140,7 +139,7 @@ pub unsafe extern "C" fn compactattn_plan_stats(
             -1 => 0..plan.plan.num_layers(),
             _ => plan.layer(layer).map(|layer| layer..layer + 1)?,
         };
-        let each = layers.map(|layer| plan.plan.stats(layer)).collect::<Result<Vec<_>>>()?;
+        let each = layers.map(|layer| plan.stats(layer)).collect::<Result<Vec<_>>>()?;
         // SAFETY: this function's contract; `room` comes from it.
         unsafe { output(out, room, &stats(&each)) };
         Ok(())
@@ -154,18 +153,18 @@ unsafe fn make(context: Arc<Context>, desc: *const compactattn_plan_desc) -> Res
     let desc = unsafe { input("desc", desc) }?;
     // SAFETY: this function's contract.
     let desc = unsafe { settings::plan_desc(&desc) }?;
-    let plan = Plan::new(&desc, context.parallel)?;
-    to_i64(plan.workspace_bytes()?)?;
-    Ok(PlanObject::new(context, plan))
+    let plan = PlanObject::new(context, &desc)?;
+    to_i64(plan.most_workspace_bytes()?)?;
+    Ok(plan)
 }
 
 fn sizes(plan: &PlanObject, layer: i32, own: Option<&compactattn_settings>) -> Result<compactattn_sizes> {
     let planned = plan.layout(layer)?;
     let (layout, bytes) = match own {
-        None => (*planned, plan.plan.workspace_bytes()?),
+        None => (*planned, plan.most_workspace_bytes()?),
         Some(own) => {
             let layout = Layout::new(planned.shape, settings::from_c(own)?, planned.limits)?;
-            (layout, Sizes::of(&layout, plan.plan.splits())?.workspace_bytes)
+            (layout, plan.workspace_bytes(plan.layer(layer)?, &layout)?)
         }
     };
     Ok(compactattn_sizes {
@@ -209,6 +208,7 @@ fn stats(each: &[Stats]) -> compactattn_stats {
         forced: sum(|s| s.counts.forced),
         guarded: sum(|s| s.counts.guarded),
         dense: sum(|s| s.counts.dense),
+        refused: sum(|s| s.counts.refused),
     }
 }
 

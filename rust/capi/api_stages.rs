@@ -3,6 +3,7 @@
 use super::batch::BatchViews;
 use super::check::check;
 use super::compactattn_status;
+use super::device::{self, Place};
 use super::guard::guard;
 use super::handle;
 use super::objects::PlanObject;
@@ -44,6 +45,10 @@ pub unsafe extern "C" fn compactattn_summaries_update(
         // SAFETY: this function's contract.
         let summaries = unsafe { SummaryViews::read(plan, layout, views.num_pages, summaries) }?;
         check_apart(&summaries.views(), &views.views)?;
+        if let Some(cuda) = &plan.cuda {
+            let place = Place { layer: plan.layer(layer)?, layout, stream: views.place.0, scratch: None };
+            return device::update_summaries(cuda, &place, &views, which, &summaries);
+        }
         // SAFETY: this function's contract; the summaries lie apart.
         let batch = unsafe { views.open(plan, layer) }?;
         // SAFETY: as above; k_mean and v_mean are apart, and f32.
@@ -83,6 +88,10 @@ pub unsafe extern "C" fn compactattn_select(
         let scores = out.scores.ok_or_else(|| Error::new(Status::Null, "out.scores", "a tensor", "none"))?;
         let read = summaries.map_or(Vec::new(), |summaries| summaries.views());
         check_apart(&out.views(), &[&views.views[..], &read].concat())?;
+        if let Some(cuda) = &plan.cuda {
+            let place = Place::of_stage(plan, layer, layout, &views)?;
+            return device::select(cuda, &place, &views, (summaries.as_ref(), &out));
+        }
         // SAFETY: this function's contract; outputs lie apart.
         let batch = unsafe { views.open(plan, layer) }?;
         out.check_rows(layout, &batch)?;
@@ -103,7 +112,8 @@ pub unsafe extern "C" fn compactattn_select(
 
 /// Unites scores or masks (one of them, not both) into lists [list rows or more, mask_words] u32, contiguous.
 ///
-/// out_rows, if not NULL, becomes the list rows of this batch.
+/// out_rows, if not NULL, becomes the list rows of this batch; on CUDA, where lengths are on the device, the most that
+/// such a batch can have, and rows after its own are left as they are.
 ///
 /// # Safety
 /// As compactattn_summaries_update. lists: NULL, or readable. out_rows: NULL, or writable.
@@ -126,6 +136,12 @@ pub unsafe extern "C" fn compactattn_union(
         // SAFETY: this function's contract.
         let lists = unsafe { read_lists(plan, layout, lists) }?;
         check_apart(&[lists], &[&views.views[..], &from.views()].concat())?;
+        if let Some(cuda) = &plan.cuda {
+            let place = Place::of_stage(plan, layer, layout, &views)?;
+            let rows = device::unite(cuda, &place, &views, &from, &lists)?;
+            // SAFETY: this function's contract.
+            return unsafe { write_count(out_rows, rows) };
+        }
         // SAFETY: this function's contract; the lists lie apart.
         let batch = unsafe { views.open(plan, layer) }?;
         from.check_rows(layout, &batch)?;
@@ -155,6 +171,15 @@ pub unsafe extern "C" fn compactattn_table_build(
     on_plan(plan, layer, |plan, layout| {
         // SAFETY: this function's contract.
         let out = unsafe { Rows::table(plan, layout, table) }?;
+        if let Some(cuda) = &plan.cuda {
+            // SAFETY: this function's contract.
+            let views = unsafe { BatchViews::read(plan, layout, batch) }?;
+            // SAFETY: this function's contract.
+            let lists = unsafe { read_lists(plan, layout, lists) }?;
+            check_apart(&out.views, &[&views.views[..], &[lists]].concat())?;
+            let place = Place::of_stage(plan, layer, layout, &views)?;
+            return device::table(cuda, &place, &views, &lists, &out);
+        }
         // SAFETY: this function's contract.
         let (batch, lists) = unsafe { open_lists(plan, layer, batch, lists, &out) }?;
         out.check_rows(list_rows(layout, &batch))?;

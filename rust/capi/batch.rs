@@ -1,5 +1,7 @@
 //! `compactattn_batch` to views, and, once all views are known to be apart, to slices.
 
+use std::ffi::c_void;
+
 use super::check::check;
 use super::objects::PlanObject;
 use super::read::input;
@@ -21,6 +23,8 @@ pub(super) struct BatchViews {
     pub(super) total_q: usize,
     /// Pages of the pool.
     pub(super) num_pages: usize,
+    /// For stages called by themselves on a GPU: stream, workspace and its bytes.
+    pub(super) place: (*mut c_void, *mut c_void, i64),
 }
 
 impl BatchViews {
@@ -49,7 +53,8 @@ impl BatchViews {
         let block_table = check(&c.block_table, &ints("batch.block_table", dims))?;
         check_box_ids(layout, k.shape[0])?;
         let views = [q, k, v, cu_seqlens_q, seq_lens, block_table];
-        Ok(Self { views, total_q: q.shape[0], num_pages: k.shape[0] })
+        let place = (c.stream, c.workspace, c.workspace_bytes);
+        Ok(Self { views, total_q: q.shape[0], num_pages: k.shape[0], place })
     }
 
     /// Whether there is nothing to compute.

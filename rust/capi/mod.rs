@@ -14,6 +14,7 @@ mod api_settings;
 mod api_stages;
 mod batch;
 mod check;
+mod device;
 mod guard;
 mod handle;
 mod merge;

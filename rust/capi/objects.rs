@@ -6,10 +6,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::structs::compactattn_device_kind;
 use super::tensor::Device;
+use crate::cuda;
 use crate::error::{Error, Result, Status};
 use crate::parallel::Parallel;
 use crate::plan::Layout;
-use crate::run::Plan;
+use crate::run::{Plan, PlanDesc};
+use crate::stats::Stats;
+use crate::workspace::Sizes;
 
 /// One device.
 #[derive(Debug)]
@@ -18,13 +21,23 @@ pub(super) struct Context {
     pub(super) device: Device,
     /// Threads of a call.
     pub(super) parallel: Parallel,
+    /// The GPU, where it is one.
+    pub(super) cuda: Option<Arc<cuda::Context>>,
 }
 
 impl Context {
     /// The CPU with that many threads; 0 = all cores.
     pub(super) fn cpu(threads: usize) -> Self {
         let device = Device { kind: compactattn_device_kind::COMPACTATTN_DEVICE_CPU as i32, ordinal: 0 };
-        Self { device, parallel: Parallel::new(threads) }
+        Self { device, parallel: Parallel::new(threads), cuda: None }
+    }
+
+    /// A GPU with all its kernels loaded.
+    pub(super) fn cuda(ordinal: usize) -> Result<Self> {
+        let cuda = Arc::new(cuda::Context::open(ordinal)?);
+        let kind = compactattn_device_kind::COMPACTATTN_DEVICE_CUDA as i32;
+        let device = Device { kind, ordinal: i32::try_from(ordinal).unwrap_or(i32::MAX) };
+        Ok(Self { device, parallel: Parallel::new(1), cuda: Some(cuda) })
     }
 }
 
@@ -35,13 +48,39 @@ pub(super) struct PlanObject {
     pub(super) context: Arc<Context>,
     /// The plan.
     pub(super) plan: Plan,
+    /// Its device side on a GPU.
+    pub(super) cuda: Option<cuda::Plan>,
     poisoned: AtomicBool,
 }
 
 impl PlanObject {
-    /// A plan on `context`.
-    pub(super) fn new(context: Arc<Context>, plan: Plan) -> Self {
-        Self { context, plan, poisoned: AtomicBool::new(false) }
+    /// What `desc` asks for, on `context`.
+    pub(super) fn new(context: Arc<Context>, desc: &PlanDesc) -> Result<Self> {
+        let plan = Plan::new(desc, context.parallel)?;
+        let on_gpu = |gpu: &Arc<cuda::Context>| cuda::Plan::new(gpu.clone(), &plan, desc.splits);
+        let cuda = context.cuda.as_ref().map(on_gpu).transpose()?;
+        Ok(Self { context, plan, cuda, poisoned: AtomicBool::new(false) })
+    }
+
+    /// Bytes of workspace that a call of layer `layer` under `layout` needs.
+    pub(super) fn workspace_bytes(&self, layer: usize, layout: &Layout) -> Result<usize> {
+        match &self.cuda {
+            Some(cuda) => cuda.workspace_bytes(layer, layout),
+            None => Sizes::of(layout, self.plan.splits()).map(|sizes| sizes.workspace_bytes),
+        }
+    }
+
+    /// Bytes of workspace that a call under any of the plan's own settings needs.
+    pub(super) fn most_workspace_bytes(&self) -> Result<usize> {
+        let layers =
+            (0..self.plan.num_layers()).map(|layer| self.workspace_bytes(layer, self.plan.layout(layer)?));
+        layers.collect::<Result<Vec<_>>>().map(|bytes| bytes.into_iter().max().unwrap_or(0))
+    }
+
+    /// What a layer has selected so far.
+    pub(super) fn stats(&self, layer: usize) -> Result<Stats> {
+        let on_cpu = self.plan.stats(layer)?;
+        Ok(self.cuda.as_ref().map_or(on_cpu, |cuda| cuda.stats(layer)))
     }
 
     /// Runs `body`, unless an earlier one panicked: what it left in the caller's memory is unknown.
@@ -68,9 +107,17 @@ impl PlanObject {
         found.ok_or_else(|| Error::new(Status::Value, "layer", wanted(), layer))
     }
 
-    /// Refuses a stream where there can be none.
+    /// Refuses what runs on the CPU only.
+    pub(super) fn check_cpu(&self, function: &str) -> Result<()> {
+        if self.cuda.is_none() {
+            return Ok(());
+        }
+        Err(Error::new(Status::Unsupported, function, "a CPU context", "a CUDA context"))
+    }
+
+    /// Refuses a stream where there can be none; a GPU's plan checks its streams itself.
     pub(super) fn check_stream(&self, stream: *mut std::ffi::c_void) -> Result<()> {
-        if stream.is_null() {
+        if stream.is_null() || self.cuda.is_some() {
             return Ok(());
         }
         Err(Error::new(Status::Stream, "args.stream", "NULL on a CPU context", "a stream"))
@@ -83,7 +130,6 @@ mod tests {
     use crate::capi::guard::guard;
     use crate::capi::status::compactattn_status;
     use crate::plan::Limits;
-    use crate::run::PlanDesc;
     use crate::settings::{Selector, Settings};
     use crate::types::{Dtype, Shape};
 
@@ -101,7 +147,7 @@ mod tests {
         let desc =
             PlanDesc { shape, limits, layers: vec![Settings::of(Selector::Dense)], splits: 1, gate: None };
         let context = Arc::new(Context::cpu(1));
-        let plan = PlanObject::new(context.clone(), Plan::new(&desc, context.parallel).unwrap());
+        let plan = PlanObject::new(context, &desc).unwrap();
         assert_eq!(guard(|| plan.run(|_| Ok(()))), compactattn_status::COMPACTATTN_OK);
         assert_eq!(guard(|| plan.run(|_| panic!("on purpose"))), compactattn_status::COMPACTATTN_E_PANIC);
         assert_eq!(guard(|| plan.run(|_| Ok(()))), compactattn_status::COMPACTATTN_E_PANIC);

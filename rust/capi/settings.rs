@@ -111,7 +111,7 @@ pub(super) unsafe fn plan_desc(desc: &compactattn_plan_desc) -> Result<PlanDesc>
     };
     // SAFETY: this function's contract.
     let layers = unsafe { layers(desc) }?;
-    let splits = count("desc.num_splits", desc.num_splits)?.max(1);
+    let splits = count("desc.num_splits", desc.num_splits)?;
     let shape = shape(desc)?;
     shape.check()?;
     // SAFETY: this function's contract.

@@ -251,7 +251,8 @@ pub struct compactattn_plan_desc {
     pub rope_inv_freq_len: i32,
     /// 1 = rotary pairs are neighbours (2i, 2i+1); 0 = halves (i, i + head_dim/2).
     pub rope_interleaved: i32,
-    /// KV splits of every list, 1..64; 0 = 1.
+    /// KV splits of every list, 1..64 (CUDA: 1, nothing is split); 0 = 1 on the CPU, and on CUDA equal shares for all
+    /// processors, with which the last bits of a result may depend on the rest of the batch.
     pub num_splits: i32,
     /// Tokens of a sliding window; 0 = none. None is offered: other values are E_UNSUPPORTED.
     pub sliding_window: i32,

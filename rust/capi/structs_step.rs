@@ -27,6 +27,13 @@ pub struct compactattn_batch {
     pub seq_lens: compactattn_tensor,
     /// [num_reqs, width] int32 page ids; entries after a row's ceil(seq_len / page_size) are never read.
     pub block_table: compactattn_tensor,
+    /// CUDA: the stream of a stage called by itself (forward and attend take theirs from their arguments). NULL on a
+    /// CPU context.
+    pub stream: *mut c_void,
+    /// CUDA: workspace of select, union and table_build, as in compactattn_forward_args. Ignored on a CPU context.
+    pub workspace: *mut c_void,
+    /// Bytes of workspace.
+    pub workspace_bytes: i64,
 }
 
 /// Mean key (and value) of every whole block, kept by the caller beside the pool.
@@ -241,11 +248,13 @@ pub struct compactattn_stats {
     pub guarded: i64,
     /// Lists that were dense by policy.
     pub dense: i64,
+    /// CUDA: requests left out for a length or page id out of range, found on the device: out 0, lse -inf.
+    pub refused: i64,
 }
 
 const _: () = {
     use std::mem::offset_of;
-    assert!(size_of::<compactattn_batch>() == 584 && offset_of!(compactattn_batch, block_table) == 488);
+    assert!(size_of::<compactattn_batch>() == 608 && offset_of!(compactattn_batch, block_table) == 488);
     assert!(size_of::<compactattn_summaries>() == 200 && size_of::<compactattn_selection>() == 200);
     assert!(size_of::<compactattn_table>() == 296 && size_of::<compactattn_padded>() == 296);
     assert!(size_of::<compactattn_csr>() == 296 && size_of::<compactattn_combine_args>() == 592);
@@ -253,5 +262,5 @@ const _: () = {
     assert!(
         size_of::<compactattn_attend_args>() == 256 && offset_of!(compactattn_attend_args, stream) == 248
     );
-    assert!(size_of::<compactattn_sizes>() == 104 && size_of::<compactattn_stats>() == 64);
+    assert!(size_of::<compactattn_sizes>() == 104 && size_of::<compactattn_stats>() == 72);
 };

@@ -12,7 +12,7 @@ use crate::error::{Error, Result, Status};
 
 /// GPU memory that is freed with this; its contents are undefined until written.
 #[derive(Debug)]
-pub(crate) struct DeviceBuffer {
+pub struct DeviceBuffer {
     device: Arc<Device>,
     address: Address,
     len_bytes: usize,
@@ -35,12 +35,14 @@ impl DeviceBuffer {
     }
 
     /// Where it starts, for kernels.
-    pub(crate) fn address(&self) -> Address {
+    #[must_use]
+    pub fn address(&self) -> Address {
         self.address
     }
 
     /// Its size.
-    pub(crate) fn len_bytes(&self) -> usize {
+    #[must_use]
+    pub fn len_bytes(&self) -> usize {
         self.len_bytes
     }
 
@@ -48,7 +50,7 @@ impl DeviceBuffer {
     ///
     /// # Errors
     /// [`Status::Internal`] if it does not fit; those of the driver.
-    pub(crate) fn upload<T: NoUninit>(&mut self, offset_bytes: usize, from: &[T]) -> Result<()> {
+    pub fn upload<T: NoUninit>(&mut self, offset_bytes: usize, from: &[T]) -> Result<()> {
         let from: &[u8] = bytemuck::cast_slice(from);
         let Some(at) = self.place(offset_bytes, from.len())? else { return Ok(()) };
         let _entered = self.device.enter()?;
@@ -62,11 +64,7 @@ impl DeviceBuffer {
     ///
     /// # Errors
     /// As [`DeviceBuffer::upload`].
-    pub(crate) fn download<T: NoUninit + AnyBitPattern>(
-        &self,
-        offset_bytes: usize,
-        into: &mut [T],
-    ) -> Result<()> {
+    pub fn download<T: NoUninit + AnyBitPattern>(&self, offset_bytes: usize, into: &mut [T]) -> Result<()> {
         let into: &mut [u8] = bytemuck::cast_slice_mut(into);
         let Some(at) = self.place(offset_bytes, into.len())? else { return Ok(()) };
         let _entered = self.device.enter()?;

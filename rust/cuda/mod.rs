@@ -1,31 +1,39 @@
-//! The GPU side: the driver, found at run time, and what the stages need of it.
+//! The GPU: the stages of [`crate::run`] as launches on the caller's stream.
 //!
-//! | file | holds |
-//! |---|---|
-//! | symbols, driver | the driver's functions, loaded once; codes to statuses |
-//! | device | one GPU through its primary context |
-//! | images, kernels | the kernels of this build, loaded at creation and launched by name |
-//! | stream, memory, `tensor_map` | the caller's streams and addresses; memory of a plan; maps for the copy engine |
+//! ```text
+//! driver (libcuda, loaded at run time) ─► device ─► kernels (embedded images) ─► context
+//! batch + layout ─► step (launch parameters) + scratch (workspace) ─► plan: select, attend ─► launches
+//! ```
 //!
-//! Nothing links against CUDA: a machine without a driver loads this library and gets [`Status::NoDriver`].
+//! A call puts a handful of kernels on the stream and returns: no host sync, no allocation, nothing loaded, lengths
+//! read on the device, so it can be captured into a CUDA graph and replayed with other lengths. Nothing links against
+//! CUDA: a machine without a driver loads this library and gets [`Status::NoDriver`](crate::Status::NoDriver).
 
-#[cfg_attr(not(test), allow(dead_code, reason = "for the stages"))]
+mod attend;
+mod batch;
+mod context;
 mod device;
-#[cfg_attr(not(test), allow(dead_code, reason = "for the stages"))]
 mod driver;
 #[cfg(test)]
 mod fake;
+mod gate;
 mod images;
-#[cfg_attr(not(test), allow(dead_code, reason = "for the stages"))]
 mod kernels;
-#[cfg_attr(not(test), allow(dead_code, reason = "for the stages"))]
 mod memory;
-#[cfg_attr(not(test), allow(dead_code, reason = "for the stages"))]
+mod params;
+mod plan;
+mod scratch;
+mod select;
+mod step;
 mod stream;
-#[cfg_attr(not(test), allow(dead_code, reason = "for the stages"))]
 mod symbols;
-#[cfg_attr(not(test), allow(dead_code, reason = "for the stages"))]
 mod tensor_map;
+
+pub use attend::DeviceOutput;
+pub use batch::{DeviceBatch, DevicePool, DeviceTokens};
+pub use context::Context;
+pub use memory::DeviceBuffer;
+pub use plan::{Call, DeviceTable, External, Plan};
 
 use crate::error::Result;
 #[cfg(doc)]

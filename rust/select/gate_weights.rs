@@ -133,6 +133,31 @@ impl GateLayer {
         Err(Error::new(Status::Shape, "gate", wanted, format!("one for {:?}", self.made_for)))
     }
 
+    /// `[k_heads, 3 * head_dim, gate_dim]`.
+    pub(crate) fn k_weights(&self) -> &[f32] {
+        &self.k.data
+    }
+
+    /// Heads of the key projection.
+    pub(crate) fn k_heads(&self) -> usize {
+        self.k.heads
+    }
+
+    /// The query projection, where there is one: `[heads, inputs, gate_dim]`.
+    pub(crate) fn q_weights(&self) -> Option<&[f32]> {
+        self.q.as_ref().map(|q| &q.data[..])
+    }
+
+    /// Whether that reads the means of a whole group.
+    pub(crate) fn is_by_group(&self) -> bool {
+        self.by_group
+    }
+
+    /// How vectors are rotated.
+    pub(crate) fn rope(&self) -> &Rope {
+        &self.rope
+    }
+
     /// Length of the vectors whose product is a score.
     #[must_use]
     pub fn gate_dim(&self) -> usize {

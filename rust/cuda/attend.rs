@@ -1,0 +1,199 @@
+//! attend and combine: which kernel serves a shape, and how it is launched.
+
+use super::batch::{DeviceBatch, DeviceTokens, int32};
+use super::context::Context;
+use super::kernels::{Arg, Grid};
+use super::params::{self, AttendParams, TILE_ROWS};
+use super::scratch::Scratch;
+use super::step::log2;
+use super::stream::Stream;
+use super::tensor_map::{self, TensorMap};
+use crate::error::{Error, Result, Status};
+use crate::plan::Layout;
+use crate::types::Dtype;
+
+/// Results in device memory.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceOutput {
+    /// `[total_q, num_q_heads, head_dim]`.
+    pub out: DeviceTokens,
+    /// `[num_q_heads, total_q]` f32; 0 = none.
+    pub lse: u64,
+    /// From a head of `lse` to the next.
+    pub lse_stride_head: usize,
+    /// From a token of `lse` to the next.
+    pub lse_stride_token: usize,
+}
+
+/// One attend kernel and its combine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Kernel {
+    /// As exported by its image.
+    pub(crate) name: &'static str,
+    /// Its combine.
+    pub(crate) combine: &'static str,
+    threads: u32,
+    shared_bytes: u32,
+    ctas_per_sm: usize,
+    /// Takes three tensor maps before its parameters.
+    copies_by_maps: bool,
+}
+
+impl Kernel {
+    /// The best kernel that this context has for the layout.
+    ///
+    /// # Errors
+    /// [`Status::Unsupported`] for a dtype without one.
+    pub(crate) fn choose(context: &Context, layout: &Layout) -> Result<Self> {
+        let key = (layout.shape.dtype, layout.shape.head_dim);
+        let found = KERNELS.iter().find(|(dtype, head_dim, kernel)| {
+            let fits = !kernel.copies_by_maps || layout.geometry.box_tokens() >= MIN_MAP_TOKENS;
+            (*dtype, *head_dim) == key && fits && context.kernels().has(kernel.name)
+        });
+        found.map(|(_, _, kernel)| *kernel).ok_or_else(|| {
+            let got = format!("{} with head_dim {}", key.0.name(), key.1);
+            Error::new(Status::Unsupported, "dtype on CUDA", "bf16 or f16", got)
+        })
+    }
+
+    /// CTAs of a launch: as many as the device holds at once.
+    pub(crate) fn num_ctas(&self, context: &Context) -> usize {
+        (context.num_sms() * self.ctas_per_sm).min(MAX_CTAS)
+    }
+
+    /// Launches attend over the lists in `scratch`, and combine.
+    ///
+    /// # Errors
+    /// Those of the driver.
+    pub(crate) fn launch(&self, context: &Context, stream: Stream, call: &Call) -> Result<()> {
+        let params = call.params();
+        let num_ctas = call.scratch.stages.num_ctas.cast_unsigned();
+        let grid = Grid { blocks: [num_ctas, 1, 1], threads: self.threads, shared_bytes: self.shared_bytes };
+        if self.copies_by_maps {
+            let maps = call.maps(context)?;
+            let args = [Arg::of(&maps[0]), Arg::of(&maps[1]), Arg::of(&maps[2]), Arg::of(&params)];
+            context.kernels().launch(stream, self.name, grid, &args)?;
+        } else {
+            context.kernels().launch(stream, self.name, grid, &[Arg::of(&params)])?;
+        }
+        let grid = Grid { blocks: [num_ctas - 1, 16, 1], threads: 256, shared_bytes: 0 };
+        context.kernels().launch(stream, self.combine, grid, &[Arg::of(&params)])
+    }
+}
+
+/// What one attend reads and writes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Call<'a> {
+    /// How the layer cuts the step.
+    pub(crate) layout: &'a Layout,
+    /// Queries and pools.
+    pub(crate) batch: &'a DeviceBatch,
+    /// Lists, items, cuts, room for pieces.
+    pub(crate) scratch: &'a Scratch,
+    /// Results.
+    pub(crate) output: &'a DeviceOutput,
+}
+
+impl Call<'_> {
+    fn params(&self) -> AttendParams {
+        let (stages, geometry) = (&self.scratch.stages, &self.layout.geometry);
+        let stride = |x: usize| i64::try_from(x).unwrap_or(i64::MAX);
+        AttendParams {
+            work: params::Work {
+                items: stages.items,
+                // The third number of `Counters`.
+                num_items: stages.counters + 8,
+                boxes: stages.boxes,
+                counts: stages.counts,
+                stream_lens: stages.stream_lens,
+                cuts: stages.cuts,
+                num_ctas: stages.num_ctas,
+                max_boxes: int32(self.layout.max_boxes()),
+                heads_per_list: int32(self.layout.heads_per_list()),
+                reserved: 0,
+            },
+            results: params::Results {
+                out: self.output.out.address,
+                lse: self.output.lse,
+                partial_out: self.scratch.partials.out,
+                partial_lse: self.scratch.partials.lse,
+                out_token_stride: stride(self.output.out.stride_token),
+                out_head_stride: stride(self.output.out.stride_head),
+                lse_token_stride: stride(self.output.lse_stride_token),
+                lse_head_stride: stride(self.output.lse_stride_head),
+            },
+            batch: self.batch.params(),
+            log2_box_tokens: log2(geometry.box_tokens()),
+            log2_boxes_per_page: log2(geometry.boxes_per_page()),
+            sm_scale: self.layout.shape.sm_scale,
+            reserved: 0,
+        }
+    }
+
+    /// Maps of q, k and v as cuda/attend/sm90/kernel.cuh wants them.
+    fn maps(&self, context: &Context) -> Result<[TensorMap; 3]> {
+        let shape = &self.layout.shape;
+        let (heads, columns) = (self.layout.heads_per_list(), shape.head_dim / MAP_COLUMNS);
+        let encode = |address: u64, dims: &[Dim]| {
+            let sizes: Vec<u64> = dims.iter().map(|dim| dim.size as u64).collect();
+            // Dimensions of one entry have no stride of their own; any legal one will do.
+            let strides: Vec<u64> = dims[1..].iter().map(|dim| (dim.stride * 2).max(16) as u64).collect();
+            let boxes: Vec<u32> = dims.iter().map(|dim| dim.tile).collect();
+            tensor_map::encode(context.device().driver(), shape.dtype, address, &sizes, &strides, &boxes)
+        };
+        let tile = |x: usize| u32::try_from(x).unwrap_or(u32::MAX);
+        let inner = Dim { size: MAP_COLUMNS, stride: 1, tile: tile(MAP_COLUMNS) };
+        let column = Dim { size: columns, stride: MAP_COLUMNS, tile: 1 };
+        let q = self.batch.q;
+        let q = encode(
+            q.address,
+            &[
+                inner,
+                Dim { size: shape.num_q_heads, stride: q.stride_head, tile: tile(heads) },
+                Dim { size: self.batch.total_q, stride: q.stride_token, tile: tile(TILE_ROWS / heads) },
+                column,
+            ],
+        )?;
+        let rows = tile(self.layout.geometry.box_tokens().min(MAP_TOKENS));
+        let pool = |pool: &super::batch::DevicePool| {
+            encode(
+                pool.address,
+                &[
+                    inner,
+                    Dim { size: shape.page_size, stride: pool.stride_token, tile: rows },
+                    column,
+                    Dim { size: shape.num_kv_heads, stride: pool.stride_head, tile: 1 },
+                    Dim { size: self.batch.num_pages, stride: pool.stride_page, tile: 1 },
+                ],
+            )
+        };
+        Ok([q, pool(&self.batch.k)?, pool(&self.batch.v)?])
+    }
+}
+
+/// One dimension of a tensor map; strides in elements.
+#[derive(Clone, Copy, Debug)]
+struct Dim {
+    size: usize,
+    stride: usize,
+    tile: u32,
+}
+
+/// The widest swizzle in 16-bit elements.
+const MAP_COLUMNS: usize = 64;
+/// Tokens of a tile: a longer box is copied in parts.
+const MAP_TOKENS: usize = 128;
+/// An atom of the swizzle.
+const MIN_MAP_TOKENS: usize = 8;
+/// What cuda/plan/work.cu cuts for.
+const MAX_CTAS: usize = 1024;
+
+/// Every attend kernel, the best first for each (dtype, head_dim).
+static KERNELS: &[(Dtype, usize, Kernel)] = &[
+    (Dtype::Bf16, 128, sm90("compactattn_attend_sm90_bf16_d128", "compactattn_combine_bf16_d128")),
+    (Dtype::F16, 128, sm90("compactattn_attend_sm90_fp16_d128", "compactattn_combine_fp16_d128")),
+];
+
+const fn sm90(name: &'static str, combine: &'static str) -> Kernel {
+    Kernel { name, combine, threads: 384, shared_bytes: 232_448, ctas_per_sm: 1, copies_by_maps: true }
+}

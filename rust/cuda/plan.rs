@@ -1,0 +1,386 @@
+//! A plan on a GPU: the stages of one step in order, on the caller's stream, without a host sync or an allocation.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::attend::{self, DeviceOutput, Kernel};
+use super::batch::{DeviceBatch, int32};
+use super::context::Context;
+use super::gate::DeviceGate;
+use super::kernels::{Arg, Grid};
+use super::memory::{DeviceBuffer, MappedHost};
+use super::params::{self, COUNTERS_BYTES, STATS_WORDS};
+use super::scratch::Scratch;
+use super::select::{self, Scoring};
+use super::step;
+use super::stream::{Stream, memset_u32};
+use crate::error::{Error, Result, Status};
+use crate::plan::Layout;
+use crate::run;
+use crate::settings::Selector;
+use crate::stats::Stats;
+use crate::summaries::Which;
+use crate::union::Counts;
+
+/// What the device side of a plan owns: counters of what its layers selected.
+#[derive(Debug)]
+pub struct Plan {
+    context: Arc<Context>,
+    /// `[layers]` `Stats`, added to by every call.
+    stats: DeviceBuffer,
+    /// A copy that the host can read while the GPU works.
+    mirror: MappedHost,
+    /// Weights of selector `attn_gate`, by layer.
+    gates: Vec<Option<DeviceGate>>,
+    /// Cuts fall between items only.
+    whole_items: bool,
+}
+
+/// The caller's verdict for selector `external`, in device memory.
+#[derive(Clone, Copy, Debug)]
+pub enum External {
+    /// f32 `[select spans, num_q_heads, max_blocks]`.
+    Scores(u64),
+    /// u32 `[select spans, num_q_heads, mask_words]`.
+    Masks(u64),
+}
+
+/// One call: what it works on and where.
+#[derive(Clone, Copy, Debug)]
+pub struct Call<'a> {
+    /// The layer, which picks statistics.
+    pub layer: usize,
+    /// The layer's layout, or that of the call's own settings.
+    pub layout: &'a Layout,
+    /// The step.
+    pub batch: &'a DeviceBatch,
+    /// Mean keys; 0 = none.
+    pub k_mean: u64,
+    /// For selector `external`.
+    pub external: Option<External>,
+    /// [`Plan::workspace_bytes`] bytes, aligned.
+    pub workspace: u64,
+    /// Where everything runs, in order.
+    pub stream: *mut c_void,
+}
+
+impl Plan {
+    /// The device side of `plan`; `splits` is that of its description (0 = equal shares for all CTAs, 1 = whole items).
+    ///
+    /// # Errors
+    /// [`Status::Unsupported`] naming what CUDA does not offer, [`Status::OutOfMemory`], or the driver's.
+    pub fn new(context: Arc<Context>, plan: &run::Plan, splits: usize) -> Result<Self> {
+        if splits > 1 {
+            let wanted = "0 (equal shares) or 1 (lists are never split) on CUDA";
+            return Err(Error::new(Status::Unsupported, "num_splits", wanted, splits));
+        }
+        let layers = plan.layouts();
+        layers.iter().try_for_each(|layout| check_layer(&context, layout))?;
+        let gate = |(layer, layout)| {
+            plan.gate(layer, layout)?.map(|gate| DeviceGate::new(&context, gate)).transpose()
+        };
+        let gates = layers.iter().enumerate().map(gate).collect::<Result<Vec<_>>>()?;
+        let words = layers.len() * STATS_WORDS;
+        let mut stats = DeviceBuffer::new(context.device(), words * 8)?;
+        stats.upload(0, &vec![0_u64; words])?;
+        let mirror = MappedHost::new(context.device(), words * 2)?;
+        Ok(Self { context, stats, mirror, gates, whole_items: splits == 1 })
+    }
+
+    /// The context it lives on.
+    pub fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    /// What the largest step of layer `layer` under `layout`, its own or that of a call's settings, needs.
+    ///
+    /// # Errors
+    /// [`Status::Overflow`], [`Status::Unsupported`].
+    pub fn workspace_bytes(&self, layer: usize, layout: &Layout) -> Result<usize> {
+        check_layer(&self.context, layout)?;
+        self.scratch(0, layer, layout).map(|(_, scratch)| scratch.bytes)
+    }
+
+    fn scratch(&self, address: u64, layer: usize, layout: &Layout) -> Result<(Kernel, Scratch)> {
+        let kernel = Kernel::choose(&self.context, layout)?;
+        let gate_len = self.gate(layer).map_or(0, DeviceGate::len);
+        let cells = select::scratch_len(layout, gate_len)?;
+        Ok((kernel, Scratch::at(address, layout, kernel.num_ctas(&self.context), cells)?))
+    }
+
+    fn gate(&self, layer: usize) -> Option<&DeviceGate> {
+        self.gates.get(layer).and_then(Option::as_ref)
+    }
+
+    /// What a layer has selected in the calls that the GPU has finished.
+    pub fn stats(&self, layer: usize) -> Stats {
+        let half = |i: usize| u64::from(self.mirror.words()[i].load(Ordering::Relaxed));
+        let word =
+            |i: usize| half(2 * (layer * STATS_WORDS + i)) | half(2 * (layer * STATS_WORDS + i) + 1) << 32;
+        Stats {
+            calls: word(0),
+            counts: Counts {
+                lists: word(1),
+                candidates: word(2),
+                selected: word(3),
+                forced: word(4),
+                guarded: word(5),
+                dense: word(6),
+                refused: word(7),
+            },
+        }
+    }
+
+    /// batch → plan → select → union → table → plan → attend → combine.
+    ///
+    /// # Errors
+    /// [`Status::Null`] for summaries that the selector needs, or the driver's.
+    ///
+    /// # Safety
+    /// Each address in `call` and `output` is memory of this GPU with the extent its field says, results apart from
+    /// one another and from what is read; `call.stream` is one of this GPU's. All of it stays alive until the stream
+    /// has passed the call.
+    pub unsafe fn forward(&self, call: &Call, output: &DeviceOutput) -> Result<()> {
+        // SAFETY: this function's contract.
+        let run = unsafe { self.begin(call) }?;
+        run.plan_spans()?;
+        if !matches!(call.external, Some(External::Masks(_))) {
+            run.select()?;
+            run.keep_rows()?;
+        }
+        run.union_table()?;
+        run.attend(output)
+    }
+
+    /// Scores (and masks, unless their address is 0) into the caller's buffers.
+    ///
+    /// # Errors
+    /// As [`Plan::forward`].
+    ///
+    /// # Safety
+    /// As [`Plan::forward`].
+    pub unsafe fn select(&self, call: &Call, scores: u64, masks: u64) -> Result<()> {
+        // SAFETY: this function's contract.
+        let mut run = unsafe { self.begin(call) }?;
+        run.step.stages.scores = scores;
+        run.plan_spans()?;
+        run.select()?;
+        if masks != 0 {
+            run.step.stages.masks = masks;
+            run.step.settings.keep_at_rows = 1;
+            run.keep_rows()?;
+        }
+        Ok(())
+    }
+
+    /// The external scores or masks of `call` to lists.
+    ///
+    /// # Errors
+    /// As [`Plan::forward`].
+    ///
+    /// # Safety
+    /// As [`Plan::forward`].
+    pub unsafe fn unite(&self, call: &Call, lists: u64) -> Result<()> {
+        // SAFETY: this function's contract.
+        let mut run = unsafe { self.begin(call) }?;
+        run.step.stages.lists = lists;
+        run.plan_spans()?;
+        if matches!(call.external, Some(External::Scores(_))) {
+            run.keep_rows()?;
+        }
+        run.union_table()
+    }
+
+    /// Lists to boxes.
+    ///
+    /// # Errors
+    /// As [`Plan::forward`].
+    ///
+    /// # Safety
+    /// As [`Plan::forward`].
+    pub unsafe fn table(&self, call: &Call, lists: u64, table: &DeviceTable) -> Result<()> {
+        // SAFETY: this function's contract.
+        let mut run = unsafe { self.begin(call) }?;
+        run.step.stages.lists = lists;
+        run.give(table);
+        run.plan_spans()?;
+        run.table()
+    }
+
+    /// attend and combine over the caller's table.
+    ///
+    /// # Errors
+    /// As [`Plan::forward`].
+    ///
+    /// # Safety
+    /// As [`Plan::forward`].
+    pub unsafe fn attend(&self, call: &Call, table: &DeviceTable, output: &DeviceOutput) -> Result<()> {
+        // SAFETY: this function's contract.
+        let mut run = unsafe { self.begin(call) }?;
+        run.give(table);
+        run.plan_spans()?;
+        run.attend(output)
+    }
+
+    /// Block means of the blocks that the step completes, or of all; `v_mean` 0 = none.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Safety
+    /// As [`Plan::forward`].
+    pub unsafe fn update_summaries(
+        &self,
+        call: &Call,
+        which: Which,
+        (k_mean, v_mean): (u64, u64),
+    ) -> Result<()> {
+        // SAFETY: this function's contract.
+        let stream = unsafe { self.context.stream(call.stream) }?;
+        let entered = self.context.enter()?;
+        let step = step::step(call.layout, call.batch, &Scratch::at(0, call.layout, 1, 0)?);
+        select::update_summaries(
+            &self.context,
+            stream,
+            &step,
+            (which, k_mean, v_mean),
+            call.layout.shape.dtype,
+        )?;
+        drop(entered);
+        Ok(())
+    }
+
+    unsafe fn begin<'a>(&'a self, call: &'a Call<'a>) -> Result<Run<'a>> {
+        let (kernel, scratch) = self.scratch(call.workspace, call.layer, call.layout)?;
+        let mut step = step::step(call.layout, call.batch, &scratch);
+        let stats = (call.layer * STATS_WORDS * 8) as u64;
+        step.stages.k_mean = call.k_mean;
+        step.stages.stats = self.stats.address() + stats;
+        step.stages.stats_mirror = self.mirror.address() + stats;
+        step.stages.whole_items = i32::from(self.whole_items);
+        match call.external {
+            Some(External::Scores(scores)) => step.stages.scores = scores,
+            Some(External::Masks(masks)) => step.stages.masks = masks,
+            None => {}
+        }
+        // SAFETY: the caller's promise (`Plan::forward`).
+        let stream = unsafe { self.context.stream(call.stream) }?;
+        let entered = self.context.enter()?;
+        Ok(Run { plan: self, call, kernel, scratch, step, stream, _entered: entered })
+    }
+}
+
+/// Lists of boxes in device memory, laid out as [`crate::table::Table`].
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceTable {
+    /// `[rows]` i32.
+    pub counts: u64,
+    /// `[rows]` i32.
+    pub stream_lens: u64,
+    /// `[rows, max_boxes]` i32.
+    pub boxes: u64,
+}
+
+/// The stages of one call.
+struct Run<'a> {
+    plan: &'a Plan,
+    call: &'a Call<'a>,
+    kernel: Kernel,
+    scratch: Scratch,
+    step: params::Step,
+    stream: Stream,
+    _entered: super::device::Entered<'a>,
+}
+
+impl Run<'_> {
+    fn give(&mut self, table: &DeviceTable) {
+        let stages = &mut self.step.stages;
+        (stages.counts, stages.stream_lens, stages.boxes) = (table.counts, table.stream_lens, table.boxes);
+    }
+
+    fn launch(&self, name: &'static str, grid: Grid) -> Result<()> {
+        self.plan.context.kernels().launch(self.stream, name, grid, &[Arg::of(&self.step)])
+    }
+
+    fn plan_spans(&self) -> Result<()> {
+        let context = &self.plan.context;
+        // SAFETY: the counters are the first bytes of the workspace (`Scratch::at`), the caller's promise.
+        unsafe {
+            memset_u32(context.device(), self.stream, self.step.stages.counters, 0, COUNTERS_BYTES / 4)
+        }?;
+        let blocks = self.call.batch.num_reqs.max(1);
+        self.launch("compactattn_plan_spans", grid(blocks, 256, 0))
+    }
+
+    fn select(&self) -> Result<()> {
+        let Call { layout, layer, .. } = *self.call;
+        let context = &*self.plan.context;
+        Scoring { context, stream: self.stream, layout, step: &self.step, gate: self.plan.gate(layer) }.run()
+    }
+
+    fn keep_rows(&self) -> Result<()> {
+        if self.step.settings.keep_at_rows == 0 {
+            return Ok(());
+        }
+        let blocks = self.step.stages.max_select_spans * self.step.layout.num_q_heads;
+        self.launch("compactattn_keep_rows", grid_i(blocks, 256, select::keep_bytes(&self.step)))
+    }
+
+    fn union_table(&self) -> Result<()> {
+        let lists = self.step.layout.num_kv_heads * self.step.layout.lists_per_kv_head;
+        let blocks = self.step.stages.max_list_spans * lists;
+        let from_masks = matches!(self.call.external, Some(External::Masks(_)));
+        let masks = i32::from(from_masks || self.step.settings.keep_at_rows == 1);
+        let grid = grid_i(blocks, 256, select::keep_bytes(&self.step));
+        let args = [Arg::of(&self.step), Arg::of(&masks)];
+        self.plan.context.kernels().launch(self.stream, "compactattn_union_table", grid, &args)
+    }
+
+    fn table(&self) -> Result<()> {
+        let lists = self.step.layout.num_kv_heads * self.step.layout.lists_per_kv_head;
+        let blocks = self.step.stages.max_list_spans * lists;
+        self.launch("compactattn_table", grid_i(blocks, 256, select::keep_bytes(&self.step)))
+    }
+
+    fn attend(&self, output: &DeviceOutput) -> Result<()> {
+        self.launch("compactattn_plan_work", grid(1, 1024, 0))?;
+        let scratch = Scratch { stages: self.step.stages, ..self.scratch };
+        let call =
+            attend::Call { layout: self.call.layout, batch: self.call.batch, scratch: &scratch, output };
+        self.kernel.launch(&self.plan.context, self.stream, &call)
+    }
+}
+
+fn grid(blocks: usize, threads: u32, shared_bytes: u32) -> Grid {
+    grid_i(int32(blocks), threads, shared_bytes)
+}
+
+fn grid_i(blocks: i32, threads: u32, shared_bytes: u32) -> Grid {
+    Grid { blocks: [blocks.cast_unsigned(), 1, 1], threads, shared_bytes }
+}
+
+/// What CUDA does not offer, by name.
+fn check_layer(context: &Context, layout: &Layout) -> Result<()> {
+    let settings = &layout.settings;
+    if layout.limits.max_num_reqs > MAX_REQS {
+        let got = layout.limits.max_num_reqs;
+        return Err(Error::new(
+            Status::Unsupported,
+            "max_num_reqs",
+            format!("at most {MAX_REQS} on CUDA"),
+            got,
+        ));
+    }
+    if settings.mean_correction {
+        return Err(Error::new(Status::Unsupported, "mean_correction", "0 on CUDA", 1));
+    }
+    if settings.selector == Selector::Quoka {
+        let wanted = "another selector on CUDA";
+        return Err(Error::new(Status::Unsupported, "selector", wanted, settings.selector.name()));
+    }
+    Kernel::choose(context, layout).map(drop)
+}
+
+/// What one grid of `compactattn_plan_spans` can take.
+const MAX_REQS: usize = 1024;

@@ -1,0 +1,140 @@
+//! A call's workspace on the device, cut into the stage buffers.
+
+use super::batch::int32;
+use super::params::{COUNTERS_BYTES, CUT_BYTES, ITEM_BYTES, REQUEST_BYTES, SPAN_BYTES, Stages, TILE_ROWS};
+use crate::error::{Error, Result, Status};
+use crate::plan::Layout;
+use crate::settings::{KeepAt, Selector};
+use crate::workspace::Sizes;
+
+/// Where attend leaves the pieces of cut items.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Partials {
+    /// `[2 * num_ctas, TILE_ROWS, head_dim]` f32.
+    pub(crate) out: u64,
+    /// `[2 * num_ctas, TILE_ROWS]` f32.
+    pub(crate) lse: u64,
+}
+
+/// Buffers of the largest step of one layer, from one address up.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Scratch {
+    /// Addresses and capacities.
+    pub(crate) stages: Stages,
+    /// See [`Partials`].
+    pub(crate) partials: Partials,
+    /// All of it.
+    pub(crate) bytes: usize,
+}
+
+impl Scratch {
+    /// Cuts the memory at `address`; with address 0 only the sizes mean anything. `cells`: [`super::select::scratch_len`].
+    ///
+    /// # Errors
+    /// [`Status::Overflow`].
+    pub(crate) fn at(address: u64, layout: &Layout, num_ctas: usize, cells: usize) -> Result<Self> {
+        let mut cursor = Cursor { address, bytes: 0 };
+        let heads = layout.shape.num_q_heads;
+        let (spans, selects) = (layout.max_list_rows() / layout.lists_per_span(), layout.max_select_spans());
+        let rows = layout.max_list_rows();
+        let by_rows = layout.settings.keep_at == KeepAt::Row;
+        let items = max_items(layout);
+        let mut stages = Stages {
+            counters: cursor.take(&[COUNTERS_BYTES])?,
+            requests: cursor.take(&[layout.limits.max_num_reqs, REQUEST_BYTES])?,
+            list_spans: cursor.take(&[spans, SPAN_BYTES])?,
+            select_spans: cursor.take(&[selects, SPAN_BYTES])?,
+            ..Stages::default()
+        };
+        if scores(layout.settings.selector) {
+            stages.scores = cursor.take(&[selects, heads, layout.max_blocks(), 4])?;
+        }
+        stages.cells = cursor.take(&[cells, 4])?;
+        if by_rows {
+            stages.masks = cursor.take(&[selects, heads, layout.mask_words(), 4])?;
+        }
+        stages.lists = cursor.take(&[rows, layout.mask_words(), 4])?;
+        stages.counts = cursor.take(&[rows, 4])?;
+        stages.stream_lens = cursor.take(&[rows, 4])?;
+        stages.boxes = cursor.take(&[rows, layout.max_boxes(), 4])?;
+        stages.items = cursor.take(&[items, ITEM_BYTES])?;
+        stages.cuts = cursor.take(&[num_ctas + 1, CUT_BYTES])?;
+        stages.costs = cursor.take(&[items + 1, 4])?;
+        let partials = Partials {
+            out: cursor.take(&[2 * num_ctas, TILE_ROWS, layout.shape.head_dim, 4])?,
+            lse: cursor.take(&[2 * num_ctas, TILE_ROWS, 4])?,
+        };
+        (stages.max_list_spans, stages.max_select_spans) = (int32(spans), int32(selects));
+        (stages.max_items, stages.num_ctas) = (int32(items), int32(num_ctas));
+        Ok(Self { stages, partials, bytes: cursor.bytes })
+    }
+}
+
+/// Whether the selector fills scores of ours.
+fn scores(selector: Selector) -> bool {
+    !matches!(selector, Selector::Dense | Selector::External)
+}
+
+/// Query tiles of the largest step, over all lists.
+fn max_items(layout: &Layout) -> usize {
+    let tokens = TILE_ROWS / layout.heads_per_list();
+    let spans = layout.max_list_rows() / layout.lists_per_span();
+    (layout.limits.max_total_q / tokens + spans) * layout.lists_per_span()
+}
+
+struct Cursor {
+    address: u64,
+    bytes: usize,
+}
+
+impl Cursor {
+    /// The address of the next buffer, aligned; `factors` multiply to its bytes.
+    fn take(&mut self, factors: &[usize]) -> Result<u64> {
+        let overflow = || Error::new(Status::Overflow, "limits", "buffers within 63 bits", "more");
+        let bytes = factors.iter().try_fold(1_usize, |all, &x| all.checked_mul(x)).ok_or_else(overflow)?;
+        let start = self.bytes;
+        let end = start.checked_add(bytes).and_then(|end| end.checked_next_multiple_of(Sizes::ALIGNMENT));
+        self.bytes = end.filter(|&end| i64::try_from(end).is_ok()).ok_or_else(overflow)?;
+        Ok(self.address.wrapping_add(start as u64))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::Limits;
+    use crate::settings::Settings;
+    use crate::types::{Dtype, Shape};
+
+    fn layout(selector: Selector, limits: Limits) -> Layout {
+        let shape = Shape {
+            num_q_heads: 32,
+            num_kv_heads: 8,
+            head_dim: 128,
+            page_size: 16,
+            dtype: Dtype::Bf16,
+            sm_scale: 0.088,
+        };
+        Layout::new(shape, Settings::of(selector), limits).unwrap()
+    }
+
+    #[test]
+    fn buffers_are_aligned_apart_and_grow_with_every_limit() {
+        let limits = Limits { max_num_reqs: 4, max_total_q: 1024, max_kv_len: 8192 };
+        for selector in [Selector::Dense, Selector::FlashPrefill, Selector::SampledExact] {
+            let small = Scratch::at(0, &layout(selector, limits), 132, 1000).unwrap();
+            let s = small.stages;
+            let ends =
+                [s.requests, s.list_spans, s.select_spans, s.lists, s.counts, s.boxes, s.items, s.cuts];
+            assert!(ends.windows(2).all(|w| w[0] < w[1] && w[1] % 256 == 0), "{ends:?}");
+            assert!(small.partials.lse + 2 * 132 * 128 * 4 <= small.bytes as u64);
+            for more in [
+                Limits { max_num_reqs: 64, ..limits },
+                Limits { max_total_q: 2048, ..limits },
+                Limits { max_kv_len: 16384, ..limits },
+            ] {
+                assert!(small.bytes < Scratch::at(0, &layout(selector, more), 132, 1000).unwrap().bytes);
+            }
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! select on the GPU: which kernels score for a selector, in what order, over which grids, with how much scratch.
+
+use super::context::Context;
+use super::gate::DeviceGate;
+use super::kernels::{Arg, Grid};
+use super::params::{Step, TILE_ROWS};
+use super::stream::Stream;
+use crate::error::{Error, Result, Status};
+use crate::plan::Layout;
+use crate::settings::Selector;
+use crate::summaries::Which;
+use crate::types::Dtype;
+
+/// 4-byte elements of scratch that select and union need for the largest step; `gate_len` is
+/// [`DeviceGate::len`] of the layer's gate.
+///
+/// # Errors
+/// [`Status::Overflow`].
+pub(crate) fn scratch_len(layout: &Layout, gate_len: usize) -> Result<usize> {
+    let selects = layout.max_select_spans();
+    let (heads, kv_heads, blocks) =
+        (layout.shape.num_q_heads, layout.shape.num_kv_heads, layout.max_blocks());
+    let scoring = match layout.settings.selector {
+        Selector::SampledExact | Selector::Oracle | Selector::PooledMass => {
+            product(&[selects, kv_heads, TILE_ROWS, blocks])?
+        }
+        Selector::TwoLevel => product(&[selects, kv_heads, TILE_ROWS * blocks + layout.mask_words()])?,
+        Selector::FlashPrefill => product(&[selects, heads, 4 * blocks.div_ceil(128)])?,
+        Selector::XAttention => {
+            let stride = layout.settings.xattention_stride;
+            let groups = layout.select_span().div_ceil(stride);
+            let cells = (layout.geometry.block_size / stride / 128).max(1);
+            product(&[selects, heads, groups, blocks, cells])?
+        }
+        Selector::AttnGate => product(&[layout.limits.max_num_reqs, blocks, gate_len])?,
+        _ => 0,
+    };
+    // union merges rows too long for shared memory here, once select is done with it.
+    let merging = if blocks > UNION_SHARED_BLOCKS { product(&[layout.max_list_rows(), blocks])? } else { 0 };
+    Ok(scoring.max(merging))
+}
+
+/// Dynamic shared memory of the kernels that keep: a row of bits, and a row of scores where it fits.
+pub(crate) fn keep_bytes(step: &Step) -> u32 {
+    let blocks = step.layout.max_blocks.cast_unsigned();
+    let row = if blocks as usize <= UNION_SHARED_BLOCKS { blocks } else { 0 };
+    4 * (step.layout.mask_words.cast_unsigned() + row)
+}
+
+/// One scoring of a step.
+pub(crate) struct Scoring<'a> {
+    pub(crate) context: &'a Context,
+    pub(crate) stream: Stream,
+    pub(crate) layout: &'a Layout,
+    pub(crate) step: &'a Step,
+    pub(crate) gate: Option<&'a DeviceGate>,
+}
+
+impl Scoring<'_> {
+    /// Scores every past block of the spans that are not dense.
+    ///
+    /// # Errors
+    /// The driver's; [`Status::Null`] for selector `attn_gate` without a gate.
+    pub(crate) fn run(&self) -> Result<()> {
+        match self.layout.settings.selector {
+            Selector::SampledExact | Selector::Oracle => self.by_tiles(|tile| {
+                self.cells_read(tile, READ)?;
+                self.mass(tile, "compactattn_cells_mass")
+            }),
+            Selector::PooledMass => self.pooled_mass(),
+            Selector::TwoLevel => self.two_level(),
+            Selector::FlashPrefill => self.flashprefill(),
+            Selector::XAttention => self.xattention(),
+            Selector::AttnGate => self.attn_gate(),
+            Selector::Streaming => {
+                let args = [Arg::of(self.step), Arg::of(&0.0_f32)];
+                self.launch("compactattn_fill_scores", self.by_row(256, 0), &args)
+            }
+            // Dense spans need no scores, external ones are the caller's, and quoka is refused with the plan.
+            Selector::Dense | Selector::External | Selector::Quoka => Ok(()),
+        }
+    }
+
+    fn pooled_mass(&self) -> Result<()> {
+        self.by_tiles(|tile| {
+            self.cells_pool(tile)?;
+            self.mass(tile, "compactattn_cells_mass")
+        })
+    }
+
+    fn two_level(&self) -> Result<()> {
+        self.pooled_mass()?;
+        let blocks = [self.kv_heads(), self.selects(), 1];
+        let grid = Grid { blocks, threads: 1024, shared_bytes: 0 };
+        self.launch("compactattn_two_level_candidates", grid, &[Arg::of(self.step)])?;
+        self.by_tiles(|tile| {
+            self.cells_pool(tile)?;
+            self.cells_read(tile, READ_CANDIDATES)?;
+            self.mass(tile, "compactattn_two_level_mass")
+        })
+    }
+
+    fn flashprefill(&self) -> Result<()> {
+        let blocks = [self.selects(), self.kv_heads(), self.blocks().div_ceil(128)];
+        let grid = Grid { blocks, threads: 128, shared_bytes: 384 * (2 * self.head_dim() + 16) };
+        let name = self.of_dtype("compactattn_flashprefill_bf16", "compactattn_flashprefill_fp16");
+        self.launch(name, grid, &[Arg::of(self.step)])?;
+        self.launch("compactattn_flashprefill_relate", self.by_row(256, 0), &[Arg::of(self.step)])
+    }
+
+    fn xattention(&self) -> Result<()> {
+        let groups = self
+            .step
+            .layout
+            .max_kv_len
+            .cast_unsigned()
+            .div_ceil(self.step.settings.xattention_stride.cast_unsigned());
+        let blocks = [self.selects(), groups.div_ceil(128), self.kv_heads()];
+        let grid = Grid { blocks, threads: 256, shared_bytes: 81920 };
+        let args = [Arg::of(self.step)];
+        self.launch(
+            self.of_dtype("compactattn_xattention_bf16", "compactattn_xattention_fp16"),
+            grid,
+            &args,
+        )?;
+        let mass = self.of_dtype("compactattn_xattention_mass_bf16", "compactattn_xattention_mass_fp16");
+        self.launch(mass, self.by_row(256, 0), &args)
+    }
+
+    fn attn_gate(&self) -> Result<()> {
+        let missing = || Error::new(Status::Null, "gate", "the layer's gate, for selector attn_gate", "none");
+        let gate = self.gate.ok_or_else(missing)?;
+        let params = gate.params();
+        let args = [Arg::of(self.step), Arg::of(&params)];
+        let blocks = [self.blocks().div_ceil(16), self.kv_heads(), self.selects()];
+        let grid = Grid { blocks, threads: 256, shared_bytes: 192 * self.head_dim() };
+        let keys = self.of_dtype("compactattn_attn_gate_keys_bf16", "compactattn_attn_gate_keys_fp16");
+        self.launch(keys, grid, &args)?;
+        let vectors = if params.by_group == 1 { self.step.layout.group_size.cast_unsigned() } else { 1 };
+        let bytes = 4 * (vectors + 3) * self.head_dim() + 8 * params.gate_dim.cast_unsigned();
+        let name = self.of_dtype("compactattn_attn_gate_bf16", "compactattn_attn_gate_fp16");
+        self.launch(name, self.by_row(256, bytes), &args)
+    }
+
+    /// Exact cells of one tile of sampled rows.
+    fn cells_read(&self, tile: i32, names: [&'static str; 2]) -> Result<()> {
+        let per_sm = u32::try_from(3 * self.context.num_sms()).unwrap_or(u32::MAX);
+        self.cells(self.of_dtype(names[0], names[1]), per_sm.div_ceil(self.kv_heads()), tile)
+    }
+
+    /// Cells of one tile by mean keys.
+    fn cells_pool(&self, tile: i32) -> Result<()> {
+        let tails = self.longest_span().div_ceil(256) + 1;
+        let tails = u32::try_from(tails).unwrap_or(u32::MAX);
+        let name = self.of_dtype("compactattn_cells_pool_bf16", "compactattn_cells_pool_fp16");
+        self.cells(name, self.blocks().div_ceil(64) + tails, tile)
+    }
+
+    fn cells(&self, name: &'static str, width: u32, tile: i32) -> Result<()> {
+        let blocks = [width, self.kv_heads(), self.selects()];
+        let grid = Grid { blocks, threads: 128, shared_bytes: 256 * (2 * self.head_dim() + 16) };
+        self.launch(name, grid, &[Arg::of(self.step), Arg::of(&tile)])
+    }
+
+    /// Scores of one tile's cells, added to those of the tiles before it.
+    fn mass(&self, tile: i32, name: &'static str) -> Result<()> {
+        let blocks = [self.step.layout.num_q_heads.cast_unsigned(), self.selects(), 1];
+        let grid = Grid { blocks, threads: 512, shared_bytes: 0 };
+        self.launch(name, grid, &[Arg::of(self.step), Arg::of(&tile)])
+    }
+
+    /// Runs `body` for each tile of sampled rows that a span can have.
+    fn by_tiles(&self, body: impl Fn(i32) -> Result<()>) -> Result<()> {
+        let longest = self.longest_span();
+        let samples = match self.step.settings.sample_rows {
+            0 => longest,
+            n => longest.min(n.unsigned_abs() as usize),
+        };
+        let per_tile = (TILE_ROWS / self.layout.shape.group_size()).max(1);
+        (0..super::batch::int32(samples.div_ceil(per_tile))).try_for_each(body)
+    }
+
+    fn longest_span(&self) -> usize {
+        let total_q = self.step.batch.total_q.unsigned_abs() as usize;
+        match self.layout.select_span() {
+            0 => total_q,
+            span => span.min(total_q),
+        }
+    }
+
+    /// One CTA for each row of scores.
+    fn by_row(&self, threads: u32, shared_bytes: u32) -> Grid {
+        let blocks = [self.selects(), self.step.layout.num_q_heads.cast_unsigned(), 1];
+        Grid { blocks, threads, shared_bytes }
+    }
+
+    fn launch(&self, name: &'static str, grid: Grid, args: &[Arg]) -> Result<()> {
+        self.context.kernels().launch(self.stream, name, grid, args)
+    }
+
+    fn of_dtype(&self, bf16: &'static str, fp16: &'static str) -> &'static str {
+        if self.layout.shape.dtype == Dtype::Bf16 { bf16 } else { fp16 }
+    }
+
+    fn selects(&self) -> u32 {
+        self.step.stages.max_select_spans.cast_unsigned()
+    }
+
+    fn kv_heads(&self) -> u32 {
+        self.step.layout.num_kv_heads.cast_unsigned()
+    }
+
+    fn blocks(&self) -> u32 {
+        self.step.layout.max_blocks.cast_unsigned()
+    }
+
+    fn head_dim(&self) -> u32 {
+        self.step.layout.head_dim.cast_unsigned()
+    }
+}
+
+/// Means of the blocks that a step completes, or of all whole blocks; `v_mean` 0 = none.
+///
+/// # Errors
+/// The driver's.
+pub(crate) fn update_summaries(
+    context: &Context,
+    stream: Stream,
+    step: &Step,
+    (which, k_mean, v_mean): (Which, u64, u64),
+    dtype: Dtype,
+) -> Result<()> {
+    let kv_heads = step.layout.num_kv_heads.cast_unsigned();
+    let completed = (step.batch.total_q >> step.layout.log2_block_tokens) + step.batch.num_reqs;
+    let width = match which {
+        Which::Completed => completed.cast_unsigned(),
+        // CTAs share the blocks evenly, whatever their number.
+        Which::All => u32::try_from(8 * context.num_sms()).unwrap_or(u32::MAX).div_ceil(kv_heads),
+    };
+    let name = if dtype == Dtype::Bf16 { "compactattn_summaries_bf16" } else { "compactattn_summaries_fp16" };
+    let grid = Grid { blocks: [width, kv_heads, 1], threads: 128, shared_bytes: 0 };
+    let all = i32::from(which == Which::All);
+    let args = [Arg::of(step), Arg::of(&k_mean), Arg::of(&v_mean), Arg::of(&all)];
+    context.kernels().launch(stream, name, grid, &args)
+}
+
+fn product(factors: &[usize]) -> Result<usize> {
+    let all = factors.iter().try_fold(1_usize, |all, &x| all.checked_mul(x));
+    all.ok_or_else(|| Error::new(Status::Overflow, "limits", "buffers within 63 bits", "more"))
+}
+
+const READ: [&str; 2] = ["compactattn_cells_read_bf16", "compactattn_cells_read_fp16"];
+const READ_CANDIDATES: [&str; 2] =
+    ["compactattn_cells_read_candidates_bf16", "compactattn_cells_read_candidates_fp16"];
+/// kSharedRowBlocks of cuda/union/rows.cuh.
+const UNION_SHARED_BLOCKS: usize = 8192;
