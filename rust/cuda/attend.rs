@@ -192,8 +192,34 @@ const MAX_CTAS: usize = 1024;
 static KERNELS: &[(Dtype, usize, Kernel)] = &[
     (Dtype::Bf16, 128, sm90("compactattn_attend_sm90_bf16_d128", "compactattn_combine_bf16_d128")),
     (Dtype::F16, 128, sm90("compactattn_attend_sm90_fp16_d128", "compactattn_combine_fp16_d128")),
+    (Dtype::Bf16, 64, sm80("compactattn_attend_sm80_bf16_d64", "compactattn_combine_bf16_d64", D64)),
+    (Dtype::Bf16, 96, sm80("compactattn_attend_sm80_bf16_d96", "compactattn_combine_bf16_d96", D96)),
+    (Dtype::Bf16, 128, sm80("compactattn_attend_sm80_bf16_d128", "compactattn_combine_bf16_d128", D128)),
+    (Dtype::Bf16, 256, sm80("compactattn_attend_sm80_bf16_d256", "compactattn_combine_bf16_d256", D256)),
+    (Dtype::F16, 64, sm80("compactattn_attend_sm80_fp16_d64", "compactattn_combine_fp16_d64", D64)),
+    (Dtype::F16, 96, sm80("compactattn_attend_sm80_fp16_d96", "compactattn_combine_fp16_d96", D96)),
+    (Dtype::F16, 128, sm80("compactattn_attend_sm80_fp16_d128", "compactattn_combine_fp16_d128", D128)),
+    (Dtype::F16, 256, sm80("compactattn_attend_sm80_fp16_d256", "compactattn_combine_fp16_d256", D256)),
 ];
 
 const fn sm90(name: &'static str, combine: &'static str) -> Kernel {
     Kernel { name, combine, threads: 384, shared_bytes: 232_448, ctas_per_sm: 1, copies_by_maps: true }
 }
+
+const fn sm80(name: &'static str, combine: &'static str, tile: Tile) -> Kernel {
+    let Tile { threads, shared_bytes, ctas_per_sm } = tile;
+    Kernel { name, combine, threads, shared_bytes, ctas_per_sm, copies_by_maps: false }
+}
+
+/// What cuda/attend/sm80/traits.h says of one head_dim.
+#[derive(Clone, Copy)]
+struct Tile {
+    threads: u32,
+    shared_bytes: u32,
+    ctas_per_sm: usize,
+}
+
+const D64: Tile = Tile { threads: 128, shared_bytes: 36_864, ctas_per_sm: 3 };
+const D96: Tile = Tile { threads: 128, shared_bytes: 53_248, ctas_per_sm: 2 };
+const D128: Tile = Tile { threads: 128, shared_bytes: 69_632, ctas_per_sm: 2 };
+const D256: Tile = Tile { threads: 256, shared_bytes: 135_168, ctas_per_sm: 1 };

@@ -36,6 +36,12 @@ impl Context {
         &self.device.properties().name
     }
 
+    /// The newest CUDA version its driver serves: 1000 * major + 10 * minor.
+    #[must_use]
+    pub fn driver_version(&self) -> i32 {
+        self.device.driver().version()
+    }
+
     /// Multiprocessors.
     #[must_use]
     pub fn num_sms(&self) -> usize {

@@ -77,11 +77,6 @@ impl Kernels {
         self.functions.contains_key(name)
     }
 
-    /// The GPU they are loaded on; enter it before launches.
-    pub(crate) fn device(&self) -> &Arc<Device> {
-        &self.device
-    }
-
     /// Puts one launch on `stream`: no allocation, no lock of ours, no wait. The device is entered.
     ///
     /// Addresses inside `args` are the caller's to have checked; the kernel writes through them when it runs.

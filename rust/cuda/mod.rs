@@ -54,3 +54,12 @@ pub fn probe(ordinal: usize) -> Result<()> {
 pub fn kernels() -> String {
     images::summary()
 }
+
+/// Architectures this build holds kernels for, as the compiler names them: `sm_90a`. Empty without any.
+#[must_use]
+pub fn architectures() -> Vec<&'static str> {
+    let mut archs: Vec<_> = images::IMAGES.iter().map(|image| image.arch).collect();
+    archs.sort_unstable();
+    archs.dedup();
+    archs
+}

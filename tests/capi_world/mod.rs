@@ -124,6 +124,9 @@ impl World {
             cu_seqlens_q: self.tensor(CU, int, &[reqs as i64 + 1]),
             seq_lens: self.tensor(LENS, int, &[reqs as i64]),
             block_table: self.tensor(TABLE, int, &[reqs as i64, self.width as i64]),
+            stream: std::ptr::null_mut(),
+            workspace: std::ptr::null_mut(),
+            workspace_bytes: 0,
         };
         self.args.struct_size = size_of::<compactattn_forward_args>() as u32;
         self.args.batch = &raw const *self.batch;
