@@ -55,7 +55,7 @@ fn every_kernel_is_loaded_and_opted_in_at_creation() {
     let fake = Fake::in_mode("");
     let kernels = Kernels::load(&device(&fake), &[image("sm_90a")]).unwrap();
     assert_eq!((fake.calls(c"cuModuleLoadData"), fake.calls(c"cuFuncLoad")), (1, 2));
-    assert_eq!((fake.calls(c"cuFuncSetAttribute"), kernels.device().ordinal()), (2, 0));
+    assert_eq!((fake.calls(c"cuFuncSetAttribute"), kernels.device.ordinal()), (2, 0));
     // The fake's kernels have 1024 bytes of static shared memory; the GPU has 232448 for both.
     assert_eq!(fake.number(c"fake_last_attribute"), 232_448 - 1024);
     drop(kernels);
