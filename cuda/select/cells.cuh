@@ -16,7 +16,7 @@ constexpr int kThreads = 128;
 constexpr int kMaxRows = 128;  // of a tile
 constexpr int kWarpRows = 32;
 constexpr int kTileKeys = 64;
-constexpr int kMaxStages = 3;  // tiles of keys under way
+constexpr int kStages = 2;  // tiles of keys in shared memory; three CTAs on an SM hide the rest
 
 // Which of a span's sampled tokens a tile holds.
 struct Samples {
@@ -155,8 +155,7 @@ struct Reader {
   __device__ __forceinline__ int log2_block() const { return step.layout.log2_block_tokens; }
 
   __device__ __forceinline__ uint32_t stage(int t) const {
-    const int stages = step.layout.head_dim > 128 ? kMaxStages - 1 : kMaxStages;
-    return queries + (kMaxRows + t % stages * kTileKeys) * pitch_of(step.layout);
+    return queries + (kMaxRows + t % kStages * kTileKeys) * pitch_of(step.layout);
   }
 
   // KV token of the source's token `i`; past the end for those of no block.
@@ -178,21 +177,14 @@ struct Reader {
   // Fills the cells of the source's blocks; called by the whole CTA.
   __device__ __forceinline__ void run() {
     const int tiles = ((source.count << log2_block()) + kTileKeys - 1) / kTileKeys;
-    const int ahead = step.layout.head_dim > 128 ? kMaxStages - 2 : kMaxStages - 1;
-    for (int t = 0; t < ahead; ++t) {
-      if (t < tiles) load(t);
-      ptx::copy_async_commit();
-    }
+    if (tiles > 0) load(0);
+    ptx::copy_async_commit();
     Partial partial;
     partial.clear();
     for (int t = 0; t < tiles; ++t) {
-      if (ahead == 1) {
-        ptx::copy_async_wait<0>();
-      } else {
-        ptx::copy_async_wait<kMaxStages - 2>();
-      }
+      ptx::copy_async_wait<0>();
       __syncthreads();
-      if (t + ahead < tiles) load(t + ahead);
+      if (t + 1 < tiles) load(t + 1);
       ptx::copy_async_commit();
       if (static_cast<int>(threadIdx.x) / 32 * kWarpRows < tile.rows) fold_tile(t, partial);
     }
@@ -280,6 +272,23 @@ struct Reader {
         tile.cells[static_cast<int64_t>(row) * step.layout.max_blocks + block] = top + log2f(sum);
       }
     }
+  }
+};
+
+// This CTA's even share of `count` blocks: a whole number of tiles of keys, `kLeastTiles` or more.
+struct Share {
+  int first;
+  int count;
+
+  static constexpr int kLeastTiles = 4;  // fewer do not repay loading the rows
+
+  __device__ __forceinline__ Share(const Layout& layout, int count, int part, int parts) {
+    const int per_tile = max(1, kTileKeys >> layout.log2_block_tokens);
+    const int tile_blocks = max(1, (kLeastTiles * kTileKeys) >> layout.log2_block_tokens);
+    const int even = (count + parts - 1) / parts;
+    const int each = max(tile_blocks, (even + per_tile - 1) / per_tile * per_tile);
+    first = part * each;
+    this->count = min(each, count - first);
   }
 };
 

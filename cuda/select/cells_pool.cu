@@ -2,8 +2,8 @@
 // sees in part (rust/select/pooled_mass.rs).
 //
 // Grid (ceil(max_blocks / 64) + tails, num_kv_heads, max_select_spans) x 128, shared memory as
-// cells_read.cu. `tails` CTAs (any > 0) of a (span, KV head) share the blocks seen in part:
-// ceil(longest span / 1024) + 1 of them have work. Weighs a block block_size * 2^(q . k_mean), with
+// cells_read.cu. `tails` CTAs (any > 0) of a (span, KV head) share the blocks seen in part; of a
+// span of n tokens ceil(n / 256) + 1 have work. Weighs a block block_size * 2^(q . k_mean), with
 // the mean key as the sum of two 16-bit vectors: bf16 pairs hold 16 bits of it, fp16 pairs 22 or
 // down to 2^-25.
 #include "cells.cuh"
@@ -12,7 +12,6 @@ namespace compactattn::select {
 namespace {
 
 constexpr int kPoolBlocks = kTileKeys;
-constexpr int kTailTokens = 1024;
 
 // Consecutive blocks, the cells of the rows that see them in part.
 struct Tails {
@@ -129,17 +128,13 @@ __device__ __forceinline__ void pool(const Step& step, int index, char* shared) 
     multiply<Element>(logits, rows, rest, step.layout);
     return write_pooled(step, tile, first, logits, seen);
   }
-  const int each = kTailTokens >> step.layout.log2_block_tokens;
   const int least = tile.least_visible >> step.layout.log2_block_tokens;
-  Tails tails{least + tail * each, each};
-  if (tails.first >= tile.blocks) return;
+  const Share share(step.layout, tile.blocks - least, tail, gridDim.x - pools);
+  if (share.count <= 0) return;
   load_rows(step, tile, queries, seen);
   __syncthreads();
-  Reader<Element, Tails> reader(step, tile, tails, queries, seen);
-  for (; tails.first < tile.blocks; tails.first += (gridDim.x - pools) * each) {
-    tails.count = min(each, tile.blocks - tails.first);
-    reader.run();
-  }
+  const Tails tails{least + share.first, share.count};
+  Reader<Element, Tails>(step, tile, tails, queries, seen).run();
 }
 
 }  // namespace
@@ -147,12 +142,12 @@ __device__ __forceinline__ void pool(const Step& step, int index, char* shared) 
 
 extern __shared__ __align__(16) char shared_bytes[];
 
-extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 2)
+extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_pool_bf16(const __grid_constant__ compactattn::Step step, int tile) {
   compactattn::select::pool<__nv_bfloat16>(step, tile, shared_bytes);
 }
 
-extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 2)
+extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_pool_fp16(const __grid_constant__ compactattn::Step step, int tile) {
   compactattn::select::pool<__half>(step, tile, shared_bytes);
 }

@@ -189,11 +189,10 @@ class Kernels:
 
     def __init__(self, cubins: Path, dtype: torch.dtype, head_dim: int) -> None:
         self.kernels = {}
-        tiles = 256 if head_dim > 128 else 320
         for cubin, names in CUBINS.items():
             for name in names:
                 typed = "mass" not in name and "two_level" not in name
-                shared = tiles * (2 * head_dim + 16) if typed and "summaries" not in name else 0
+                shared = 256 * (2 * head_dim + 16) if typed and "summaries" not in name else 0
                 full = f"{name}_{NAMES[dtype]}" if typed else name
                 self.kernels[name.removeprefix("compactattn_")] = Kernel(cubins / f"{cubin}.cubin", full, shared)
 
@@ -223,9 +222,9 @@ class Kernels:
         longest = shape.query_span or case.step.batch.total_q
         pools = math.ceil(case.max_blocks / 64)
         usual = {
-            "cells_read": math.ceil(case.max_kv_len / 1024),
-            "cells_read_candidates": math.ceil(case.max_kv_len / 4096),
-            "cells_pool": math.ceil(longest / 1024) + 1,
+            "cells_read": 396 // shape.kv_heads,
+            "cells_read_candidates": 396 // shape.kv_heads,
+            "cells_pool": math.ceil(longest / 256) + 1,
         }
         grid_x = (x or usual[name]) + (pools if name == "cells_pool" else 0)
         self.launch(name, (grid_x, shape.kv_heads, case.max_spans), 128, case.step, index)

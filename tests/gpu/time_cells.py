@@ -16,6 +16,7 @@ def time_us(launch: Callable[..., None], *args: object, reps: int = 15) -> float
     times = []
     for _ in range(reps):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(200_000)  # hides what it costs to launch
         start.record()
         launch(*args)
         end.record()
