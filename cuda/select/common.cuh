@@ -1,0 +1,94 @@
+// What the scoring kernels share: where keys and queries lie, and tiles of them in shared memory.
+#pragma once
+
+#include "../common/math.cuh"
+#include "../params.h"
+#include "../ptx/select_mma.cuh"
+
+namespace compactattn::select {
+
+// Bytes between rows of a tile in shared memory: 16 more than a vector, an odd number of 16-byte
+// units, so that 8 rows at one column lie in different banks.
+__device__ __forceinline__ uint32_t pitch_of(const Layout& layout) {
+  return 2 * layout.head_dim + 16;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// Past blocks of a span: those that have a score.
+__device__ __forceinline__ int past_blocks(const Layout& layout, const Span& span) {
+  return span.past >> layout.log2_block_tokens;
+}
+
+// KV tokens that the span's token `i` sees.
+__device__ __forceinline__ int visible(const Span& span, int i) {
+  return max(0, span.kv_end + i + 1 - span.len);
+}
+
+// Keys of one KV head of one request, in the engine's pages; 16-bit elements, vectors 16-byte
+// aligned.
+struct PagedKeys {
+  const char* base;
+  const int32_t* pages;  // of the request
+  int64_t page_bytes;
+  int64_t token_bytes;
+  int log2_page_tokens;
+
+  __device__ PagedKeys(const Step& step, int req, int kv_head)
+      : base(static_cast<const char*>(step.batch.k) + 2 * step.batch.k_head_stride * kv_head),
+        pages(step.batch.block_table + step.batch.table_stride * req),
+        page_bytes(2 * step.batch.k_page_stride),
+        token_bytes(2 * step.batch.k_token_stride),
+        log2_page_tokens(step.layout.log2_page_tokens) {}
+
+  __device__ __forceinline__ const char* at(int token) const {
+    const int64_t page = __ldg(pages + (token >> log2_page_tokens));
+    return base + page * page_bytes + (token & ((1 << log2_page_tokens) - 1)) * token_bytes;
+  }
+};
+
+// Four lanes copy one vector of a tile: 64 bytes of each line at a time, and a number of 16-byte
+// units that divides by 4 whatever the head_dim.
+constexpr int kLanesPerVector = 4;
+
+// Starts the copy of this lane's quarter of one vector to row `row` of a tile; zeros where not
+// `wanted`.
+__device__ __forceinline__ void copy_vector(uint32_t tile, int row, const char* source, bool wanted,
+                                            const Layout& layout) {
+  const int unit = threadIdx.x % kLanesPerVector;
+  const uint32_t to = tile + row * pitch_of(layout) + 16 * unit;
+  for (int i = 0; i < layout.head_dim / 8; i += kLanesPerVector) {
+    ptx::copy_async_16(to + 16 * i, source + 16 * (unit + i), wanted);
+  }
+}
+
+// Adds q k^T of 32 rows of `q` and 8 * kTiles rows of `k`, both tiles in shared memory, to `sums`:
+// [m][n] are rows 16 m .. of q and 8 n .. of k, in the layout of the 16 x 8 product.
+template <class Element, int kTiles>
+__device__ __forceinline__ void multiply(float (&sums)[2][kTiles][4], uint32_t q, uint32_t k,
+                                         const Layout& layout) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t pitch = pitch_of(layout);
+  q += lane % 16 * pitch + lane / 16 * 16;
+  k += (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 16;
+#pragma unroll 2
+  for (int d = 0; d < layout.head_dim; d += 16, q += 32, k += 32) {
+    uint32_t a[2][4];
+    ptx::load_matrices(a[0], q);
+    ptx::load_matrices(a[1], q + 16 * pitch);
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2) {
+      uint32_t b[4];
+      ptx::load_matrices(b, k + 8 * n * pitch);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        ptx::multiply_add<Element>(sums[m][n], a[m], b[0], b[1]);
+        ptx::multiply_add<Element>(sums[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+}  // namespace compactattn::select
