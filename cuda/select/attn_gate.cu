@@ -135,8 +135,7 @@ __device__ void make_keys(const Step& step, const Gate& gate) {
   }
 }
 
-// Means of the span's queries before their rotation, `[heads, head_dim]`; a warp a head and 32
-// pairs.
+// Means of the span's queries before their rotation, `[heads, head_dim]`; a thread a pair.
 template <class Element>
 __device__ void mean_queries(const Step& step, const Gate& gate, const Span& span, int first_head,
                              int heads, float* means) {
