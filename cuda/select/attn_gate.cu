@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kBlocks = 16;  // pooled together, so that weights are read once for so many
+constexpr int kDots = 8;     // of one warp at a time, so that their loads overlap
 
 // Gate keys of one block: [k_heads, gate_dim].
 __device__ __forceinline__ float* gate_keys(const Step& step, const Gate& gate, int req,
@@ -54,13 +55,20 @@ __device__ void rotate(const Gate& gate, int position, int count, float* x) {
   __syncthreads();
 }
 
-// One warp: max, min and mean, one after the other, of the keys of tokens `begin` .. `end` before
-// their rotation; `into [3 * head_dim]`.
+// Threads that share a loop: this one's index among them, and how many they are.
+struct Team {
+  int index;
+  int size;
+};
+
+// Max, min and mean, one after the other, of the keys of tokens `begin` .. `end` before their
+// rotation; `into [3 * head_dim]`. `head`: request and KV head. A thread a pair.
 template <class Element>
-__device__ void pool_keys(const Step& step, const Gate& gate, int2 head, int2 tokens, float* into) {
-  const int dim = step.layout.head_dim, lane = threadIdx.x % 32;
+__device__ void pool_keys(const Step& step, const Gate& gate, Team team, int2 head, int2 tokens,
+                          float* into) {
+  const int dim = step.layout.head_dim;
   const float share = 1.f / (tokens.y - tokens.x);
-  for (int i = lane; i < dim / 2; i += 32) {
+  for (int i = team.index; i < dim / 2; i += team.size) {
     const int2 pair = pair_of(gate, i, dim);
     const float freq = gate.inv_freq[i];
     float2 most{-kInfinity, -kInfinity}, least{kInfinity, kInfinity}, mean{0.f, 0.f};
@@ -78,22 +86,45 @@ __device__ void pool_keys(const Step& step, const Gate& gate, int2 head, int2 to
   }
 }
 
-// x [kRows, inputs] . w [inputs, gate_dim]; row r of the result at `out + r * out_stride`. All
-// threads of the CTA, one column each.
+// Rows of features, and where a row of the result starts.
+struct Rows {
+  const float* x;  // [count, inputs]; readable up to a multiple of kTaskRows rows, 16-byte aligned
+  int count;
+  int inputs;  // a multiple of 4
+  float* out;
+  int64_t out_stride;
+};
+
+constexpr int kTaskRows = 8;
+static_assert(kBlocks % kTaskRows == 0, "whole tasks");
+
+// x . w [inputs, gate_dim]; all threads of the CTA, each kRows rows of one column at a time.
 template <int kRows>
-__device__ void project(const float* x, int inputs, const float* w, int gate_dim, float* out,
-                        int64_t out_stride, int rows) {
-  for (int column = threadIdx.x; column < gate_dim; column += kThreads) {
+__device__ void project(const Rows& rows, const float* w, int gate_dim) {
+  const int tasks = (rows.count + kRows - 1) / kRows * gate_dim;
+  for (int task = threadIdx.x; task < tasks; task += kThreads) {
+    const int column = task % gate_dim, first = task / gate_dim * kRows;
+    const float* x = rows.x + first * rows.inputs;
     float sums[kRows] = {};
-#pragma unroll 4
-    for (int i = 0; i < inputs; ++i) {
-      const float weight = __ldg(w + static_cast<int64_t>(i) * gate_dim + column);
+#pragma unroll 2
+    for (int i = 0; i < rows.inputs; i += 4) {
+      float weights[4];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) sums[r] = fmaf(x[r * inputs + i], weight, sums[r]);
+      for (int n = 0; n < 4; ++n) {
+        weights[n] = __ldg(w + static_cast<int64_t>(i + n) * gate_dim + column);
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float4 four = *reinterpret_cast<const float4*>(x + r * rows.inputs + i);
+        sums[r] = fmaf(four.x, weights[0], sums[r]);
+        sums[r] = fmaf(four.y, weights[1], sums[r]);
+        sums[r] = fmaf(four.z, weights[2], sums[r]);
+        sums[r] = fmaf(four.w, weights[3], sums[r]);
+      }
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (r < rows) out[r * out_stride + column] = sums[r];
+      if (first + r < rows.count) rows.out[(first + r) * rows.out_stride + column] = sums[r];
     }
   }
 }
@@ -114,7 +145,8 @@ __device__ void make_keys(const Step& step, const Gate& gate) {
     float* into = features + i * inputs;
     if (i < blocks) {
       const int2 tokens{(first + i) << log2_block, (first + i + 1) << log2_block};
-      pool_keys<Element>(step, gate, {span.req, static_cast<int>(blockIdx.y)}, tokens, into);
+      const Team warp{static_cast<int>(threadIdx.x % 32), 32};
+      pool_keys<Element>(step, gate, warp, {span.req, static_cast<int>(blockIdx.y)}, tokens, into);
     } else {
       for (int x = threadIdx.x % 32; x < inputs; x += 32) into[x] = 0.f;
     }
@@ -126,7 +158,7 @@ __device__ void make_keys(const Step& step, const Gate& gate) {
     const int head = blockIdx.y * heads + h;
     const float* weights = gate.k + static_cast<int64_t>(head) * inputs * gate.gate_dim;
     float* out = gate_keys(step, gate, span.req, first) + head * gate.gate_dim;
-    project<kBlocks>(features, inputs, weights, gate.gate_dim, out, stride, blocks);
+    project<kTaskRows>({features, blocks, inputs, out, stride}, weights, gate.gate_dim);
   }
   __syncthreads();
   for (int i = 0; i < blocks; ++i) {
@@ -135,24 +167,30 @@ __device__ void make_keys(const Step& step, const Gate& gate) {
   }
 }
 
-// Means of the span's queries before their rotation, `[heads, head_dim]`; a thread a pair.
+// Means of the span's queries before their rotation, `[heads, head_dim]`; a warp a head and 4
+// pairs, its lanes 8 parts of the rows.
 template <class Element>
-__device__ void mean_queries(const Step& step, const Gate& gate, const Span& span, int first_head,
-                             int heads, float* means) {
+__device__ void mean_queries(const Step& step, const Gate& gate, const Span& span, int2 heads,
+                             float* means) {
   const int dim = step.layout.head_dim, position = visible_to(span, 0) - 1;
-  for (int i = threadIdx.x; i < heads * dim / 2; i += kThreads) {
+  const int part = threadIdx.x % 8;
+  for (int i = threadIdx.x / 8; i < heads.y * dim / 2; i += kThreads / 8) {
     const int head = i / (dim / 2), at = i % (dim / 2);
     const int2 pair = pair_of(gate, at, dim);
     const float freq = gate.inv_freq[at], share = 1.f / span.len;
     float2 mean{0.f, 0.f};
 #pragma unroll 4
-    for (int row = 0; row < span.len; ++row) {
-      const Element* query = query_at<Element>(step, span.q_start + row, first_head + head);
+    for (int row = part; row < span.len; row += 8) {
+      const Element* query = query_at<Element>(step, span.q_start + row, heads.x + head);
       const float2 x = unrotated(gate, query, pair, freq, position + row);
       mean = {fmaf(x.x, share, mean.x), fmaf(x.y, share, mean.y)};
     }
-    means[head * dim + pair.x] = mean.x;
-    means[head * dim + pair.y] = mean.y;
+#pragma unroll
+    for (int mask = 4; mask > 0; mask /= 2) {
+      mean.x += __shfl_xor_sync(0xffffffffu, mean.x, mask);
+      mean.y += __shfl_xor_sync(0xffffffffu, mean.y, mask);
+    }
+    if (part == 0) means[head * dim + pair.x] = mean.x, means[head * dim + pair.y] = mean.y;
   }
   __syncthreads();
 }
@@ -169,12 +207,6 @@ __device__ LogSum merge_warps(LogSum sum) {
   return all;
 }
 
-__device__ float warp_dot(const float* a, const float* b, int n) {
-  float sum = 0.f;
-  for (int i = threadIdx.x % 32; i < n; i += 32) sum = fmaf(a[i], b[i], sum);
-  return warp_sum(sum);
-}
-
 struct Vectors {
   const float* query;
   const float* edge;  // of the block that the span's last token sees in part; may be null
@@ -189,13 +221,25 @@ __device__ void softmax(const Step& step, const Gate& gate, const Span& span, co
   const int past = past_blocks_of(step, span), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const float scale = kLog2E / sqrtf(static_cast<float>(gate.gate_dim));
   float* scores = scores_of(step, blockIdx.x, heads.x);
+  const int blocks = whole + (x.edge != nullptr);
   LogSum sum;
-  for (int j = warp; j < whole + (x.edge != nullptr); j += kThreads / 32) {
-    const float* key =
-        j < whole ? gate_keys(step, gate, span.req, j) + x.key_head * gate.gate_dim : x.edge;
-    const float logit = scale * warp_dot(x.query, key, gate.gate_dim);
-    if (lane == 0) sum.add(logit);
-    if (lane == 0 && j < past) scores[j] = logit;
+  for (int first = warp * kDots; first < blocks; first += kThreads / 32 * kDots) {
+    float dots[kDots] = {};
+    for (int i = lane; i < gate.gate_dim; i += 32) {
+#pragma unroll
+      for (int n = 0; n < kDots; ++n) {
+        const int j = min(first + n, blocks - 1);
+        const float* key =
+            j < whole ? gate_keys(step, gate, span.req, j) + x.key_head * gate.gate_dim : x.edge;
+        dots[n] = fmaf(x.query[i], key[i], dots[n]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kDots; ++n) {
+      const float logit = scale * warp_sum(dots[n]);
+      if (lane == 0 && first + n < blocks) sum.add(logit);
+      if (lane == 0 && first + n < past) scores[first + n] = logit;
+    }
   }
   const LogSum all = merge_warps(sum);  // and the barrier before others read the logits
   for (int j = threadIdx.x; j < past; j += kThreads) {
@@ -219,11 +263,11 @@ __device__ void score_span(const Step& step, const Gate& gate) {
 
   const int kv_head = head / group, key_heads = gate.k_heads / layout.num_kv_heads;
   const int key_head = key_heads == 1 ? kv_head : head;
-  mean_queries<Element>(step, gate, span, head, heads, means);
+  mean_queries<Element>(step, gate, span, {head, heads}, means);
   if (gate.q) {
     const int inputs = heads * dim, matrix = gate.by_group ? kv_head : head;
     const float* weights = gate.q + static_cast<int64_t>(matrix) * inputs * gate.gate_dim;
-    project<1>(means, inputs, weights, gate.gate_dim, query, 0, 1);
+    project<1>({means, 1, inputs, query, 0}, weights, gate.gate_dim);
   } else {
     for (int i = threadIdx.x; i < dim; i += kThreads) query[i] = means[i];
   }
@@ -233,12 +277,11 @@ __device__ void score_span(const Step& step, const Gate& gate) {
   const int whole = span.kv_end >> layout.log2_block_tokens << layout.log2_block_tokens;
   const bool cut = span.kv_end > whole;
   if (cut) {
-    if (threadIdx.x < 32) {
-      pool_keys<Element>(step, gate, {span.req, kv_head}, {whole, span.kv_end}, features);
-    }
+    const Team all{static_cast<int>(threadIdx.x), kThreads};
+    pool_keys<Element>(step, gate, all, {span.req, kv_head}, {whole, span.kv_end}, features);
     __syncthreads();
     const float* weights = gate.k + static_cast<int64_t>(key_head) * 3 * dim * gate.gate_dim;
-    project<1>(features, 3 * dim, weights, gate.gate_dim, edge, 0, 1);
+    project<1>({features, 1, 3 * dim, edge, 0}, weights, gate.gate_dim);
     __syncthreads();
     rotate(gate, whole, 1, edge);
   }

@@ -30,15 +30,12 @@ __device__ __forceinline__ int blocks_of(const Step& step, const Span& span) {
                                         : span.kv_end >> step.layout.log2_block_tokens;
 }
 
-// Mean of a whole block, kept under the page of its last token.
-__device__ __forceinline__ const float* mean_key(const Step& step, int req, int kv_head,
-                                                 int block) {
+// Slot of a whole block's mean, kept under the page of its last token.
+__device__ __forceinline__ int mean_slot(const Step& step, int req, int block) {
   const Layout& layout = step.layout;
   const int log2_slots = max(0, layout.log2_page_tokens - layout.log2_block_tokens);
   const int page = page_of(step, req, ((block + 1) << layout.log2_block_tokens) - 1);
-  const int64_t slot =
-      (static_cast<int64_t>(page) << log2_slots) + (block & ((1 << log2_slots) - 1));
-  return step.stages.k_mean + (slot * layout.num_kv_heads + kv_head) * layout.head_dim;
+  return (page << log2_slots) + (block & ((1 << log2_slots) - 1));
 }
 
 // One CTA's share: blocks `first` .. `end` of a span's request for the heads of one KV head.
@@ -51,28 +48,36 @@ struct Tile {
   int row_bytes;
 };
 
-// Means as a sum of two 16-bit numbers: off by 2^-16 of themselves at most.
+// Four elements of a mean as a sum of two 16-bit numbers each: off by 2^-16 of themselves at most.
+template <class Element>
+__device__ __forceinline__ void split(const float4& mean, uint8_t* high, uint8_t* low) {
+  const float parts[4] = {mean.x, mean.y, mean.z, mean.w};
+  Element top[4], rest[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    top[i] = Element(parts[i]);
+    rest[i] = Element(isfinite(parts[i]) ? parts[i] - float(top[i]) : 0.f);
+  }
+  *reinterpret_cast<uint2*>(high) = reinterpret_cast<const uint2&>(top);
+  *reinterpret_cast<uint2*>(low) = reinterpret_cast<const uint2&>(rest);
+}
+
+// The warp's kWarpBlocks means, zeros past the last block; a lane looks up one block's slot, which
+// keeps the table's latency out of the loop.
 template <class Element>
 __device__ void load_means(const Step& step, const Tile& tile, uint8_t* high, uint8_t* low) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll 8
-  for (int row = warp; row < kBlocks; row += kThreads / 32) {
-    const bool valid = tile.first + row < tile.end;
-    const float* mean =
-        valid ? mean_key(step, tile.span.req, tile.kv_head, tile.first + row) : nullptr;
-    for (int x = lane * 4; x < step.layout.head_dim; x += 128) {
-      const float4 value = valid ? *reinterpret_cast<const float4*>(mean + x) : float4{};
-      const float parts[4] = {value.x, value.y, value.z, value.w};
-      Element top[4], rest[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        top[i] = Element(parts[i]);
-        rest[i] = Element(isfinite(parts[i]) ? parts[i] - float(top[i]) : 0.f);
-      }
-      *reinterpret_cast<uint2*>(high + row * tile.row_bytes + 2 * x) =
-          reinterpret_cast<const uint2&>(top);
-      *reinterpret_cast<uint2*>(low + row * tile.row_bytes + 2 * x) =
-          reinterpret_cast<const uint2&>(rest);
+  const int first = threadIdx.x / 32 * kWarpBlocks, lane = threadIdx.x % 32;
+  const int block = tile.first + first + lane;
+  const int slot = block < tile.end ? mean_slot(step, tile.span.req, block) : -1;
+  const int64_t heads = step.layout.num_kv_heads, dim = step.layout.head_dim;
+#pragma unroll 16
+  for (int row = 0; row < kWarpBlocks; ++row) {
+    const int64_t from = __shfl_sync(0xffffffffu, slot, row);
+    const float* mean = step.stages.k_mean + (from * heads + tile.kv_head) * dim;
+    for (int x = lane * 4; x < dim; x += 128) {
+      const float4 value = from >= 0 ? *reinterpret_cast<const float4*>(mean + x) : float4{};
+      const int at = (first + row) * tile.row_bytes + 2 * x;
+      split<Element>(value, high + at, low + at);
     }
   }
 }
@@ -94,17 +99,34 @@ __device__ void load_rows(const Step& step, const Tile& tile, int head, int firs
 
 using Logits = float[2][kRows / 8][4];
 
-// Logits of the warp's blocks and kRows rows, before the scale.
-template <class Element>
-__device__ void multiply_tile(Logits& c, uint32_t high, uint32_t low, uint32_t rows, int head_dim,
-                              int row_bytes) {
+// Logits of the warp's blocks and kRows rows, before the scale. Unrolled, so that loads run ahead
+// of the products.
+template <class Element, int kDim>
+__device__ __forceinline__ void multiply_dim(Logits& c, uint32_t high, uint32_t low,
+                                             uint32_t rows) {
+  constexpr int kRowBytes = 2 * kDim + kPadBytes;
   const int lane = threadIdx.x % 32;
-  const uint32_t a = offset_a(lane, row_bytes), b = rows + offset_b(lane, row_bytes);
-  for (int x = 0; x < head_dim; x += 16) {
+  const uint32_t a = offset_a(lane, kRowBytes), b = rows + offset_b(lane, kRowBytes);
+#pragma unroll
+  for (int x = 0; x < kDim; x += 16) {
     uint32_t columns[kRows / 16][4];
-    load_b(columns, b + 2 * x, row_bytes);
-    multiply_32<Element>(c, high + a + 2 * x, row_bytes, columns);
-    multiply_32<Element>(c, low + a + 2 * x, row_bytes, columns);
+    load_b(columns, b + 2 * x, kRowBytes);
+    multiply_32<Element>(c, high + a + 2 * x, kRowBytes, columns);
+    multiply_32<Element>(c, low + a + 2 * x, kRowBytes, columns);
+  }
+}
+
+template <class Element>
+__device__ void multiply_tile(Logits& c, uint32_t high, uint32_t low, uint32_t rows, int head_dim) {
+  switch (head_dim) {
+    case 64:
+      return multiply_dim<Element, 64>(c, high, low, rows);
+    case 96:
+      return multiply_dim<Element, 96>(c, high, low, rows);
+    case 128:
+      return multiply_dim<Element, 128>(c, high, low, rows);
+    default:
+      return multiply_dim<Element, 256>(c, high, low, rows);
   }
 }
 
@@ -145,8 +167,9 @@ __device__ void fold(LogSum (&sums)[4], const Logits& c, float scale) {
   }
 }
 
-// Writes one head's L and their maximum over the warp's blocks; NaN has no say in the maximum.
-__device__ void finish(const Step& step, const Tile& tile, int head, const LogSum (&sums)[4]) {
+// Writes one head's L and their maximum over the warp's blocks, in which NaN has no say; starts the
+// sums anew.
+__device__ void finish(const Step& step, const Tile& tile, int head, LogSum (&sums)[4]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int past = past_blocks_of(step, tile.span);
   float* scores = scores_of(step, tile.span_index, head);
@@ -154,6 +177,7 @@ __device__ void finish(const Step& step, const Tile& tile, int head, const LogSu
 #pragma unroll
   for (int half = 0; half < 4; ++half) {
     LogSum sum = sums[half];
+    sums[half] = LogSum{};
     sum.merge(sum.of_lane(1));
     sum.merge(sum.of_lane(2));
     const int block = tile.first + warp * kWarpBlocks + half * 8 + lane / 4;
@@ -182,10 +206,10 @@ __device__ void sum_weights(const Step& step) {
   extern __shared__ __align__(16) uint8_t shared[];
   const Layout& layout = step.layout;
   Tile tile;
-  tile.span_index = blockIdx.z;
+  tile.span_index = blockIdx.x;
   if (!load_span(step, tile.span_index, tile.span)) return;
   tile.kv_head = blockIdx.y;
-  tile.first = blockIdx.x * kBlocks;
+  tile.first = blockIdx.z * kBlocks;
   tile.end = blocks_of(step, tile.span);
   tile.row_bytes = 2 * layout.head_dim + kPadBytes;
   if (tile.first >= tile.end) return;
@@ -194,7 +218,9 @@ __device__ void sum_weights(const Step& step) {
 
   uint8_t *high = shared, *low = shared + kBlocks * tile.row_bytes;
   const uint32_t rows = ptx::shared_address(low + kBlocks * tile.row_bytes);
-  const uint32_t warp_rows = threadIdx.x / 32 * kWarpBlocks * tile.row_bytes;
+  const int warp = threadIdx.x / 32;
+  const uint32_t means = ptx::shared_address(high) + warp * kWarpBlocks * tile.row_bytes;
+  const bool all_past = tile.first + kBlocks <= past_blocks_of(step, tile.span);
   const int tiles = (tile.span.len + kRows - 1) / kRows, head = tile.kv_head * group;
   const float scale = layout.sm_scale * kLog2E;
   load_rows<Element>(step, tile, head, 0, rows);
@@ -210,17 +236,13 @@ __device__ void sum_weights(const Step& step) {
       ptx::copy_async_wait<0>();
     }
     __syncthreads();
-    Logits c = {};
-    multiply_tile<Element>(c, ptx::shared_address(high) + warp_rows,
-                           ptx::shared_address(low) + warp_rows,
-                           rows + i % 2 * kRows * tile.row_bytes, layout.head_dim, tile.row_bytes);
-    const bool all_past = tile.first + kBlocks <= past_blocks_of(step, tile.span);
-    if (!all_past || first + kRows > tile.span.len) hide(step, tile, first, c);
-    fold(sums, c, scale);
-    if (next % tiles == 0) {
-      finish(step, tile, head + i / tiles, sums);
-#pragma unroll
-      for (LogSum& sum : sums) sum = LogSum{};
+    if (tile.first + warp * kWarpBlocks < tile.end) {
+      Logits c = {};
+      multiply_tile<Element>(c, means, means + kBlocks * tile.row_bytes,
+                             rows + i % 2 * kRows * tile.row_bytes, layout.head_dim);
+      if (!all_past || first + kRows > tile.span.len) hide(step, tile, first, c);
+      fold(sums, c, scale);
+      if (next % tiles == 0) finish(step, tile, head + i / tiles, sums);
     }
     __syncthreads();  // the rows may be overwritten
   }
@@ -229,7 +251,7 @@ __device__ void sum_weights(const Step& step) {
 }  // namespace
 }  // namespace compactattn
 
-// Grid: (ceil(max_blocks / 128), num_kv_heads, max_select_spans) x 128; dynamic shared memory
+// Grid: (max_select_spans, num_kv_heads, ceil(max_blocks / 128)) x 128; dynamic shared memory
 // 384 * (2 * head_dim + 16) bytes. `cells`: [max_select_spans, num_q_heads,
 // 4 * ceil(max_blocks / 128)].
 extern "C" __global__ void __launch_bounds__(128, 2)

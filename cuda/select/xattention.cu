@@ -13,13 +13,20 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kGroups = 128;   // M: key groups of a tile; also the most of a cell
 constexpr int kColumns = 128;  // N: (query group, head) pairs
-constexpr int kDepth = 32;     // elements of a stage; divides every head_dim
-constexpr int kStages = 4;
-constexpr int kRowBytes = 2 * kDepth + kPadBytes;
-constexpr int kStageBytes = (kGroups + kColumns) * kRowBytes;
+// Elements of a stage; 64 are a whole line of 128 bytes, 32 divide every head_dim.
+template <int kDepth>
+struct Stage {
+  static constexpr int kPieces = kDepth / 8;  // of 16 bytes, of a row
+  static constexpr int kRowBytes = 2 * kDepth + kPadBytes;
+  static constexpr int kBytes = (kGroups + kColumns) * kRowBytes;
+  static constexpr int kCount = kDepth == 64 ? 3 : 5;  // two CTAs fit an SM
+  static constexpr int kThreadRows = kGroups * kPieces / kThreads;
+};
+constexpr int kSharedBytes = Stage<64>::kCount * Stage<64>::kBytes;
+static_assert(Stage<32>::kCount * Stage<32>::kBytes <= kSharedBytes, "");
 constexpr int kLogitStride = kGroups + 1;  // so that neighbouring columns lie in different banks
 constexpr int kMostQueryGroups = 256;      // of a span: 256 rows at stride 1
-static_assert(kLogitStride * kColumns * 4 <= kStages * kStageBytes, "logits reuse the stages");
+static_assert(kLogitStride * kColumns * 4 <= kSharedBytes, "logits reuse the stages");
 
 struct Strides {
   int stride;           // S
@@ -106,16 +113,17 @@ __device__ Source<Element> query_source(const Step& step, const Strides& x, cons
   return {query_at<Element>(step, last, at.q_head), rows, -1};
 }
 
-// Copies this thread's pieces of stage `index`: token t of each group, elements `from` .. + kDepth.
-template <class Element>
-__device__ __forceinline__ void load_stage(const Step& step, const Product& p, int t, int from,
-                                           const Source<Element> (&keys)[2],
-                                           const Source<Element> (&queries)[2], uint32_t to) {
-  const int piece = threadIdx.x % 4, row = threadIdx.x / 4;
-  const int x = from + piece * 8;
+// Copies this thread's pieces of one stage: token t of each group, elements `from` .. + kDepth.
+template <class Element, int kDepth, int kRows = Stage<kDepth>::kThreadRows>
+__device__ __forceinline__ void load_stage(const Step& step, const Product& p, int2 t_from,
+                                           const Source<Element> (&keys)[kRows],
+                                           const Source<Element> (&queries)[kRows], uint32_t to) {
+  using S = Stage<kDepth>;
+  const int piece = threadIdx.x % S::kPieces, row = threadIdx.x / S::kPieces, t = t_from.x;
+  const int x = t_from.y + piece * 8;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t at = to + (row + i * 64) * kRowBytes + piece * 16;
+  for (int i = 0; i < kRows; ++i) {
+    const uint32_t at = to + (row + i * (kGroups / kRows)) * S::kRowBytes + piece * 16;
     const bool have_key = keys[i].token >= 0;
     const Element* key = have_key ? key_at<Element>(step, p.req, p.kv_head, keys[i].token + t) + x
                                   : static_cast<const Element*>(step.batch.k);
@@ -124,46 +132,51 @@ __device__ __forceinline__ void load_stage(const Step& step, const Product& p, i
     const int back = t < q.rows ? t : t % q.rows;
     const Element* query = q.base ? q.base - back * step.batch.q_token_stride + x
                                   : static_cast<const Element*>(step.batch.q);
-    ptx::copy_async(at + kGroups * kRowBytes, query, q.base != nullptr);
+    ptx::copy_async(at + kGroups * S::kRowBytes, query, q.base != nullptr);
   }
-  ptx::copy_async_commit();
 }
 
 using Accumulators = float[2][8][4];  // of a warp's 32 key groups x 64 columns
 
 // Dot products of a tile of key groups with kColumns columns from `first_column` on.
-template <class Element>
+template <class Element, int kDepth>
 __device__ void multiply_tile(const Step& step, const Strides& x, const Product& p,
                               int first_column, uint32_t shared, Accumulators& c) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = threadIdx.x / 4;
-  Source<Element> keys[2], queries[2];
+  using S = Stage<kDepth>;
+  constexpr int kRows = S::kThreadRows;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = threadIdx.x / S::kPieces;
+  Source<Element> keys[kRows], queries[kRows];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int v = p.first_group + row + i * 64;
+  for (int i = 0; i < kRows; ++i) {
+    const int at = row + i * (kGroups / kRows), v = p.first_group + at;
     keys[i] = {nullptr, 1, v < p.end_group ? v * x.stride : -1};
-    queries[i] = query_source<Element>(step, x, p, first_column + row + i * 64);
+    queries[i] = query_source<Element>(step, x, p, first_column + at);
   }
   const int head_dim = step.layout.head_dim, steps = x.stride * head_dim / kDepth;
-  int t = 0, from = 0;
+  int2 t_from{0, 0};
   auto load = [&](int index) {
-    if (index >= steps) return ptx::copy_async_commit();
-    load_stage(step, p, t, from, keys, queries, shared + index % kStages * kStageBytes);
-    from += kDepth;
-    if (from == head_dim) from = 0, ++t;
+    if (index < steps) {
+      load_stage<Element, kDepth>(step, p, t_from, keys, queries,
+                                  shared + index % S::kCount * S::kBytes);
+    }
+    ptx::copy_async_commit();
+    t_from.y += kDepth;
+    if (t_from.y == head_dim) t_from = {t_from.x + 1, 0};
   };
-  for (int i = 0; i < kStages - 1; ++i) load(i);
-  const uint32_t a = shared + warp % 4 * 32 * kRowBytes + offset_a(lane, kRowBytes);
-  const uint32_t b = shared + (kGroups + warp / 4 * 64) * kRowBytes + offset_b(lane, kRowBytes);
+  for (int i = 0; i < S::kCount - 1; ++i) load(i);
+  const uint32_t a = shared + warp % 4 * 32 * S::kRowBytes + offset_a(lane, S::kRowBytes);
+  const uint32_t b =
+      shared + (kGroups + warp / 4 * 64) * S::kRowBytes + offset_b(lane, S::kRowBytes);
   for (int i = 0; i < steps; ++i) {
-    ptx::copy_async_wait<kStages - 2>();
+    ptx::copy_async_wait<S::kCount - 2>();
     __syncthreads();  // stage i is here, and stage i - 1 has been read
-    load(i + kStages - 1);
-    const uint32_t stage = i % kStages * kStageBytes;
+    load(i + S::kCount - 1);
+    const uint32_t stage = i % S::kCount * S::kBytes;
 #pragma unroll
     for (int deep = 0; deep < kDepth; deep += 16) {
       uint32_t columns[4][4];
-      load_b(columns, b + stage + 2 * deep, kRowBytes);
-      multiply_32<Element>(c, a + stage + 2 * deep, kRowBytes, columns);
+      load_b(columns, b + stage + 2 * deep, S::kRowBytes);
+      multiply_32<Element>(c, a + stage + 2 * deep, S::kRowBytes, columns);
     }
   }
   ptx::copy_async_wait<0>();
@@ -232,7 +245,11 @@ __device__ void weigh_cells(const Step& step) {
   const float scale = step.layout.sm_scale * kLog2E / x.stride;
   for (int first = 0; first < p.num_columns; first += kColumns) {
     Accumulators c = {};
-    multiply_tile<Element>(step, x, p, first, ptx::shared_address(shared), c);
+    if (step.layout.head_dim % 64 == 0) {
+      multiply_tile<Element, 64>(step, x, p, first, ptx::shared_address(shared), c);
+    } else {
+      multiply_tile<Element, 32>(step, x, p, first, ptx::shared_address(shared), c);
+    }
     store_logits(c, scale, logits);
     write_cells(step, x, p, first, logits);
     __syncthreads();  // the next tile's stages overwrite the logits
@@ -312,7 +329,7 @@ __device__ void sum_masses(const Step& step) {
 }  // namespace compactattn
 
 // Grid: (max_select_spans, ceil(ceil(max_kv_len / S) / 128), num_kv_heads) x 256; dynamic shared
-// memory 81920 bytes. `cells`: [max_select_spans, num_q_heads, ceil(select_span / S), max_blocks *
+// memory 110592 bytes. `cells`: [max_select_spans, num_q_heads, ceil(select_span / S), max_blocks *
 // max(1, block / S / 128)]. select_span is 1..256.
 extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_xattention_bf16(const __grid_constant__ compactattn::Step step) {

@@ -54,7 +54,7 @@ def run_flashprefill(kernels: Kernels, case: Case, only: int | None) -> list[int
     case.cells = torch.empty(capacity * s.heads * 4 * tiles, device="cuda")
     step, spans = case.step(only)
     shared = 384 * (2 * s.dim + 16)
-    kernels.launch(f"flashprefill/flashprefill_{suffix(s)}", (tiles, s.kv_heads, capacity), 128, shared, step)
+    kernels.launch(f"flashprefill/flashprefill_{suffix(s)}", (capacity, s.kv_heads, tiles), 128, shared, step)
     kernels.launch("flashprefill/flashprefill_relate", (capacity, s.heads), 256, 0, step)
     return spans
 
@@ -66,7 +66,7 @@ def run_xattention(kernels: Kernels, case: Case, only: int | None) -> list[int]:
     case.cells = torch.empty(capacity * s.heads * -(-s.span // s.stride) * cells, device="cuda")
     step, spans = case.step(only)
     tiles = -(-s.max_kv_len // (128 * s.stride))
-    kernels.launch(f"xattention/xattention_{suffix(s)}", (capacity, tiles, s.kv_heads), 256, 81920, step)
+    kernels.launch(f"xattention/xattention_{suffix(s)}", (capacity, tiles, s.kv_heads), 256, 110592, step)
     kernels.launch(f"xattention/xattention_mass_{suffix(s)}", (capacity, s.heads), 256, 0, step)
     return spans
 
