@@ -1,0 +1,281 @@
+// select, flashprefill: all rows of a span against mean keys, relative to the span's best block
+// (arXiv 2603.06199; rust/select/flashprefill.rs).
+//
+// Two kernels. The first leaves L_j = log2 of the summed weights of block j in the scores and the
+// largest L of each 32 blocks, open ones too, in `cells`; the second turns them into scores.
+#include "tiles.cuh"
+
+namespace compactattn {
+namespace {
+
+// M: blocks, 32 a warp. N: query rows of one head.
+constexpr int kThreads = 128;
+constexpr int kBlocks = 128;
+constexpr int kRows = 64;
+constexpr int kWarpBlocks = 32;
+
+// Numbers in `cells` per (span, query head).
+__device__ __forceinline__ int peaks_stride(const Step& step) {
+  return (step.layout.max_blocks + kBlocks - 1) / kBlocks * (kBlocks / kWarpBlocks);
+}
+
+__device__ __forceinline__ float* peaks_of(const Step& step, int span, int q_head) {
+  const int64_t row = static_cast<int64_t>(span) * step.layout.num_q_heads + q_head;
+  return step.stages.cells + row * peaks_stride(step);
+}
+
+// Blocks that the maximum runs over.
+__device__ __forceinline__ int blocks_of(const Step& step, const Span& span) {
+  return step.settings.relative_to_past ? past_blocks_of(step, span)
+                                        : span.kv_end >> step.layout.log2_block_tokens;
+}
+
+// Slot of a whole block's mean, kept under the page of its last token.
+__device__ __forceinline__ int mean_slot(const Step& step, int req, int block) {
+  const Layout& layout = step.layout;
+  const int log2_slots = max(0, layout.log2_page_tokens - layout.log2_block_tokens);
+  const int page = page_of(step, req, ((block + 1) << layout.log2_block_tokens) - 1);
+  return (page << log2_slots) + (block & ((1 << log2_slots) - 1));
+}
+
+// One CTA's share: blocks `first` .. `end` of a span's request for the heads of one KV head.
+struct Tile {
+  Span span;
+  int span_index;
+  int kv_head;
+  int first;
+  int end;
+  int row_bytes;
+};
+
+// Four elements of a mean as a sum of two 16-bit numbers each: off by 2^-16 of themselves at most.
+template <class Element>
+__device__ __forceinline__ void split(const float4& mean, uint8_t* high, uint8_t* low) {
+  const float parts[4] = {mean.x, mean.y, mean.z, mean.w};
+  Element top[4], rest[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    top[i] = Element(parts[i]);
+    rest[i] = Element(isfinite(parts[i]) ? parts[i] - float(top[i]) : 0.f);
+  }
+  *reinterpret_cast<uint2*>(high) = reinterpret_cast<const uint2&>(top);
+  *reinterpret_cast<uint2*>(low) = reinterpret_cast<const uint2&>(rest);
+}
+
+// The warp's kWarpBlocks means, zeros past the last block; a lane looks up one block's slot, which
+// keeps the table's latency out of the loop.
+template <class Element>
+__device__ void load_means(const Step& step, const Tile& tile, uint8_t* high, uint8_t* low) {
+  const int first = threadIdx.x / 32 * kWarpBlocks, lane = threadIdx.x % 32;
+  const int block = tile.first + first + lane;
+  const int slot = block < tile.end ? mean_slot(step, tile.span.req, block) : -1;
+  const int64_t heads = step.layout.num_kv_heads, dim = step.layout.head_dim;
+#pragma unroll 16
+  for (int row = 0; row < kWarpBlocks; ++row) {
+    const int64_t from = __shfl_sync(0xffffffffu, slot, row);
+    const float* mean = step.stages.k_mean + (from * heads + tile.kv_head) * dim;
+    for (int x = lane * 4; x < dim; x += 128) {
+      const float4 value = from >= 0 ? *reinterpret_cast<const float4*>(mean + x) : float4{};
+      const int at = (first + row) * tile.row_bytes + 2 * x;
+      split<Element>(value, high + at, low + at);
+    }
+  }
+}
+
+// Starts the copy of kRows query rows from row `first` of the span on.
+template <class Element>
+__device__ void load_rows(const Step& step, const Tile& tile, int head, int first, uint32_t to) {
+  const int pieces = step.layout.head_dim / 8;
+  const Element* base = query_at<Element>(step, tile.span.q_start, head);
+  for (int i = threadIdx.x; i < kRows * pieces; i += kThreads) {
+    const int row = i / pieces, piece = i % pieces;
+    const bool valid = first + row < tile.span.len;
+    const Element* from =
+        base + (valid ? (first + row) * step.batch.q_token_stride + piece * 8 : 0);
+    ptx::copy_async(to + row * tile.row_bytes + piece * 16, from, valid);
+  }
+  ptx::copy_async_commit();
+}
+
+using Logits = float[2][kRows / 8][4];
+
+// Logits of the warp's blocks and kRows rows, before the scale. Unrolled, so that loads run ahead
+// of the products.
+template <class Element, int kDim>
+__device__ __forceinline__ void multiply_dim(Logits& c, uint32_t high, uint32_t low,
+                                             uint32_t rows) {
+  constexpr int kRowBytes = 2 * kDim + kPadBytes;
+  const int lane = threadIdx.x % 32;
+  const uint32_t a = offset_a(lane, kRowBytes), b = rows + offset_b(lane, kRowBytes);
+#pragma unroll
+  for (int x = 0; x < kDim; x += 16) {
+    uint32_t columns[kRows / 16][4];
+    load_b(columns, b + 2 * x, kRowBytes);
+    multiply_32<Element>(c, high + a + 2 * x, kRowBytes, columns);
+    multiply_32<Element>(c, low + a + 2 * x, kRowBytes, columns);
+  }
+}
+
+template <class Element>
+__device__ void multiply_tile(Logits& c, uint32_t high, uint32_t low, uint32_t rows, int head_dim) {
+  switch (head_dim) {
+    case 64:
+      return multiply_dim<Element, 64>(c, high, low, rows);
+    case 96:
+      return multiply_dim<Element, 96>(c, high, low, rows);
+    case 128:
+      return multiply_dim<Element, 128>(c, high, low, rows);
+    default:
+      return multiply_dim<Element, 256>(c, high, low, rows);
+  }
+}
+
+// Hides what a row does not see whole: rows below need(block), and those past the span.
+__device__ void hide(const Step& step, const Tile& tile, int first_row, Logits& c) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int half = 0; half < 4; ++half) {
+    const int block = tile.first + warp * kWarpBlocks + half * 8 + lane / 4;
+    const int need = ((block + 1) << step.layout.log2_block_tokens) - visible_to(tile.span, 0);
+#pragma unroll
+    for (int i = 0; i < kRows / 4; ++i) {
+      const int row = first_row + i / 2 * 8 + lane % 4 * 2 + i % 2;
+      float& x = c[half / 2][i / 2][half % 2 * 2 + i % 2];
+      if (row < need || row >= tile.span.len) x = -kInfinity;
+    }
+  }
+}
+
+// Adds the weights of the thread's logits of each of its four blocks.
+__device__ void fold(LogSum (&sums)[4], const Logits& c, float scale) {
+#pragma unroll
+  for (int half = 0; half < 4; ++half) {
+    float most = -FLT_MAX;
+#pragma unroll
+    for (int n = 0; n < kRows / 8; ++n) {
+      const float* x = &c[half / 2][n][half % 2 * 2];
+      most = fmaxf(most, fmaxf(x[0], x[1]));
+    }
+    LogSum tile{fmaxf(most * scale, -FLT_MAX), 0.f};
+#pragma unroll
+    for (int n = 0; n < kRows / 8; ++n) {
+      const float* x = &c[half / 2][n][half % 2 * 2];
+      tile.sum += ptx::exp2_approx(fmaf(x[0], scale, -tile.max)) +
+                  ptx::exp2_approx(fmaf(x[1], scale, -tile.max));
+    }
+    sums[half].merge(tile);
+  }
+}
+
+// Writes one head's L and their maximum over the warp's blocks, in which NaN has no say; starts the
+// sums anew.
+__device__ void finish(const Step& step, const Tile& tile, int head, LogSum (&sums)[4]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int past = past_blocks_of(step, tile.span);
+  float* scores = scores_of(step, tile.span_index, head);
+  float best = -FLT_MAX;
+#pragma unroll
+  for (int half = 0; half < 4; ++half) {
+    LogSum sum = sums[half];
+    sums[half] = LogSum{};
+    sum.merge(sum.of_lane(1));
+    sum.merge(sum.of_lane(2));
+    const int block = tile.first + warp * kWarpBlocks + half * 8 + lane / 4;
+    const float value = sum.log2();
+    if (block < tile.end) best = fmaxf(best, value);
+    if (block < past && lane % 4 == 0) scores[block] = value;
+  }
+  best = warp_reduce(best, [](float a, float b) { return fmaxf(a, b); });
+  if (lane == 0) {
+    peaks_of(step, tile.span_index, head)[tile.first / kWarpBlocks + warp] = best;
+  }
+}
+
+// Without means nothing can be judged.
+__device__ void give_up(const Step& step, const Tile& tile, int group) {
+  const int past = min(past_blocks_of(step, tile.span), tile.first + kBlocks);
+  for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
+    float* scores = scores_of(step, tile.span_index, head);
+    for (int j = tile.first + threadIdx.x; j < past; j += kThreads)
+      scores[j] = __int_as_float(0x7fc00000);
+  }
+}
+
+template <class Element>
+__device__ void sum_weights(const Step& step) {
+  extern __shared__ __align__(16) uint8_t shared[];
+  const Layout& layout = step.layout;
+  Tile tile;
+  tile.span_index = blockIdx.x;
+  if (!load_span(step, tile.span_index, tile.span)) return;
+  tile.kv_head = blockIdx.y;
+  tile.first = blockIdx.z * kBlocks;
+  tile.end = blocks_of(step, tile.span);
+  tile.row_bytes = 2 * layout.head_dim + kPadBytes;
+  if (tile.first >= tile.end) return;
+  const int group = layout.group_size;
+  if (!step.stages.k_mean) return give_up(step, tile, group);
+
+  uint8_t *high = shared, *low = shared + kBlocks * tile.row_bytes;
+  const uint32_t rows = ptx::shared_address(low + kBlocks * tile.row_bytes);
+  const int warp = threadIdx.x / 32;
+  const uint32_t means = ptx::shared_address(high) + warp * kWarpBlocks * tile.row_bytes;
+  const bool all_past = tile.first + kBlocks <= past_blocks_of(step, tile.span);
+  const int tiles = (tile.span.len + kRows - 1) / kRows, head = tile.kv_head * group;
+  const float scale = layout.sm_scale * kLog2E;
+  load_rows<Element>(step, tile, head, 0, rows);
+  load_means<Element>(step, tile, high, low);
+  LogSum sums[4];
+  for (int i = 0; i < tiles * group; ++i) {
+    const int next = i + 1, first = i % tiles * kRows;
+    if (next < tiles * group) {
+      load_rows<Element>(step, tile, head + next / tiles, next % tiles * kRows,
+                         rows + next % 2 * kRows * tile.row_bytes);
+      ptx::copy_async_wait<1>();
+    } else {
+      ptx::copy_async_wait<0>();
+    }
+    __syncthreads();
+    if (tile.first + warp * kWarpBlocks < tile.end) {
+      Logits c = {};
+      multiply_tile<Element>(c, means, means + kBlocks * tile.row_bytes,
+                             rows + i % 2 * kRows * tile.row_bytes, layout.head_dim);
+      if (!all_past || first + kRows > tile.span.len) hide(step, tile, first, c);
+      fold(sums, c, scale);
+      if (next % tiles == 0) finish(step, tile, head + i / tiles, sums);
+    }
+    __syncthreads();  // the rows may be overwritten
+  }
+}
+
+}  // namespace
+}  // namespace compactattn
+
+// Grid: (max_select_spans, num_kv_heads, ceil(max_blocks / 128)) x 128; dynamic shared memory
+// 384 * (2 * head_dim + 16) bytes. `cells`: [max_select_spans, num_q_heads,
+// 4 * ceil(max_blocks / 128)].
+extern "C" __global__ void __launch_bounds__(128, 2)
+    compactattn_flashprefill_bf16(const __grid_constant__ compactattn::Step step) {
+  compactattn::sum_weights<__nv_bfloat16>(step);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    compactattn_flashprefill_fp16(const __grid_constant__ compactattn::Step step) {
+  compactattn::sum_weights<__half>(step);
+}
+
+// After either. Grid: (max_select_spans, num_q_heads) x 256.
+extern "C" __global__ void __launch_bounds__(256)
+    compactattn_flashprefill_relate(const __grid_constant__ compactattn::Step step) {
+  using namespace compactattn;
+  Span span;
+  if (!step.stages.k_mean || !load_span(step, blockIdx.x, span)) return;
+  const int peaks = (blocks_of(step, span) + kWarpBlocks - 1) / kWarpBlocks;
+  const float* peak = peaks_of(step, blockIdx.x, blockIdx.y);
+  float best = -FLT_MAX;
+  for (int i = threadIdx.x % 32; i < peaks; i += 32) best = fmaxf(best, peak[i]);
+  best = warp_reduce(best, [](float a, float b) { return fmaxf(a, b); });
+  float* scores = scores_of(step, blockIdx.x, blockIdx.y);
+  const int past = past_blocks_of(step, span);
+  for (int j = threadIdx.x; j < past; j += 256) scores[j] = ptx::exp2_approx(scores[j] - best);
+}
