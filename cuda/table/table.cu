@@ -1,0 +1,13 @@
+// table by itself, from given lists.
+#include "row.cuh"
+
+// Grid max_list_spans * lists per span x 256, no dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(256)
+    compactattn_table(const __grid_constant__ compactattn::Step step) {
+  using namespace compactattn;
+  const int64_t row = blockIdx.x;
+  const int span = static_cast<int>(row / lists_per_span(step.layout));
+  if (span >= step.stages.counters->num_list_spans) return;
+  write_table_row(step, step.stages.list_spans[span], row,
+                  step.stages.lists + row * step.layout.mask_words);
+}

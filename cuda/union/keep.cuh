@@ -1,0 +1,202 @@
+// Which blocks of one row of scores stay (rust/select/keep.rs): threshold, mass or density, between
+// a floor and a cap. One CTA of 256 threads a row.
+//
+// Forced blocks are the first and the last ones, so what is left to rank is one range.
+#pragma once
+
+#include "../common/bits.cuh"
+#include "best.cuh"
+
+namespace compactattn {
+
+// One row, its past blocks.
+struct Row {
+  const float* scores;  // [n], shared or global memory
+  int n;
+  int first_free;  // blocks first_free .. end_free are not forced
+  int end_free;
+
+  __host__ __device__ int free() const { return end_free - first_free; }
+  __host__ __device__ int forced() const { return n - free(); }
+};
+
+__host__ __device__ inline Row row_of(const Settings& settings, const float* scores, int n) {
+  const int sink = settings.sink_blocks < n ? settings.sink_blocks : n;
+  const int local = settings.local_blocks < n - sink ? settings.local_blocks : n - sink;
+  return {scores, n, sink, n - local};
+}
+
+// The forced blocks of word `word` of a row's bits.
+__host__ __device__ inline uint32_t forced_word(const Row& row, int word) {
+  return range_word(word, 0, row.first_free) | range_word(word, row.end_free, row.n);
+}
+
+// What one look at a row tells.
+struct Survey {
+  uint32_t heaviest;  // mass_bits, over all blocks; the rest is over those that are not forced
+  uint32_t best;      // ranks
+  uint32_t worst;
+  uint32_t unjudged;
+  uint32_t at_threshold;
+};
+
+__device__ inline Survey join_lanes(const Survey& x) {
+  return {__reduce_max_sync(cta::kAllLanes, x.heaviest), __reduce_max_sync(cta::kAllLanes, x.best),
+          __reduce_min_sync(cta::kAllLanes, x.worst), __reduce_add_sync(cta::kAllLanes, x.unjudged),
+          __reduce_add_sync(cta::kAllLanes, x.at_threshold)};
+}
+
+__device__ inline Survey join(const Survey& a, const Survey& b) {
+  return {max(a.heaviest, b.heaviest), max(a.best, b.best), min(a.worst, b.worst),
+          a.unjudged + b.unjudged, a.at_threshold + b.at_threshold};
+}
+
+__device__ inline Survey survey(const Row& row, float threshold) {
+  __shared__ Survey warps[cta::kWarps];
+  const uint32_t at = rank_of(threshold);
+  Survey seen{0, 0, 0xffffffffu, 0, 0};
+  for (int j = threadIdx.x; j < row.n; j += cta::kThreads) {
+    const float score = row.scores[j];
+    seen.heaviest = max(seen.heaviest, mass_bits(score));
+    if (j < row.first_free || j >= row.end_free) continue;
+    const uint32_t rank = rank_of(score);
+    seen = join(seen, {0, rank, rank, rank == kUnjudged, rank >= at});
+  }
+  seen = join_lanes(seen);
+  __syncthreads();  // the call before this one may still be read
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = seen;
+  __syncthreads();
+  seen = warps[0];
+#pragma unroll
+  for (int w = 1; w < cta::kWarps; ++w) seen = join(seen, warps[w]);
+  return seen;
+}
+
+// The blocks that are not forced, by what the survey knows of their ranks.
+__device__ inline Range free_blocks(const Row& row, const Survey& seen) {
+  const int open_bits = 32 - __clz(seen.best ^ seen.worst);
+  const uint32_t known = open_bits < 32 ? ~0u << open_bits : 0;
+  return {row.scores, row.first_free, row.end_free, seen.best & known, open_bits};
+}
+
+// The fewest best blocks beside the forced ones that hold the share of all mass. `counts_open`:
+// what the masses lack to 1 is held too.
+__device__ inline Best best_by_mass(const Settings& settings, const Row& row, const Survey& seen,
+                                    Histogram& histogram) {
+  const bool counts_open = settings.mass_counts_open;
+  const uint32_t heaviest = counts_open ? max(seen.heaviest, bits_of(1.0f)) : seen.heaviest;
+  const FixedPoint mass(heaviest, row.n);
+  uint64_t mine = 0, mine_forced = 0;
+  for (int j = threadIdx.x; j < row.n; j += cta::kThreads) {
+    const uint64_t x = mass.of(row.scores[j]);
+    mine += x;
+    if (j < row.first_free || j >= row.end_free) mine_forced += x;
+  }
+  const uint64_t past = cta::total(mine);
+  const uint64_t whole = counts_open ? mass.of(1.0f) : 0;
+  const uint64_t open = whole > past ? whole - past : 0;
+  const uint64_t held = open + cta::total(mine_forced);
+  const uint64_t target = share_of_mass(settings.keep_value, past + open);
+  if (target <= held) return kNothing;
+  return best_of(histogram, free_blocks(row, seen), ByMass{mass}, target - held);
+}
+
+// Forced blocks and those of the row's `min_budget` best, forced or not, that are not forced.
+__device__ inline int budget(const Settings& settings, const Row& row, Histogram& histogram) {
+  const int goal = min(settings.min_budget, row.n);
+  if (goal <= 0) return 0;
+  const Best best = best_of(histogram, Range{row.scores, 0, row.n, 0, 32}, ByCount{}, goal);
+  int above = 0, ties_before = 0, ties = 0;
+  for (int j = threadIdx.x; j < row.end_free; j += cta::kThreads) {
+    const uint32_t rank = rank_of(row.scores[j]);
+    const bool is_free = j >= row.first_free;
+    above += is_free && rank > best.rank;
+    ties += is_free && rank == best.rank;
+    ties_before += !is_free && rank == best.rank;
+  }
+  above = cta::total(above);
+  ties = cta::total(ties);
+  ties_before = cta::total(ties_before);
+  return row.forced() + above + max(0, min(ties, best.ties - ties_before));
+}
+
+// How the rule alone would cut; count -1: by count, not yet known where.
+struct Wanted {
+  Best best;
+  int blocks;  // forced ones too
+};
+
+__device__ inline Wanted wanted(const Settings& settings, const Row& row, const Survey& seen,
+                                Histogram& histogram) {
+  if (settings.keep == kDensity) {
+    return {{0, 0, -1}, share_of(settings.keep_value, row.n)};
+  }
+  const int at_threshold = static_cast<int>(seen.at_threshold);
+  const Best best = settings.keep == kMass
+                        ? best_by_mass(settings, row, seen, histogram)
+                        : Best{rank_of(settings.keep_value), kAllTies, at_threshold};
+  return {best, row.forced() + best.count};
+}
+
+// The cut between floor and cap; neither may drop a block that cannot be judged.
+__device__ inline Best best_of_row(const Settings& settings, const Row& row, Histogram& histogram) {
+  if (row.free() <= 0) return kNothing;
+  const Survey seen = survey(row, settings.keep_value);
+  const Wanted rule = wanted(settings, row, seen, histogram);
+  const int most = share_of(settings.max_density, row.n);
+  const int least = max(share_of(settings.min_density, row.n), budget(settings, row, histogram));
+  const int judged = min(max(rule.blocks, least), most) - row.forced();
+  const int count = max(judged, static_cast<int>(seen.unjudged));
+  if (count == rule.best.count) return rule.best;
+  if (count <= 0) return kNothing;
+  if (count >= row.free()) return {0, kAllTies, row.free()};
+  return best_of(histogram, free_blocks(row, seen), ByCount{}, count);
+}
+
+// Clears all but the first `count` set bits of a row, counted over its words.
+__device__ inline void keep_first_bits(uint32_t* bits, int words, int count) {
+  for (int base = 0; base < words; base += cta::kThreads) {
+    const int word = base + threadIdx.x;
+    const uint32_t mine = word < words ? bits[word] : 0;
+    const cta::Sum<int> sum = cta::exclusive_sum(__popc(mine));
+    const int left = count - sum.before;
+    if (word < words && __popc(mine) > left) bits[word] = lowest_bits(mine, left);
+    count -= sum.total;
+  }
+}
+
+// Writes bits 0 .. n, up to the end of the last one's word: the forced blocks and those of the cut.
+__device__ inline void mark(const Row& row, const Best& best, uint32_t* bits) {
+  const int words = words_of(row.n), lane = threadIdx.x % 32;
+  const bool all_ties = best.ties == kAllTies;
+  if (!all_ties && best.ties > 0) {
+    for (int word = threadIdx.x / 32; word < words; word += cta::kWarps) {
+      const int j = word * 32 + lane;
+      const bool is_free = j >= row.first_free && j < row.end_free;
+      const uint32_t ties =
+          __ballot_sync(cta::kAllLanes, is_free && rank_of(row.scores[j]) == best.rank);
+      if (lane == 0) bits[word] = ties;
+    }
+    __syncthreads();
+    keep_first_bits(bits, words, best.ties);
+    __syncthreads();
+  }
+  for (int word = threadIdx.x / 32; word < words; word += cta::kWarps) {
+    const int j = word * 32 + lane;
+    const bool is_free = j >= row.first_free && j < row.end_free;
+    const uint32_t rank = is_free ? rank_of(row.scores[j]) : 0;
+    const bool stays = is_free && (rank > best.rank || (all_ties && rank == best.rank));
+    const uint32_t above = __ballot_sync(cta::kAllLanes, stays);
+    const uint32_t ties = !all_ties && best.ties > 0 ? bits[word] : 0;
+    if (lane == 0) bits[word] = ties | above | forced_word(row, word);
+  }
+  __syncthreads();
+}
+
+// Keeps blocks of a row whose scores all threads can see; `bits` [words_of(n)], shared memory.
+__device__ inline void keep(const Settings& settings, const Row& row, uint32_t* bits) {
+  __shared__ Histogram histogram;
+  mark(row, best_of_row(settings, row, histogram), bits);
+}
+
+}  // namespace compactattn

@@ -1,0 +1,47 @@
+// union, first half of keeping by row: each row of scores decides for itself (rust/union.rs,
+// masks_of_scores). Bits of the open region are set in every row.
+#include "rows.cuh"
+
+namespace compactattn {
+namespace {
+
+// The row where all threads can read it often.
+__device__ const float* held_row(const Step& step, const float* scores, int n, float* shared) {
+  if (!row_is_shared(step.layout)) return scores;
+  for (int j = threadIdx.x; j < n; j += cta::kThreads) shared[j] = scores[j];
+  __syncthreads();
+  return shared;
+}
+
+__device__ void keep_row(const Step& step, const Span& span, int64_t row, uint32_t* bits) {
+  const Layout& layout = step.layout;
+  const int past = span.past >> layout.log2_block_tokens;
+  const int total = pieces_of(span.kv_end, 1 << layout.log2_block_tokens);
+  const bool asks = !span.dense && span.votes;
+  if (asks) {
+    const float* scores = step.stages.scores + row * layout.max_blocks;
+    float* shared = reinterpret_cast<float*>(bits + layout.mask_words);
+    keep(step.settings, row_of(step.settings, held_row(step, scores, past, shared), past), bits);
+  }
+  const int first_open = span.dense ? 0 : min(past, total);
+  uint32_t* out = step.stages.masks + row * layout.mask_words;
+  for (int word = threadIdx.x; word < layout.mask_words; word += cta::kThreads) {
+    const uint32_t kept = asks && word < words_of(past) ? bits[word] : 0;
+    out[word] = kept | range_word(word, first_open, total);
+  }
+}
+
+}  // namespace
+}  // namespace compactattn
+
+// Grid max_select_spans * num_q_heads x 256; dynamic shared memory 4 * mask_words bytes, and
+// 4 * max_blocks more where max_blocks <= 8192.
+extern "C" __global__ void __launch_bounds__(256)
+    compactattn_keep_rows(const __grid_constant__ compactattn::Step step) {
+  using namespace compactattn;
+  extern __shared__ uint32_t dynamic[];
+  const int64_t row = blockIdx.x;
+  const int span = static_cast<int>(row / step.layout.num_q_heads);
+  if (span >= step.stages.counters->num_select_spans) return;
+  keep_row(step, step.stages.select_spans[span], row, dynamic);
+}

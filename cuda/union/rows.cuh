@@ -1,0 +1,88 @@
+// What stands between rows of scores or bits and a list: where rows lie, and how they are merged.
+#pragma once
+
+#include "../common/bits.cuh"
+#include "../common/cta.cuh"
+#include "../common/spans.cuh"
+#include "keep.cuh"
+
+namespace compactattn {
+
+// Rows up to this many blocks are held in shared memory while they are ranked.
+constexpr int kSharedRowBlocks = 8192;
+
+// Dynamic shared memory of a kernel that keeps: words of bits, then the row where it fits.
+__host__ __device__ inline bool row_is_shared(const Layout& layout) {
+  return layout.max_blocks <= kSharedRowBlocks;
+}
+
+// The rows of scores or bits under one list: those of `spans` select spans, `heads` query heads of
+// each.
+struct Members {
+  int first_select;
+  int spans;  // that vote
+  int first_head;
+  int heads;
+  int num_q_heads;
+
+  __device__ int count() const { return spans * heads; }
+
+  __device__ int64_t row(int i) const {
+    const int span = first_select + i / heads;
+    return static_cast<int64_t>(span) * num_q_heads + first_head + i % heads;
+  }
+};
+
+// `list`: within the span.
+__device__ inline Members members_of(const Step& step, const Span& span, int list) {
+  const ListHeads heads = list_heads(step.layout, list);
+  const int q_len = step.stages.requests[span.req].q_len;
+  const int first = step.layout.select_span > 0 ? span.first / step.layout.select_span : 0;
+  const int voting = min(span.num_selects, max(0, voting_selects(step, q_len) - first));
+  return {span.first_select, voting, heads.first, heads.count, step.layout.num_q_heads};
+}
+
+// The mean of the rows, or their maximum, in which NaN wins: a block that cannot be judged is read.
+// The mean adds shares of each row in row order, as the CPU does.
+__device__ inline void merge_scores(const Step& step, const Members& members, int n,
+                                    float* merged) {
+  const bool by_max = step.settings.merge_max;
+  const int rows = members.count();
+  const float share = static_cast<float>(rows);
+  for (int j = threadIdx.x; j < n; j += cta::kThreads) {
+    float sum = by_max ? -INFINITY : 0.0f;
+#pragma unroll 4
+    for (int i = 0; i < rows; ++i) {
+      const float score = step.stages.scores[members.row(i) * step.layout.max_blocks + j];
+      if (by_max) {
+        sum = isnan(sum) || isnan(score) ? NAN : fmaxf(sum, score);
+      } else {
+        sum += score / share;
+      }
+    }
+    merged[j] = sum;
+  }
+  __syncthreads();
+}
+
+// The OR of the rows' first `n` bits into `bits`, shared memory; the last word may hold more.
+__device__ inline void unite_masks(const Step& step, const Members& members, int n,
+                                   uint32_t* bits) {
+  const int words = words_of(n), rows = members.count();
+  for (int word = threadIdx.x; word < words; word += cta::kThreads) bits[word] = 0;
+  __syncthreads();
+  // Short rows leave threads to take rows side by side.
+  const int side_by_side = max(1, cta::kThreads / max(1, words));
+  for (int i = threadIdx.x; i < words * side_by_side; i += cta::kThreads) {
+    const int word = i % words;
+    uint32_t mine = 0;
+#pragma unroll 4
+    for (int row = i / words; row < rows; row += side_by_side) {
+      mine |= step.stages.masks[members.row(row) * step.layout.mask_words + word];
+    }
+    if (mine != 0) atomicOr(&bits[word], mine);
+  }
+  __syncthreads();
+}
+
+}  // namespace compactattn
