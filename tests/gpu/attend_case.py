@@ -28,7 +28,7 @@ class Traits:
 
 
 SM90 = {128: Traits(384, 232448, 1)}
-SM80 = {}
+SM80 = {64: Traits(128, 55296, 2), 96: Traits(128, 79872, 2), 128: Traits(128, 104448, 2), 256: Traits(256, 135168, 1)}
 
 
 class Kernels:

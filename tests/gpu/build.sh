@@ -11,7 +11,7 @@ compile() { # folder, source, name
 compile "$1" cuda/plan/work.cu work &
 compile "$1" cuda/combine/combine.cu combine &
 compile "$1" tests/gpu/variants.cu variants &
-for arch in sm90; do
+for arch in sm90 sm80; do
   for source in "$root/cuda/attend/$arch/inst/"*.cu; do
     name=$(basename "$source" .cu)
     compile "$1" "cuda/attend/$arch/inst/$name.cu" "${arch}_$name" &
