@@ -25,6 +25,19 @@ __device__ __forceinline__ Stream stream_of(const Work& work, const WorkItem& it
   return stream;
 }
 
+// A row of an item's tile of queries.
+struct QueryRow {
+  int token;  // of the item
+  int head;   // of the item
+  bool used;  // the item's; others read as zeros and are not written
+};
+
+__device__ __forceinline__ QueryRow query_row(const WorkItem& item, int heads_per_list, int row) {
+  const int token = row / heads_per_list;
+  const int head = row - token * heads_per_list;
+  return {token, head, token < item.num_tokens && head < item.num_heads};
+}
+
 // Tiles of one item, from the tile before `end` down to `begin`.
 struct Piece {
   WorkItem item;

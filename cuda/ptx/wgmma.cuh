@@ -57,13 +57,6 @@ __device__ __forceinline__ void mma(float (&d)[64], const uint32_t (&a)[4], uint
   fma_all<Element, kRight>(d, a, b, keep, std::make_integer_sequence<int, 64>{});
 }
 
-// Four 8 x 8 matrices of 16-bit elements; lane i names row i % 8 of matrix i / 8.
-__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(cute::cast_smem_ptr_to_uint(row)));
-}
-
 // Keeps ordinary reads and writes of `d` on their side of the asynchronous products.
 __device__ __forceinline__ void fence_registers(float (&d)[64]) {
 #pragma unroll

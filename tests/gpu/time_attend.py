@@ -6,6 +6,7 @@ Each problem is checked against fp64 first. `--steady` times blocks of back-to-b
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import statistics
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from attend_case import DIM, Case, Shape, Stages
+from attend_case import SMS, Case, Kernels, Shape
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -54,21 +55,25 @@ def steady_ms(graphs: Sequence[torch.cuda.CUDAGraph], count: int) -> float:
     return start.elapsed_time(end) / count
 
 
-def time_peers(chunk: int, context: int, heads: tuple[int, int], steady: float) -> None:
+def time_peers(chunk: int, context: int, heads: tuple[int, int, int], steady: float) -> None:
     """Contiguous keys and values, no mask: a little more work than the causal chunk."""
-    kv_heads, group = heads
-    q = torch.randn(1, kv_heads * group, chunk, DIM, device="cuda", dtype=torch.bfloat16)
-    k, v = (torch.randn(1, kv_heads, context, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    flop = 4 * DIM * kv_heads * group * chunk * context
+    kv_heads, group, dim = heads
+    q = torch.randn(1, kv_heads * group, chunk, dim, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(1, kv_heads, context, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    flop = 4 * dim * kv_heads * group * chunk * context
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-        with sdpa_kernel(backend):
-            peer = graph(lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True))
+        try:
+            with sdpa_kernel(backend):
+                peer = graph(lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True))
+        except RuntimeError as error:
+            print(f"{backend.name} does not run this shape: {str(error).splitlines()[0]}")
+            continue
         ms = steady_ms([peer], max(4, int(steady * 6e14 / flop))) if steady else times_ms([peer.replay], 10)[0]
         kind = "steady" if steady else "burst"
         print(f"{kind} {backend.name:16s} contiguous, no mask    {ms:7.3f} ms {flop / ms / 1e9:6.1f} TFLOP/s")
 
 
-def time_shape(shape: Shape, kernels: dict[str, Stages], repeats: int) -> None:
+def time_shape(shape: Shape, kernels: dict[str, Kernels], repeats: int) -> None:
     """Prints each kernel's median and its error on the first problem."""
     cases = [Case(shape, seed) for seed in range(2)]
     calls, errors = [], []
@@ -84,7 +89,7 @@ def time_shape(shape: Shape, kernels: dict[str, Stages], repeats: int) -> None:
         print(f"burst {name:16s} {where} {ms:7.3f} ms {rate:6.1f} TFLOP/s error {error:.1e}", flush=True)
 
 
-def time_steady(shape: Shape, kernels: dict[str, Stages], seconds: float) -> None:
+def time_steady(shape: Shape, kernels: dict[str, Kernels], seconds: float) -> None:
     """Two rounds, the second in reverse."""
     cases = [Case(shape, seed) for seed in range(2)]
     flop = cases[0].flop()
@@ -100,6 +105,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("cubins", type=Path)
     parser.add_argument("--variants", nargs="*", help="of variants.cu; without, the shipped kernel")
+    parser.add_argument("--arch", choices=["sm90", "sm80"], default="sm90")
+    parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--spread", type=float, default=0)
     parser.add_argument("--context", type=int, default=131072)
     parser.add_argument("--chunk", type=int, default=1024)
@@ -111,17 +118,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--steady", type=float, default=0, help="seconds of back-to-back launches of each kernel")
     args = parser.parse_args()
-    if args.variants:
-        kernels = {name: Stages(args.cubins, variant=name) for name in args.variants}
-    else:
-        kernels = {"attend": Stages(args.cubins)}
+    archs = args.variants or [args.arch]
+    kernels = {name: Kernels(args.cubins, name, head_dim=args.head_dim) for name in archs}
     if args.batch == 1:
-        time_peers(args.chunk, args.context, args.heads, args.steady)
+        time_peers(args.chunk, args.context, (*args.heads, args.head_dim), args.steady)
+    num_ctas = SMS * next(iter(kernels.values())).traits.ctas_per_sm
     for density in args.densities:
         for page in args.pages:
             for layout in args.layouts:
                 requests = ((args.chunk, args.context - args.chunk),) * args.batch
-                shape = Shape(requests, *args.heads, page, 128, layout, density, args.spread)
+                shape = Shape(requests, *args.heads, page, 128, layout, density, args.spread, num_ctas)
+                shape = dataclasses.replace(shape, head_dim=args.head_dim)
                 if args.steady:
                     time_steady(shape, kernels, args.steady)
                 else:

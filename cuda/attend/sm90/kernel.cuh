@@ -9,18 +9,19 @@
 // exponentials, both cost cycles here (tests/bench/record/h100).
 #pragma once
 
-#include "../../common/math.cuh"
+#include "../../common/epilogue.cuh"
+#include "../../common/softmax.cuh"
 #include "../../common/work.cuh"
-#include "../../params.h"
+#include "../../ptx/mma.cuh"
 #include "../../ptx/tma.cuh"
 #include "../../ptx/wgmma.cuh"
-#include "softmax.cuh"
 #include "traits.h"
 
 namespace compactattn::sm90 {
 
 struct Maps {
-  // [columns / 64, tokens, heads, 64] in boxes of rows / group tokens x group heads x 64
+  // [columns / 64, tokens, heads, 64] in boxes of rows / heads_per_list tokens x heads_per_list
+  // heads x 64
   const CUtensorMap& q;
   // [pages, kv heads, columns / 64, tokens of a page, 64] in boxes of min(box tokens, 128) x 64
   const CUtensorMap& k;
@@ -59,7 +60,7 @@ __device__ __forceinline__ ptx::PoolBox place(const AttendParams& params, int en
   const int part = entry & ((1 << params.log2_boxes_per_page) - 1);
   const int within = token & ((1 << params.log2_box_tokens) - 1);
   ptx::PoolBox at;
-  at.page = entry < 0 ? params.num_pages : entry >> params.log2_boxes_per_page;
+  at.page = entry < 0 ? params.batch.num_pages : entry >> params.log2_boxes_per_page;
   at.token = (part << params.log2_box_tokens) + within;
   return at;
 }
@@ -102,8 +103,8 @@ __device__ __forceinline__ void produce_tiles(const CUtensorMap& map,
 template <class T>
 __device__ __forceinline__ void produce_queries(const CUtensorMap& map, SharedStorage<T>& smem,
                                                 const AttendParams& params) {
-  const int group = params.work.group;
-  const int bytes = T::kRows / group * group * T::kRowBytes * T::kGroups;
+  const int heads = params.work.heads_per_list;
+  const int bytes = T::kRows / heads * heads * T::kRowBytes * T::kGroups;
   const Pieces pieces(params.work);
   uint32_t phase = 0;
   for (int i = 0; i < pieces.count; ++i) {
@@ -122,7 +123,7 @@ __device__ __forceinline__ void produce_queries(const CUtensorMap& map, SharedSt
 
 // ---- consumers ----
 
-// A thread's place in its warpgroup's 64 rows; rows are query token * group + head.
+// A thread's place in its warpgroup's 64 rows; rows are query token * heads_per_list + head.
 struct Place {
   int warpgroup;
   int lane;
@@ -150,12 +151,12 @@ __device__ __forceinline__ void issue_scores(float (&s)[64], const uint32_t (&q)
   cute::warpgroup_commit_batch();
 }
 
-// The warp's 16 query rows as left operands. Rows at and past `used` become zeros: they hold other
-// requests' queries or nothing, and a row maximum may move when its warp's other rows are rescaled,
-// and so their last bits.
+// The warp's 16 query rows as left operands. Rows that are not the item's become zeros: they hold
+// other lists' queries or nothing, and a row maximum may move when its warp's other rows are
+// rescaled, and so their last bits.
 template <class T>
 __device__ __forceinline__ void load_queries(uint32_t (&q)[8][4], const uint8_t* tile,
-                                             const Place& at, int used) {
+                                             const Place& at, const QueryRow (&mine)[2]) {
   const int row = at.lane % 16;
   const uint8_t* rows = tile + (at.row - at.lane / 4 + row) * T::kRowBytes;
 #pragma unroll
@@ -164,7 +165,7 @@ __device__ __forceinline__ void load_queries(uint32_t (&q)[8][4], const uint8_t*
     ptx::load_matrices(q[step], rows + step / 4 * T::kQGroupBytes + (chunk ^ row % 8) * 16);
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      if (at.row + w % 2 * 8 >= used) q[step][w] = 0;
+      if (!mine[w % 2].used) q[step][w] = 0;
     }
   }
 }
@@ -272,18 +273,20 @@ struct Consumer {
   }
 
   // O and row sums of one piece.
-  __device__ __forceinline__ void attend(const Piece& piece, int group, float (&o)[64],
+  __device__ __forceinline__ void attend(const Piece& piece, int heads_per_list, float (&o)[64],
                                          RowState& rows) {
     float s[64];
     uint32_t p[8][4];
     int visible[2];  // columns from the thread's first column of the current tile
+    QueryRow mine[2];
     int tile = piece.end - 1;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int token = min((at.row + 8 * r) / group, piece.item.num_tokens - 1);
+      mine[r] = query_row(piece.item, heads_per_list, at.row + 8 * r);
+      const int token = min(mine[r].token, piece.item.num_tokens - 1);
       visible[r] = piece.stream.visible + token - tile * T::kTokens - at.column;
     }
-    load_queries<T>(q, smem.q, at, piece.item.num_tokens * group);
+    load_queries<T>(q, smem.q, at, mine);
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
     release(smem.q_empty, at.lane);
@@ -305,69 +308,6 @@ struct Consumer {
   }
 };
 
-// A finished row: lse, and what O is to be multiplied by. Rows that saw nothing are 0 and -inf.
-struct RowEnd {
-  float inverse;
-  float lse;
-};
-
-__device__ __forceinline__ RowEnd end_of(const RowState& rows, int r, float sm_scale) {
-  const float sum = quad_sum(rows.sum[r]);
-  if (!(sum > 0.0f)) return {0.0f, -INFINITY};
-  return {1.0f / sum, rows.max[r] * sm_scale + kLn2 * __log2f(sum)};
-}
-
-// The rows of a whole item that are query tokens.
-template <class T>
-__device__ __forceinline__ void store_rows(const AttendParams& params, const WorkItem& item,
-                                           const Place& at, const float (&o)[64],
-                                           const RowState& rows) {
-  const Results& results = params.results;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const RowEnd end = end_of(rows, r, params.sm_scale);
-    const int row = at.row + 8 * r;
-    const int row_token = row / params.work.group;
-    const int64_t head = item.q_head + row - row_token * params.work.group;
-    const int64_t token = item.q_token + row_token;
-    const bool writes = row_token < item.num_tokens;
-    uint8_t* out = static_cast<uint8_t*>(results.out) +
-                   2 * (token * results.out_token_stride + head * results.out_head_stride);
-#pragma unroll
-    for (int block = 0; block < 4; ++block) {
-      uint32_t words[4];
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const int i = 16 * block + 4 * w + 2 * r;
-        words[w] = pack_pair<typename T::Element>(o[i] * end.inverse, o[i + 1] * end.inverse);
-      }
-      const uint4 whole = quad_transpose(words, at.lane % 4);
-      if (writes) reinterpret_cast<uint4*>(out)[4 * block + at.lane % 4] = whole;
-    }
-    if (writes && results.lse != nullptr && at.lane % 4 == 0) {
-      results.lse[token * results.lse_token_stride + head * results.lse_head_stride] = end.lse;
-    }
-  }
-}
-
-// All rows of a piece of a cut item; combine reads those that are query tokens.
-template <class T>
-__device__ __forceinline__ void store_partial(const AttendParams& params, int slot, const Place& at,
-                                              const float (&o)[64], const RowState& rows) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const RowEnd end = end_of(rows, r, params.sm_scale);
-    const int64_t row = static_cast<int64_t>(slot) * T::kRows + at.row + 8 * r;
-    float2* out =
-        reinterpret_cast<float2*>(params.results.partial_out + row * T::kHeadDim + at.column);
-#pragma unroll
-    for (int n = 0; n < 16; ++n) {
-      out[4 * n] = {o[4 * n + 2 * r] * end.inverse, o[4 * n + 2 * r + 1] * end.inverse};
-    }
-    if (at.lane % 4 == 0) params.results.partial_lse[row] = end.lse;
-  }
-}
-
 template <class T>
 __device__ __forceinline__ void consume(const AttendParams& params, SharedStorage<T>& smem) {
   Consumer<T> consumer{smem, place_of_thread(), params.sm_scale * kLog2E, {}, {}, {}};
@@ -382,12 +322,12 @@ __device__ __forceinline__ void consume(const AttendParams& params, SharedStorag
     if (piece.end > piece.begin) {
       smem.q_full.wait(q_phase);
       q_phase ^= 1;
-      consumer.attend(piece, params.work.group, o, rows);
+      consumer.attend(piece, params.work.heads_per_list, o, rows);
     }
     if (piece.slot < 0) {
-      store_rows<T>(params, piece.item, at, o, rows);
+      store_rows<typename T::Element>(params, piece.item, at.row, o, rows);
     } else {
-      store_partial<T>(params, piece.slot, at, o, rows);
+      store_partial(params, piece.slot, at.row, o, rows);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Online softmax over accumulator fragments: a thread holds 2 rows x 32 columns of the 64 x 128
+// Online softmax over accumulator fragments: a thread holds 2 rows x N / 2 columns of the
 // scores.
 //
 // Score `i` of a thread is row (i / 2) % 2, column 8 * (i / 4) + i % 2, counted from the thread's
@@ -6,9 +6,9 @@
 // of two (FlashAttention-2, arXiv 2307.08691).
 #pragma once
 
-#include "../../common/math.cuh"
+#include "math.cuh"
 
-namespace compactattn::sm90 {
+namespace compactattn {
 
 struct RowState {
   float max[2];  // of the columns so far, or an older maximum not far below it
@@ -25,18 +25,20 @@ __device__ __forceinline__ void reset(RowState& rows) {
 
 // Drops the columns that a row may not see; `visible` counts from the thread's first column of this
 // tile.
-__device__ __forceinline__ void mask_scores(float (&s)[64], const int (&visible)[2]) {
+template <int N>
+__device__ __forceinline__ void mask_scores(float (&s)[N], const int (&visible)[2]) {
 #pragma unroll
-  for (int i = 0; i < 64; ++i) {
+  for (int i = 0; i < N; ++i) {
     if (8 * (i / 4) + i % 2 >= visible[i / 2 % 2]) s[i] = -INFINITY;
   }
 }
 
 // Row maxima of the tile over the quad; two chains a row halve the dependent steps.
-__device__ __forceinline__ void tile_max(const float (&s)[64], float (&out)[2]) {
+template <int N>
+__device__ __forceinline__ void tile_max(const float (&s)[N], float (&out)[2]) {
   float chain[4] = {s[0], s[1], s[2], s[3]};
 #pragma unroll
-  for (int i = 4; i < 64; ++i) chain[i % 4] = fmaxf(chain[i % 4], s[i]);
+  for (int i = 4; i < N; ++i) chain[i % 4] = fmaxf(chain[i % 4], s[i]);
   out[0] = quad_max(fmaxf(chain[0], chain[1]));
   out[1] = quad_max(fmaxf(chain[2], chain[3]));
 }
@@ -63,37 +65,38 @@ __device__ __forceinline__ bool raise_max(const float (&tile)[2], float scale, R
 }
 
 // s = exp2((s - max) * scale), sums added up. `kMasked`: rows may have seen nothing yet.
-template <bool kMasked>
-__device__ __forceinline__ void exponentiate(float (&s)[64], float scale, RowState& rows) {
+template <bool kMasked, int N>
+__device__ __forceinline__ void exponentiate(float (&s)[N], float scale, RowState& rows) {
   float shift[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     shift[r] = kMasked && rows.max[r] == -INFINITY ? 0.0f : rows.max[r] * scale;
   }
 #pragma unroll
-  for (int i = 0; i < 64; ++i) s[i] = ptx::exp2_approx(s[i] * scale - shift[i / 2 % 2]);
+  for (int i = 0; i < N; ++i) s[i] = ptx::exp2_approx(s[i] * scale - shift[i / 2 % 2]);
   float chain[4] = {s[0], s[1], s[2], s[3]};
 #pragma unroll
-  for (int i = 4; i < 64; ++i) chain[i % 4] += s[i];
+  for (int i = 4; i < N; ++i) chain[i % 4] += s[i];
   rows.sum[0] += chain[0] + chain[1];
   rows.sum[1] += chain[2] + chain[3];
 }
 
 // O of both rows times `factor`.
-__device__ __forceinline__ void rescale(float (&o)[64], const float (&factor)[2]) {
+template <int N>
+__device__ __forceinline__ void rescale(float (&o)[N], const float (&factor)[2]) {
 #pragma unroll
-  for (int i = 0; i < 64; ++i) o[i] *= factor[i / 2 % 2];
+  for (int i = 0; i < N; ++i) o[i] *= factor[i / 2 % 2];
 }
 
-// Scores as the left operand of the next product: 8 steps of 16 columns, 4 words each.
-template <class Element>
-__device__ __forceinline__ void pack(const float (&s)[64], uint32_t (&p)[8][4]) {
+// Scores as the left operand of the next product: steps of 16 columns, 4 words each.
+template <class Element, int N>
+__device__ __forceinline__ void pack(const float (&s)[N], uint32_t (&p)[N / 8][4]) {
 #pragma unroll
-  for (int step = 0; step < 8; ++step) {
+  for (int step = 0; step < N / 8; ++step) {
 #pragma unroll
     for (int w = 0; w < 4; ++w)
       p[step][w] = pack_pair<Element>(s[8 * step + 2 * w], s[8 * step + 2 * w + 1]);
   }
 }
 
-}  // namespace compactattn::sm90
+}  // namespace compactattn

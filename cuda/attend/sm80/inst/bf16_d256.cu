@@ -1,0 +1,11 @@
+// attend, sm_80 and later, bf16, head_dim 256.
+#include "../kernel.cuh"
+
+namespace {
+using Tile = compactattn::sm80::TileOf<__nv_bfloat16, 256>;
+}
+
+extern "C" __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
+    compactattn_attend_sm80_bf16_d256(const __grid_constant__ compactattn::AttendParams params) {
+  compactattn::sm80::attend<Tile>(params);
+}

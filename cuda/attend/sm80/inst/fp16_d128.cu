@@ -1,0 +1,11 @@
+// attend, sm_80 and later, fp16, head_dim 128.
+#include "../kernel.cuh"
+
+namespace {
+using Tile = compactattn::sm80::TileOf<__half, 128>;
+}
+
+extern "C" __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
+    compactattn_attend_sm80_fp16_d128(const __grid_constant__ compactattn::AttendParams params) {
+  compactattn::sm80::attend<Tile>(params);
+}

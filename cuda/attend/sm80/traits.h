@@ -1,0 +1,53 @@
+// Tile shapes and shared memory of the sm_80 attend kernel, by head_dim. Each number says why it is
+// what it is.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace compactattn::sm80 {
+
+// `kWarps` warps of `kBlocks` blocks of 16 query rows walk the stream `kTokens` at a time.
+template <class E, int kDim, int kWarps_, int kTokens_, int kCtasPerSm_>
+struct Tile {
+  using Element = E;  // __nv_bfloat16 or __half
+  static constexpr int kHeadDim = kDim;
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kRows = 128;
+  static constexpr int kWarpRows = kRows / kWarps;
+  static constexpr int kBlocks = kWarpRows / 16;
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kCtasPerSm = kCtasPerSm_;
+  static constexpr int kStages = 2;         // one is read while the other is filled
+  static constexpr int kChunks = kDim / 8;  // of 16 bytes, a row
+  // An odd number of chunks: eight rows below each other then lie in different banks, as with a
+  // swizzle, and all addresses are a constant apart.
+  static constexpr int kRowBytes = 16 * (kChunks + 1);
+  static constexpr int kKvTileBytes = kTokens * kRowBytes;
+  static constexpr int kSharedBytes = kRows * kRowBytes + 2 * kStages * kKvTileBytes;
+  // Lanes that copy one row; with head_dim 96 a quarter of them idles.
+  static constexpr int kRowLanes = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
+  static constexpr int kLaneRows = kTokens * kRowLanes / kThreads;  // consecutive
+  // The old row maximum stays until a row grows by this many powers of two (as sm90/traits.h).
+  static constexpr float kRescaleAbove = 8.0f;
+  static_assert(sizeof(E) == 2 && kChunks % 2 == 0 && 16 * kBlocks * kWarps == kRows);
+  static_assert(kLaneRows >= 1 && (kLaneRows & (kLaneRows - 1)) == 0);
+};
+
+// 32 rows a warp where the registers hold them: K and V fragments then serve two products each, and
+// shared memory is read half as often.
+template <class E, int kHeadDim>
+struct TileOf;
+template <class E>
+struct TileOf<E, 64> : Tile<E, 64, 4, 64, 2> {};
+template <class E>
+struct TileOf<E, 96> : Tile<E, 96, 4, 64, 2> {};
+template <class E>
+struct TileOf<E, 128> : Tile<E, 128, 4, 64, 2> {};
+template <class E>
+struct TileOf<E, 256> : Tile<E, 256, 8, 32, 1> {};
+
+}  // namespace compactattn::sm80

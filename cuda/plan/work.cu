@@ -1,0 +1,178 @@
+// plan: the items of a step, and their cut into one share of equal cost for each CTA of attend.
+//
+// One CTA; items and cuts depend on spans and on the lengths of the lists alone. Contiguous shares
+// in item order, at most one cut in each (stream-K, arXiv 2301.03598, with costs in place of
+// counts).
+#include "../common/work.cuh"
+
+namespace compactattn {
+namespace {
+
+constexpr int kThreads = 1024;
+// In half tiles: a tile is 2, what an item costs beside its tiles 3 (prologue and epilogue,
+// about 2.5 us of 1.7 a tile).
+constexpr int kTileCost = 2;
+constexpr int kItemCost = 3;
+constexpr int kFewestTiles = 4;  // of a piece: fewer are not worth a partial result
+// Of a share; it also keeps two cuts of one item apart.
+constexpr int kLeastCost = kItemCost + kTileCost * kFewestTiles;
+
+// What this stage writes, with the costs as the unsigned sums that they are.
+struct Plan {
+  Work work;
+  WorkItem* items;
+  Cut* cuts;
+  uint32_t* costs;
+  int num_items;
+};
+
+__device__ Plan plan_of(const Step& step) {
+  const Stages& stages = step.stages;
+  Plan plan = {};
+  plan.work.items = stages.items;
+  plan.work.boxes = stages.boxes;
+  plan.work.counts = stages.counts;
+  plan.work.stream_lens = stages.stream_lens;
+  plan.work.max_boxes = step.layout.max_boxes;
+  plan.items = stages.items;
+  plan.cuts = stages.cuts;
+  plan.costs = reinterpret_cast<uint32_t*>(stages.costs);
+  plan.num_items = min(stages.counters->num_items, stages.max_items);
+  return plan;
+}
+
+// The list span whose items include `item`: the last that starts at or before it.
+__device__ int span_of(const Stages& stages, int item) {
+  int low = 0, high = stages.counters->num_list_spans - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (stages.list_spans[middle].first_item <= item) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+// Items of a span: list by list, then tile by tile.
+__device__ WorkItem item_at(const Step& step, int index) {
+  const Layout& layout = step.layout;
+  const int list_span = span_of(step.stages, index);
+  const Span span = step.stages.list_spans[list_span];
+  const int tile_tokens = kTileRows / layout.heads_per_list;
+  const int tiles = (span.len + tile_tokens - 1) / tile_tokens;
+  const int list = (index - span.first_item) / tiles;
+  const int first = (index - span.first_item - list * tiles) * tile_tokens;
+  const int kv_head = list / layout.lists_per_kv_head;
+  const int first_head = (list - kv_head * layout.lists_per_kv_head) * layout.heads_per_list;
+  WorkItem item = {};
+  item.list_row = list_span * layout.num_kv_heads * layout.lists_per_kv_head + list;
+  item.kv_head = kv_head;
+  item.q_token = span.q_start + first;
+  item.num_tokens = min(tile_tokens, span.len - first);
+  item.q_head = kv_head * layout.group_size + first_head;
+  item.tokens_after = span.len - 1 - first;
+  item.num_heads = min(layout.heads_per_list, layout.group_size - first_head);
+  return item;
+}
+
+// Items, and in `costs` the cost of each.
+__device__ void write_items(const Step& step, const Plan& plan) {
+  for (int i = threadIdx.x; i < plan.num_items; i += kThreads) {
+    const WorkItem item = item_at(step, i);
+    plan.items[i] = item;
+    plan.costs[i] = kItemCost + kTileCost * stream_of(plan.work, item).tiles;
+  }
+  __syncthreads();
+}
+
+// Exclusive sum over the CTA's threads; the total in `total`.
+__device__ uint32_t exclusive_sum(uint32_t x, uint32_t& total) {
+  __shared__ uint32_t warps[kThreads / 32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint32_t sum = x;
+  for (int d = 1; d < 32; d *= 2) {
+    const uint32_t below = __shfl_up_sync(0xffffffffu, sum, d);
+    if (lane >= d) sum += below;
+  }
+  if (lane == 31) warps[warp] = sum;
+  __syncthreads();
+  uint32_t before = 0;
+  total = 0;
+  for (int w = 0; w < kThreads / 32; ++w) {
+    if (w < warp) before += warps[w];
+    total += warps[w];
+  }
+  return before + sum - x;
+}
+
+// costs[i] becomes the cost of the items before i; the total.
+__device__ uint32_t sum_costs(const Plan& plan) {
+  const int each = (plan.num_items + kThreads - 1) / kThreads;
+  const int begin = min(plan.num_items, static_cast<int>(threadIdx.x) * each);
+  const int end = min(plan.num_items, begin + each);
+  uint32_t mine = 0, total;
+  for (int i = begin; i < end; ++i) mine += plan.costs[i];
+  uint32_t before = exclusive_sum(mine, total);
+  for (int i = begin; i < end; ++i) {
+    const uint32_t cost = plan.costs[i];
+    plan.costs[i] = before;
+    before += cost;
+  }
+  if (threadIdx.x == 0) plan.costs[plan.num_items] = total;
+  __syncthreads();
+  return total;
+}
+
+// The cut nearest below `cost` that leaves no tiny piece; between items, the nearest.
+__device__ Cut cut_at(const Plan& plan, uint32_t cost, bool whole_items) {
+  int low = 0, high = plan.num_items;  // costs[low] <= cost < costs[high + 1]
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (plan.costs[middle] <= cost) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  if (low >= plan.num_items) return {plan.num_items, 0};
+  const int within = static_cast<int>(cost - plan.costs[low]);
+  const int tiles = static_cast<int>(plan.costs[low + 1] - plan.costs[low] - kItemCost) / kTileCost;
+  const int done = (within - kItemCost) / kTileCost;
+  if (whole_items) return {2 * done < tiles ? low : low + 1, 0};
+  if (done < kFewestTiles) return {low, 0};
+  if (tiles - done < kFewestTiles) return {low + 1, 0};
+  return {low, done};
+}
+
+// Eight numbers, one a thread; the host reads each whole, whenever it likes.
+__device__ void mirror_stats(const Stages& stages) {
+  constexpr int kNumbers = sizeof(Stats) / sizeof(uint64_t);
+  if (stages.stats_mirror == nullptr || threadIdx.x >= kNumbers) return;
+  const uint64_t number = reinterpret_cast<const uint64_t*>(stages.stats)[threadIdx.x];
+  reinterpret_cast<volatile uint64_t*>(stages.stats_mirror)[threadIdx.x] = number;
+  __threadfence_system();
+}
+
+}  // namespace
+}  // namespace compactattn
+
+// One CTA of 1024 threads. Reads counters, list_spans and the lengths of the lists; writes items,
+// cuts and costs.
+extern "C" __global__ void __launch_bounds__(1024, 1)
+    compactattn_plan_work(const __grid_constant__ compactattn::Step step) {
+  using namespace compactattn;
+  const Plan plan = plan_of(step);
+  write_items(step, plan);
+  const uint32_t total = sum_costs(plan);
+  const int ctas = step.stages.num_ctas;
+  const uint32_t shares = max(1u, min(static_cast<uint32_t>(ctas), total / kLeastCost));
+  for (uint32_t cta = threadIdx.x; cta <= ctas; cta += kThreads) {
+    const uint64_t cost = static_cast<uint64_t>(total) * cta / shares;
+    plan.cuts[cta] = cta >= shares
+                         ? Cut{plan.num_items, 0}
+                         : cut_at(plan, static_cast<uint32_t>(cost), step.stages.whole_items != 0);
+  }
+  mirror_stats(step.stages);
+}
