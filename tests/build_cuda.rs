@@ -1,6 +1,7 @@
 //! How `build.rs` finds nvcc and keeps images, on a small source tree and an nvcc that is a shell script. It counts its
 //! compilations and says of each kernel what ptxas would; real ones are `make kernels`.
 #![cfg(unix)]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 #[path = "../cuda/toolchain/mod.rs"]
 mod toolchain;
