@@ -253,6 +253,8 @@ for argument; do
     last=$argument
 done
 grep -q '#error' "$last" && echo "so says the compiler" >&2 && exit 1
+# The first job is not the first to end.
+[ $arch = sm_80 ] && sleep 0.05
 echo "$last $arch" >> '{}'
 echo "image for $arch" > "$out"
 kernel=k_$(basename "$last" .cu)
