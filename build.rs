@@ -26,10 +26,13 @@ fn main() -> ExitCode {
 }
 
 fn build_kernels() -> Result<Vec<String>, String> {
-    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set: cargo runs this")?);
+    // Of this run, not of this program's own build: a target folder can serve several trees.
+    let folder =
+        |name| env::var_os(name).map(PathBuf::from).ok_or(format!("{name} is not set: cargo runs this"));
+    let (root, out) = (folder("CARGO_MANIFEST_DIR")?, folder("OUT_DIR")?);
     let variable = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());
-    let (root, system) = (env!("CARGO_MANIFEST_DIR").as_ref(), "/usr/local/cuda".as_ref());
-    toolchain::build(&toolchain::Place { root, out: &out, system, env: &variable })
+    let system = "/usr/local/cuda".as_ref();
+    toolchain::build(&toolchain::Place { root: &root, out: &out, system, env: &variable })
 }
 
 /// Without a SONAME a program records the path it was linked with, and an upgrade in place goes unnoticed.

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
+READERS = ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
+
 
 class CargoHook(BuildHookInterface[Any]):
     """One wheel for every Python 3: nothing in it is linked to an interpreter."""
 
     PLUGIN_NAME = "custom"
+
+    def dependencies(self) -> list[str]:
+        """The CUDA compiler's wheels where kernels are wanted and there is none; build.rs finds them by itself."""
+        if not _kernels_wanted() or _toolkit_found(Path(self.root)):
+            return []
+        # Tools that only read machine code are no part of a build.
+        lines = (Path(self.root) / "cuda" / "requirements.txt").read_text().splitlines()
+        return [line for line in lines if "==" in line and not line.startswith(READERS)]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Builds, then names the files and the tag."""
@@ -38,9 +50,30 @@ class CargoHook(BuildHookInterface[Any]):
         target = Path(os.environ.get("CARGO_TARGET_DIR", Path(self.root) / "target")).absolute()
         command = [cargo, "build", "--release", "--locked", "--features", "cli", "--lib", "--bin", "compactattn"]
         command += ["--target-dir", str(target)]
-        if subprocess.run(command, cwd=self.root, check=False).returncode:
+        # This Python has what `dependencies` asked for.
+        env = {"COMPACTATTN_PYTHON": sys.executable, **os.environ}
+        if subprocess.run(command, cwd=self.root, env=env, check=False).returncode:
             raise SystemExit("compactattn: cargo build failed; its message stands above")
         return _stripped(target / "release", target / "wheel")
+
+
+def _kernels_wanted() -> bool:
+    mode = os.environ.get("COMPACTATTN_CUDA") or "auto"
+    gpu = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
+    return mode == "require" or (mode == "auto" and gpu)
+
+
+def _toolkit_found(root: Path) -> bool:
+    """Whether build.rs finds nvcc and CUTLASS's headers without wheels; where it looks stands in cuda/toolchain."""
+    wheels = (root / "cuda" / "requirements.txt").read_bytes()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compactattn"
+    if (cache / f"toolkit-{hashlib.sha256(wheels).hexdigest()[:16]}").is_dir():
+        return True
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    named = [os.environ.get("NVCC"), *(f"{home}/bin/nvcc" for home in homes if home), shutil.which("nvcc")]
+    nvccs = [Path(nvcc).resolve() for nvcc in named if nvcc and Path(nvcc).exists()]
+    beside = any((nvcc.parents[3] / "cutlass_library").is_dir() for nvcc in nvccs if len(nvcc.parents) > 3)
+    return bool(nvccs) and (beside or bool(os.environ.get("CUTLASS_DIR")))
 
 
 def _stripped(built: Path, into: Path) -> Path:

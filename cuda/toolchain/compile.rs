@@ -69,16 +69,15 @@ pub(super) fn all(place: &Place, toolkit: &Toolkit) -> Result<Vec<Image>, String
     in_parallel(threads, &jobs, |(unit, arch)| context.image(unit, arch))
 }
 
-/// Hex digest of the parts; no two lists of parts run together.
-pub(super) fn sha256(parts: &[&[u8]]) -> String {
-    let mut hash = Sha256::new();
-    for (i, part) in parts.iter().enumerate() {
-        if i > 0 {
-            hash.update((part.len() as u64).to_le_bytes());
-        }
-        hash.update(part);
-    }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+/// In hex.
+pub(super) fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// One digest of all parts, each with its length, so that none runs into the next.
+fn digest(parts: &[&[u8]]) -> String {
+    let framed = parts.iter().flat_map(|part| [&(part.len() as u64).to_le_bytes()[..], part].concat());
+    sha256(&framed.collect::<Vec<_>>())
 }
 
 /// What is the same for every image.
@@ -95,7 +94,7 @@ fn seed(place: &Place, toolkit: &Toolkit) -> Result<String, String> {
     let cutlass = fs::read(&version).map_err(|e| format!("{}: {e}", version.display()))?;
     let given: Vec<_> = FLAG_VARIABLES.iter().map(|name| (place.env)(name).unwrap_or_default()).collect();
     let (flags, given) = (FLAGS.join("\n"), given.join("\n"));
-    Ok(sha256(&[toolkit.version.banner.as_bytes(), flags.as_bytes(), given.as_bytes(), &cutlass]))
+    Ok(digest(&[toolkit.version.banner.as_bytes(), flags.as_bytes(), given.as_bytes(), &cutlass]))
 }
 
 impl Context<'_> {
@@ -105,7 +104,7 @@ impl Context<'_> {
         for (path, text) in &unit.sources {
             parts.extend([path.as_os_str().as_encoded_bytes(), text]);
         }
-        let stem = format!("{}.sm_{arch}-{}", unit.name.replace('/', "-"), &sha256(&parts)[..32]);
+        let stem = format!("{}.sm_{arch}-{}", unit.name.replace('/', "-"), &digest(&parts)[..32]);
         let fatbin = self.cache.join(format!("{stem}.fatbin"));
         let report = self.cache.join(format!("{stem}.txt"));
         // The report is written first: with the image there is always one.

@@ -95,7 +95,7 @@ fn find_cutlass(place: &Place, nvcc: &Path, cache: &Option<PathBuf>, wheels: &Wh
 /// The folder that `cuda/toolkit.sh` fills; it has that name only when complete.
 fn cached_toolkit(place: &Place) -> Option<PathBuf> {
     let wheels = fs::read(place.root.join("cuda/requirements.txt")).ok()?;
-    let hash = compile::sha256(&[&wheels]);
+    let hash = compile::sha256(&wheels);
     let folder = cache_folder(place)?.join(format!("toolkit-{}", &hash[..16]));
     folder.is_dir().then_some(folder)
 }

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
@@ -51,9 +52,11 @@ def main(arguments: list[str]) -> int:
     folder = kernels_folder(Path(arguments[0]))
     faults: list[str] = []
     found: dict[str, dict[str, set[str]]] = {arch: {} for arch in ARCHS}
-    for path in sorted(folder.glob("*.fatbin")):
+    paths = sorted(folder.glob("*.fatbin"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        listings = list(pool.map(disassembled, paths))
+    for path, listing in zip(paths, listings, strict=True):
         arch = path.stem.rsplit(".", 1)[1]
-        listing = disassembled(path)
         made_for = set(re.findall(r"^\s*arch = (\w+)", listing, re.MULTILINE))
         if made_for != {arch} or "Fatbin ptx code" in listing:
             faults.append(f"{path.name}: wanted machine code for {arch} alone, holds {sorted(made_for)}")
