@@ -8,7 +8,7 @@ namespace {
 // The row where all threads can read it often.
 __device__ const float* held_row(const Step& step, const float* scores, int n, float* shared) {
   if (!row_is_shared(step.layout)) return scores;
-  for (int j = threadIdx.x; j < n; j += cta::kThreads) shared[j] = scores[j];
+  each_score(scores, 0, n, [&](int j, float score) { shared[j] = score; });
   __syncthreads();
   return shared;
 }
@@ -42,6 +42,7 @@ extern "C" __global__ void __launch_bounds__(256)
   extern __shared__ uint32_t dynamic[];
   const int64_t row = blockIdx.x;
   const int span = static_cast<int>(row / step.layout.num_q_heads);
+  const Span mine = step.stages.select_spans[span];  // of any value, but loaded beside the counter
   if (span >= step.stages.counters->num_select_spans) return;
-  keep_row(step, step.stages.select_spans[span], row, dynamic);
+  keep_row(step, mine, row, dynamic);
 }
