@@ -197,7 +197,8 @@ __device__ __forceinline__ void each_word(const Row& row, Visit visit) {
   }
 }
 
-// Writes bits 0 .. n, up to the end of the last one's word: the forced blocks and the best.
+// Writes bits 0 .. n, up to the end of the last one's word: the best of the blocks that are not
+// forced.
 __device__ inline void mark(const Row& row, const Best& best, uint32_t* bits) {
   const int lane = threadIdx.x % 32;
   const bool all_ties = best.ties == kAllTies, some_ties = !all_ties && best.ties > 0;
@@ -213,12 +214,13 @@ __device__ inline void mark(const Row& row, const Best& best, uint32_t* bits) {
   const uint32_t least = all_ties ? max(best.rank, 1u) : best.rank + 1;
   each_word(row, [&](int word, uint32_t rank) {
     const uint32_t above = __ballot_sync(cta::kAllLanes, rank >= least);
-    if (lane == 0) bits[word] = above | forced_word(row, word) | (some_ties ? bits[word] : 0);
+    if (lane == 0) bits[word] = above | (some_ties ? bits[word] : 0);
   });
   __syncthreads();
 }
 
-// Keeps blocks of a row whose scores all threads can see; `bits` [words_of(n)], shared memory.
+// Keeps blocks of a row whose scores all threads can see, beside the forced ones (`forced_word`);
+// `bits` [words_of(n)], shared memory.
 __device__ inline void keep(const Settings& settings, const Row& row, uint32_t* bits) {
   mark(row, best_of_row(settings, row), bits);
 }

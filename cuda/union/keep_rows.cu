@@ -18,15 +18,17 @@ __device__ void keep_row(const Step& step, const Span& span, int64_t row, uint32
   const int past = span.past >> layout.log2_block_tokens;
   const int total = pieces_of(span.kv_end, 1 << layout.log2_block_tokens);
   const bool asks = !span.dense && span.votes;
+  Row scores = row_of(step.settings, step.stages.scores + row * layout.max_blocks, past);
   if (asks) {
-    const float* scores = step.stages.scores + row * layout.max_blocks;
     float* shared = reinterpret_cast<float*>(bits + layout.mask_words);
-    keep(step.settings, row_of(step.settings, held_row(step, scores, past, shared), past), bits);
+    scores.scores = held_row(step, scores.scores, past, shared);
+    keep(step.settings, scores, bits);
   }
   const int first_open = span.dense ? 0 : min(past, total);
   uint32_t* out = step.stages.masks + row * layout.mask_words;
   for (int word = threadIdx.x; word < layout.mask_words; word += cta::kThreads) {
-    const uint32_t kept = asks && word < words_of(past) ? bits[word] : 0;
+    const uint32_t kept =
+        asks && word < words_of(past) ? bits[word] | forced_word(scores, word) : 0;
     out[word] = kept | range_word(word, first_open, total);
   }
 }
