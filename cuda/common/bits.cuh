@@ -10,9 +10,9 @@ __host__ __device__ inline int words_of(int bits) { return bits / 32 + (bits % 3
 
 // The bits of word `word` that lie in begin..end; none where end <= begin.
 __host__ __device__ inline uint32_t range_word(int word, int begin, int end) {
-  const int64_t first = static_cast<int64_t>(word) * 32;
-  const int64_t low = begin > first ? begin - first : 0;
-  const int64_t high = end - first < 32 ? end - first : 32;
+  const int first = word * 32;
+  const int low = begin > first ? begin - first : 0;
+  const int high = end - first < 32 ? end - first : 32;
   if (low >= high) return 0;
   return (0xffffffffu >> (32 - (high - low))) << low;
 }

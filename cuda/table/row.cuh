@@ -7,6 +7,33 @@
 
 namespace compactattn {
 
+// The set bits of as many words as the CTA has threads.
+struct Chunk {
+  uint32_t words[cta::kThreads];
+  int before[cta::kThreads];            // set bits in the words before
+  uint16_t blocks[cta::kThreads * 32];  // ascending, counted from the chunk's first
+};
+
+// The chunk from word `base` on, without bits from `total` on; how many are set.
+__device__ __forceinline__ int fill_chunk(Chunk& chunk, const uint32_t* bits, int base, int total) {
+  const int words = min(cta::kThreads, words_of(total) - base), lane = threadIdx.x % 32;
+  const int word = base + threadIdx.x;
+  const uint32_t mine =
+      static_cast<int>(threadIdx.x) < words ? bits[word] & range_word(word, 0, total) : 0;
+  const cta::Sum<int> sum = cta::exclusive_sum(__popc(mine));  // all are done with the last chunk
+  chunk.words[threadIdx.x] = mine;
+  chunk.before[threadIdx.x] = sum.before;
+  __syncthreads();
+#pragma unroll 4
+  for (int i = threadIdx.x / 32; i < words; i += cta::kWarps) {
+    const uint32_t set = chunk.words[i];
+    const int at = chunk.before[i] + __popc(set & ((1u << lane) - 1));
+    if (set >> lane & 1) chunk.blocks[at] = static_cast<uint16_t>(i * 32 + lane);
+  }
+  __syncthreads();
+  return sum.total;
+}
+
 // Writes counts, stream_lens and boxes of list row `row`; `bits` [mask_words] is shared or global
 // memory, and what it holds after the span's last block does not count.
 __device__ inline void write_table_row(const Step& step, const Span& span, int64_t row,
@@ -20,32 +47,21 @@ __device__ inline void write_table_row(const Step& step, const Span& span, int64
   const int words = words_of(total);
   const int32_t* pages = step.batch.block_table + span.req * step.batch.table_stride;
   int32_t* boxes = step.stages.boxes + row * layout.max_boxes;
-  __shared__ uint32_t chunk[cta::kThreads];
-  __shared__ int before[cta::kThreads];
+  __shared__ Chunk chunk;
   int blocks = 0;
-  // A word a thread at a time, then all boxes of those words side by side.
   for (int base = 0; base < words; base += cta::kThreads) {
-    const int word = base + threadIdx.x;
-    const uint32_t mine = word < words ? bits[word] & range_word(word, 0, total) : 0;
-    const cta::Sum<int> sum = cta::exclusive_sum(__popc(mine));  // ends the round before
-    chunk[threadIdx.x] = mine;
-    before[threadIdx.x] = blocks + sum.before;
-    __syncthreads();
-    const int64_t after = static_cast<int64_t>(base + cta::kThreads) << (5 + log2_per_block);
-    const int end = after < num_boxes ? static_cast<int>(after) : num_boxes;
-#pragma unroll 4
-    for (int box = (base << (5 + log2_per_block)) + threadIdx.x; box < end; box += cta::kThreads) {
-      const int block = box >> log2_per_block;
-      const int at = (block >> 5) - base, bit = block & 31;
-      const uint32_t set = chunk[at];
-      if (!(set >> bit & 1)) continue;
-      const int rank = before[at] + __popc(set & ((1u << bit) - 1));
-      const int part = box & ((1 << log2_per_block) - 1);
+    const int found = fill_chunk(chunk, bits, base, total);
+    const int32_t first = base * 32, end = found << log2_per_block;
+    int32_t* out = boxes + (blocks << log2_per_block);
+#pragma unroll 8
+    for (int i = threadIdx.x; i < end; i += cta::kThreads) {
+      const int block = first + chunk.blocks[i >> log2_per_block];
+      const int box = (block << log2_per_block) + (i & ((1 << log2_per_block) - 1));
+      if (box >= num_boxes) continue;
       const int in_page = box & ((1 << log2_per_page) - 1);
-      boxes[(rank << log2_per_block) + part] =
-          (pages[box >> log2_per_page] << log2_per_page) + in_page;
+      out[i] = (__ldg(pages + (box >> log2_per_page)) << log2_per_page) + in_page;
     }
-    blocks += sum.total;
+    blocks += found;
   }
   if (threadIdx.x != 0) return;
   // Only the span's last block may lack boxes and tokens.

@@ -17,6 +17,7 @@ constexpr int kDigitBits = 8;
 constexpr int kBins = 1 << kDigitBits;
 static_assert(kBins == cta::kThreads, "a thread for each bin");
 constexpr int kAllTies = INT_MAX;
+constexpr int kBatch = 4;  // scores a thread loads at once
 
 // The blocks that rank above `rank`, and the first `ties` of those that rank equal (kAllTies: all).
 struct Best {
@@ -25,7 +26,7 @@ struct Best {
   int count;  // blocks above and ties
 };
 
-constexpr Best kNothing{0xffffffffu, 0, 0};
+constexpr Best kNothing{0xfffffffeu, 0, 0};  // above every rank
 
 // Blocks begin..end of a row whose ranks equal `rank` above the `open_bits` lowest bits.
 struct Range {
@@ -48,76 +49,138 @@ struct Pick {
   uint64_t weight_above;
 };
 
-// Blocks and weight per digit; in shared memory.
+// Blocks and weight per digit; in shared memory, its bins zero between steps.
 struct Histogram {
   uint32_t blocks[kBins];
   uint32_t low[kBins];
   uint32_t high[kBins];
+  uint32_t aside[2];  // weight, low and high, of blocks beside the range
+  uint32_t warp_blocks[cta::kWarps];
+  uint64_t warp_weights[cta::kWarps];
   Pick pick;
 };
 
 // Each block weighs 1.
 struct ByCount {
   static constexpr bool kIsCount = true;
+  uint64_t count;
   __device__ uint64_t of(float) const { return 1; }
+  __device__ void set_aside(Histogram&) const {}
+  __device__ uint64_t goal(const Histogram&, uint64_t) const { return count; }
 };
 
-// Each block weighs its mass.
-struct ByMass {
-  static constexpr bool kIsCount = false;
-  FixedPoint mass;
-  __device__ uint64_t of(float score) const { return mass.of(score); }
-};
+// visit(j, score) for blocks begin .. end; loads run ahead of what is done with them.
+template <class Visit>
+__device__ __forceinline__ void each_score(const float* scores, int begin, int end, Visit visit) {
+#pragma unroll 1
+  for (int first = begin + threadIdx.x; first < end; first += kBatch * cta::kThreads) {
+    float batch[kBatch];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const int j = first + u * cta::kThreads;
+      batch[u] = j < end ? scores[j] : 0.0f;
+    }
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const int j = first + u * cta::kThreads;
+      if (j < end) visit(j, batch[u]);
+    }
+  }
+}
 
 // 64 bits by two atomics of 32: whoever makes the low word wrap carries.
-__device__ inline void add_weight(Histogram& histogram, int bin, uint64_t weight) {
-  const uint32_t low = static_cast<uint32_t>(weight);
-  const uint32_t before = atomicAdd(&histogram.low[bin], low);
-  const uint32_t high = static_cast<uint32_t>(weight >> 32) + (before + low < before);
-  if (high > 0) atomicAdd(&histogram.high[bin], high);
+__device__ __forceinline__ void add_weight(uint32_t& low, uint32_t& high, uint64_t weight) {
+  const uint32_t more = static_cast<uint32_t>(weight);
+  const uint32_t before = atomicAdd(&low, more);
+  const uint32_t carried = static_cast<uint32_t>(weight >> 32) + (before + more < before);
+  if (carried > 0) atomicAdd(&high, carried);
 }
 
 template <class Weight>
-__device__ void fill_bins(Histogram& histogram, const Range& range, int shift, Weight weight) {
-  histogram.blocks[threadIdx.x] = histogram.low[threadIdx.x] = histogram.high[threadIdx.x] = 0;
-  __syncthreads();
-  for (int j = range.begin + threadIdx.x; j < range.end; j += cta::kThreads) {
-    const float score = range.scores[j];
+__device__ __forceinline__ void fill_bins(Histogram& histogram, const Range& range, int shift,
+                                          const Weight& weight) {
+  each_score(range.scores, range.begin, range.end, [&](int, float score) {
     const uint32_t rank = rank_of(score);
-    if (!range.has(rank)) continue;
+    if (!range.has(rank)) return;
     const int bin = (rank >> shift) % kBins;
     atomicAdd(&histogram.blocks[bin], 1u);
-    if constexpr (!Weight::kIsCount) add_weight(histogram, bin, weight.of(score));
-  }
+    if constexpr (!Weight::kIsCount) {
+      add_weight(histogram.low[bin], histogram.high[bin], weight.of(score));
+    }
+  });
   __syncthreads();
 }
 
-// The bin in which the weight from the best bin on reaches `goal`, 1 .. weight of all bins.
+// Blocks and weight of a thread's bin, and over the better bins; takes them out of the histogram.
+struct Bin {
+  uint32_t blocks;
+  uint32_t blocks_above;
+  uint64_t weight;
+  uint64_t weight_above;
+  uint64_t all;  // weight of all bins
+};
+
 template <class Weight>
-__device__ Pick pick_bin(Histogram& histogram, uint64_t goal) {
-  const int bin = kBins - 1 - static_cast<int>(threadIdx.x);
-  const uint32_t blocks = histogram.blocks[bin];
-  const uint32_t blocks_above = cta::exclusive_sum(blocks).before;
-  uint64_t weight = blocks, above = blocks_above;
-  if constexpr (!Weight::kIsCount) {
-    weight = static_cast<uint64_t>(histogram.high[bin]) << 32 | histogram.low[bin];
-    above = cta::exclusive_sum(weight).before;
+__device__ __forceinline__ Bin sum_bins(Histogram& histogram) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int at = kBins - 1 - static_cast<int>(threadIdx.x);
+  Bin bin{histogram.blocks[at], 0, 0, 0, 0};
+  bin.weight = Weight::kIsCount
+                   ? bin.blocks
+                   : static_cast<uint64_t>(histogram.high[at]) << 32 | histogram.low[at];
+  histogram.blocks[at] = histogram.low[at] = histogram.high[at] = 0;
+  uint32_t blocks = bin.blocks;
+  uint64_t weight = bin.weight;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const uint32_t blocks_below = __shfl_up_sync(cta::kAllLanes, blocks, d);
+    const uint64_t weight_below =
+        Weight::kIsCount ? blocks_below : __shfl_up_sync(cta::kAllLanes, weight, d);
+    if (lane >= d) blocks += blocks_below;
+    if (lane >= d) weight += weight_below;
   }
-  if (above < goal && goal <= above + weight) {
-    histogram.pick = {bin, static_cast<int>(blocks), static_cast<int>(blocks_above), above};
+  if (lane == 31) histogram.warp_blocks[warp] = blocks;
+  if (lane == 31) histogram.warp_weights[warp] = weight;
+  __syncthreads();
+  bin.blocks_above = blocks - bin.blocks;
+  bin.weight_above = weight - bin.weight;
+#pragma unroll
+  for (int w = 0; w < cta::kWarps; ++w) {
+    if (w < warp) bin.blocks_above += histogram.warp_blocks[w];
+    if (w < warp) bin.weight_above += histogram.warp_weights[w];
+    bin.all += histogram.warp_weights[w];
+  }
+  return bin;
+}
+
+// The bin in which the weight from the best one on reaches `goal`, 1 .. weight of all bins.
+__device__ __forceinline__ Pick pick_bin(Histogram& histogram, const Bin& bin, uint64_t goal) {
+  if (bin.weight_above < goal && goal <= bin.weight_above + bin.weight) {
+    histogram.pick = {kBins - 1 - static_cast<int>(threadIdx.x), static_cast<int>(bin.blocks),
+                      static_cast<int>(bin.blocks_above), bin.weight_above};
   }
   __syncthreads();
   return histogram.pick;
 }
 
-// The fewest best blocks of `range` that weigh `goal`, 1 .. weight of the range.
+// The fewest best blocks of `range` that reach the goal that `weight` sets once the weight of the
+// range is known, at most that; none for 0.
 template <class Weight>
-__device__ Best best_of(Histogram& histogram, Range range, Weight weight, uint64_t goal) {
+__device__ Best best_of(Range range, const Weight& weight) {
+  __shared__ Histogram histogram;
+  histogram.blocks[threadIdx.x] = histogram.low[threadIdx.x] = histogram.high[threadIdx.x] = 0;
+  if (threadIdx.x < 2) histogram.aside[threadIdx.x] = 0;
+  __syncthreads();
+  weight.set_aside(histogram);
   int count = 0;
-  while (range.open_bits > 0) {
+  uint64_t goal = 0;
+  for (bool first = true; first || range.open_bits > 0; first = false) {
     const int shift = max(0, range.open_bits - kDigitBits);
     fill_bins(histogram, range, shift, weight);
-    const Pick pick = pick_bin<Weight>(histogram, goal);
+    const Bin bin = sum_bins<Weight>(histogram);
+    if (first) goal = weight.goal(histogram, bin.all);
+    if (goal == 0) return kNothing;
+    const Pick pick = pick_bin(histogram, bin, goal);
     goal -= pick.weight_above;
     count += pick.blocks_above;
     range.rank = ((range.rank >> shift & ~(kBins - 1u)) | static_cast<uint32_t>(pick.bin)) << shift;

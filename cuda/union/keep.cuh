@@ -51,19 +51,18 @@ __device__ inline Survey join(const Survey& a, const Survey& b) {
           a.unjudged + b.unjudged, a.at_threshold + b.at_threshold};
 }
 
+// Once a CTA: nothing keeps a second call from writing what the first one's threads still read.
 __device__ inline Survey survey(const Row& row, float threshold) {
   __shared__ Survey warps[cta::kWarps];
   const uint32_t at = rank_of(threshold);
   Survey seen{0, 0, 0xffffffffu, 0, 0};
-  for (int j = threadIdx.x; j < row.n; j += cta::kThreads) {
-    const float score = row.scores[j];
+  each_score(row.scores, 0, row.n, [&](int j, float score) {
     seen.heaviest = max(seen.heaviest, mass_bits(score));
-    if (j < row.first_free || j >= row.end_free) continue;
+    if (j < row.first_free || j >= row.end_free) return;
     const uint32_t rank = rank_of(score);
     seen = join(seen, {0, rank, rank, rank == kUnjudged, rank >= at});
-  }
+  });
   seen = join_lanes(seen);
-  __syncthreads();  // the call before this one may still be read
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = seen;
   __syncthreads();
   seen = warps[0];
@@ -79,41 +78,55 @@ __device__ inline Range free_blocks(const Row& row, const Survey& seen) {
   return {row.scores, row.first_free, row.end_free, seen.best & known, open_bits};
 }
 
-// The fewest best blocks beside the forced ones that hold the share of all mass. `counts_open`:
-// what the masses lack to 1 is held too.
-__device__ inline Best best_by_mass(const Settings& settings, const Row& row, const Survey& seen,
-                                    Histogram& histogram) {
+// Each block weighs its mass; the goal is a share of all mass, less what forced blocks hold.
+// `counts_open`: what the masses lack to 1 is held too.
+struct ByMass {
+  static constexpr bool kIsCount = false;
+  FixedPoint mass;
+  Row row;
+  float share;
+  bool counts_open;
+
+  __device__ uint64_t of(float score) const { return mass.of(score); }
+
+  __device__ void set_aside(Histogram& histogram) const {
+    const auto add = [&](int, float score) {
+      add_weight(histogram.aside[0], histogram.aside[1], of(score));
+    };
+    each_score(row.scores, 0, row.first_free, add);
+    each_score(row.scores, row.end_free, row.n, add);
+  }
+
+  __device__ uint64_t goal(const Histogram& histogram, uint64_t free) const {
+    const uint64_t forced = static_cast<uint64_t>(histogram.aside[1]) << 32 | histogram.aside[0];
+    const uint64_t past = free + forced, whole = counts_open ? of(1.0f) : 0;
+    const uint64_t open = whole > past ? whole - past : 0;
+    const uint64_t target = share_of_mass(share, past + open);
+    return target > open + forced ? target - open - forced : 0;
+  }
+};
+
+__device__ inline Best best_by_mass(const Settings& settings, const Row& row, const Survey& seen) {
   const bool counts_open = settings.mass_counts_open;
   const uint32_t heaviest = counts_open ? max(seen.heaviest, bits_of(1.0f)) : seen.heaviest;
-  const FixedPoint mass(heaviest, row.n);
-  uint64_t mine = 0, mine_forced = 0;
-  for (int j = threadIdx.x; j < row.n; j += cta::kThreads) {
-    const uint64_t x = mass.of(row.scores[j]);
-    mine += x;
-    if (j < row.first_free || j >= row.end_free) mine_forced += x;
-  }
-  const uint64_t past = cta::total(mine);
-  const uint64_t whole = counts_open ? mass.of(1.0f) : 0;
-  const uint64_t open = whole > past ? whole - past : 0;
-  const uint64_t held = open + cta::total(mine_forced);
-  const uint64_t target = share_of_mass(settings.keep_value, past + open);
-  if (target <= held) return kNothing;
-  return best_of(histogram, free_blocks(row, seen), ByMass{mass}, target - held);
+  const ByMass mass{FixedPoint(heaviest, row.n), row, settings.keep_value, counts_open};
+  return best_of(free_blocks(row, seen), mass);
 }
 
 // Forced blocks and those of the row's `min_budget` best, forced or not, that are not forced.
-__device__ inline int budget(const Settings& settings, const Row& row, Histogram& histogram) {
+__device__ inline int budget(const Settings& settings, const Row& row) {
   const int goal = min(settings.min_budget, row.n);
   if (goal <= 0) return 0;
-  const Best best = best_of(histogram, Range{row.scores, 0, row.n, 0, 32}, ByCount{}, goal);
+  const Best best =
+      best_of(Range{row.scores, 0, row.n, 0, 32}, ByCount{static_cast<uint64_t>(goal)});
   int above = 0, ties_before = 0, ties = 0;
-  for (int j = threadIdx.x; j < row.end_free; j += cta::kThreads) {
-    const uint32_t rank = rank_of(row.scores[j]);
+  each_score(row.scores, 0, row.end_free, [&](int j, float score) {
+    const uint32_t rank = rank_of(score);
     const bool is_free = j >= row.first_free;
     above += is_free && rank > best.rank;
     ties += is_free && rank == best.rank;
     ties_before += !is_free && rank == best.rank;
-  }
+  });
   above = cta::total(above);
   ties = cta::total(ties);
   ties_before = cta::total(ties_before);
@@ -126,31 +139,30 @@ struct Wanted {
   int blocks;  // forced ones too
 };
 
-__device__ inline Wanted wanted(const Settings& settings, const Row& row, const Survey& seen,
-                                Histogram& histogram) {
+__device__ inline Wanted wanted(const Settings& settings, const Row& row, const Survey& seen) {
   if (settings.keep == kDensity) {
     return {{0, 0, -1}, share_of(settings.keep_value, row.n)};
   }
   const int at_threshold = static_cast<int>(seen.at_threshold);
   const Best best = settings.keep == kMass
-                        ? best_by_mass(settings, row, seen, histogram)
+                        ? best_by_mass(settings, row, seen)
                         : Best{rank_of(settings.keep_value), kAllTies, at_threshold};
   return {best, row.forced() + best.count};
 }
 
 // The cut between floor and cap; neither may drop a block that cannot be judged.
-__device__ inline Best best_of_row(const Settings& settings, const Row& row, Histogram& histogram) {
+__device__ inline Best best_of_row(const Settings& settings, const Row& row) {
   if (row.free() <= 0) return kNothing;
   const Survey seen = survey(row, settings.keep_value);
-  const Wanted rule = wanted(settings, row, seen, histogram);
+  const Wanted rule = wanted(settings, row, seen);
   const int most = share_of(settings.max_density, row.n);
-  const int least = max(share_of(settings.min_density, row.n), budget(settings, row, histogram));
+  const int least = max(share_of(settings.min_density, row.n), budget(settings, row));
   const int judged = min(max(rule.blocks, least), most) - row.forced();
   const int count = max(judged, static_cast<int>(seen.unjudged));
   if (count == rule.best.count) return rule.best;
   if (count <= 0) return kNothing;
   if (count >= row.free()) return {0, kAllTies, row.free()};
-  return best_of(histogram, free_blocks(row, seen), ByCount{}, count);
+  return best_of(free_blocks(row, seen), ByCount{static_cast<uint64_t>(count)});
 }
 
 // Clears all but the first `count` set bits of a row, counted over its words.
@@ -165,38 +177,52 @@ __device__ inline void keep_first_bits(uint32_t* bits, int words, int count) {
   }
 }
 
-// Writes bits 0 .. n, up to the end of the last one's word: the forced blocks and those of the cut.
-__device__ inline void mark(const Row& row, const Best& best, uint32_t* bits) {
+// visit(word, rank) for each word of a row's bits, by one warp, with the rank of the lane's block;
+// 0, below all ranks, for a block that is forced or after the row.
+template <class Visit>
+__device__ __forceinline__ void each_word(const Row& row, Visit visit) {
   const int words = words_of(row.n), lane = threadIdx.x % 32;
-  const bool all_ties = best.ties == kAllTies;
-  if (!all_ties && best.ties > 0) {
-    for (int word = threadIdx.x / 32; word < words; word += cta::kWarps) {
-      const int j = word * 32 + lane;
-      const bool is_free = j >= row.first_free && j < row.end_free;
-      const uint32_t ties =
-          __ballot_sync(cta::kAllLanes, is_free && rank_of(row.scores[j]) == best.rank);
-      if (lane == 0) bits[word] = ties;
+#pragma unroll 1
+  for (int first = threadIdx.x / 32; first < words; first += kBatch * cta::kWarps) {
+    uint32_t ranks[kBatch];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const int j = (first + u * cta::kWarps) * 32 + lane;
+      ranks[u] = j >= row.first_free && j < row.end_free ? rank_of(row.scores[j]) : 0;
     }
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      if (first + u * cta::kWarps < words) visit(first + u * cta::kWarps, ranks[u]);
+    }
+  }
+}
+
+// Writes bits 0 .. n, up to the end of the last one's word: the best of the blocks that are not
+// forced.
+__device__ inline void mark(const Row& row, const Best& best, uint32_t* bits) {
+  const int lane = threadIdx.x % 32;
+  const bool all_ties = best.ties == kAllTies, some_ties = !all_ties && best.ties > 0;
+  if (some_ties) {
+    each_word(row, [&](int word, uint32_t rank) {
+      const uint32_t ties = __ballot_sync(cta::kAllLanes, rank == best.rank);
+      if (lane == 0) bits[word] = ties;
+    });
     __syncthreads();
-    keep_first_bits(bits, words, best.ties);
+    keep_first_bits(bits, words_of(row.n), best.ties);
     __syncthreads();
   }
-  for (int word = threadIdx.x / 32; word < words; word += cta::kWarps) {
-    const int j = word * 32 + lane;
-    const bool is_free = j >= row.first_free && j < row.end_free;
-    const uint32_t rank = is_free ? rank_of(row.scores[j]) : 0;
-    const bool stays = is_free && (rank > best.rank || (all_ties && rank == best.rank));
-    const uint32_t above = __ballot_sync(cta::kAllLanes, stays);
-    const uint32_t ties = !all_ties && best.ties > 0 ? bits[word] : 0;
-    if (lane == 0) bits[word] = ties | above | forced_word(row, word);
-  }
+  const uint32_t least = all_ties ? max(best.rank, 1u) : best.rank + 1;
+  each_word(row, [&](int word, uint32_t rank) {
+    const uint32_t above = __ballot_sync(cta::kAllLanes, rank >= least);
+    if (lane == 0) bits[word] = above | (some_ties ? bits[word] : 0);
+  });
   __syncthreads();
 }
 
-// Keeps blocks of a row whose scores all threads can see; `bits` [words_of(n)], shared memory.
+// Keeps blocks of a row whose scores all threads can see, beside the forced ones (`forced_word`);
+// `bits` [words_of(n)], shared memory.
 __device__ inline void keep(const Settings& settings, const Row& row, uint32_t* bits) {
-  __shared__ Histogram histogram;
-  mark(row, best_of_row(settings, row, histogram), bits);
+  mark(row, best_of_row(settings, row), bits);
 }
 
 }  // namespace compactattn

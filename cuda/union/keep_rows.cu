@@ -8,7 +8,7 @@ namespace {
 // The row where all threads can read it often.
 __device__ const float* held_row(const Step& step, const float* scores, int n, float* shared) {
   if (!row_is_shared(step.layout)) return scores;
-  for (int j = threadIdx.x; j < n; j += cta::kThreads) shared[j] = scores[j];
+  each_score(scores, 0, n, [&](int j, float score) { shared[j] = score; });
   __syncthreads();
   return shared;
 }
@@ -18,15 +18,17 @@ __device__ void keep_row(const Step& step, const Span& span, int64_t row, uint32
   const int past = span.past >> layout.log2_block_tokens;
   const int total = pieces_of(span.kv_end, 1 << layout.log2_block_tokens);
   const bool asks = !span.dense && span.votes;
+  Row scores = row_of(step.settings, step.stages.scores + row * layout.max_blocks, past);
   if (asks) {
-    const float* scores = step.stages.scores + row * layout.max_blocks;
     float* shared = reinterpret_cast<float*>(bits + layout.mask_words);
-    keep(step.settings, row_of(step.settings, held_row(step, scores, past, shared), past), bits);
+    scores.scores = held_row(step, scores.scores, past, shared);
+    keep(step.settings, scores, bits);
   }
   const int first_open = span.dense ? 0 : min(past, total);
   uint32_t* out = step.stages.masks + row * layout.mask_words;
   for (int word = threadIdx.x; word < layout.mask_words; word += cta::kThreads) {
-    const uint32_t kept = asks && word < words_of(past) ? bits[word] : 0;
+    const uint32_t kept =
+        asks && word < words_of(past) ? bits[word] | forced_word(scores, word) : 0;
     out[word] = kept | range_word(word, first_open, total);
   }
 }
@@ -42,6 +44,7 @@ extern "C" __global__ void __launch_bounds__(256)
   extern __shared__ uint32_t dynamic[];
   const int64_t row = blockIdx.x;
   const int span = static_cast<int>(row / step.layout.num_q_heads);
+  const Span mine = step.stages.select_spans[span];  // of any value, but loaded beside the counter
   if (span >= step.stages.counters->num_select_spans) return;
-  keep_row(step, step.stages.select_spans[span], row, dynamic);
+  keep_row(step, mine, row, dynamic);
 }

@@ -27,6 +27,13 @@ __host__ __device__ inline double two_to(int exponent) {
   return x;
 }
 
+// floor(log2 x) of an x > 0 that no double is too narrow for.
+__host__ __device__ inline int exponent_of(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return static_cast<int>(bits >> 52) - 1023;
+}
+
 // Higher is better, in the total order of floats; NaN ranks as +inf.
 __host__ __device__ inline uint32_t rank_of(float score) {
   uint32_t bits = bits_of(score);
@@ -68,14 +75,7 @@ struct FixedPoint {
     float heaviest;
     memcpy(&heaviest, &heaviest_bits, sizeof heaviest);
     if (!(heaviest > 0)) return;
-    int length = 0;
-    for (; length < 31 && n >> length; ++length) {
-    }
-    const double wide = heaviest;  // normal, whatever the float
-    uint64_t bits;
-    memcpy(&bits, &wide, sizeof bits);
-    const int exponent = static_cast<int>(bits >> 52) - 1023;
-    factor = two_to(61 - length - exponent);
+    factor = two_to(61 - (exponent_of(n) + 1) - exponent_of(heaviest));
   }
 
   __host__ __device__ uint64_t of(float score) const {

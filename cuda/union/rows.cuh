@@ -36,10 +36,18 @@ struct Members {
 // `list`: within the span.
 __device__ inline Members members_of(const Step& step, const Span& span, int list) {
   const ListHeads heads = list_heads(step.layout, list);
-  const int q_len = step.stages.requests[span.req].q_len;
-  const int first = step.layout.select_span > 0 ? span.first / step.layout.select_span : 0;
-  const int voting = min(span.num_selects, max(0, voting_selects(step, q_len) - first));
+  int voting = span.num_selects;
+  if (step.settings.non_voting_spans > 0) {
+    const int q_len = step.stages.requests[span.req].q_len;
+    const int first = step.layout.select_span > 0 ? span.first / step.layout.select_span : 0;
+    voting = min(voting, max(0, voting_selects(step, q_len) - first));
+  }
   return {span.first_select, voting, heads.first, heads.count, step.layout.num_q_heads};
+}
+
+__device__ __forceinline__ float merge(bool by_max, float rows, float sum, float score) {
+  if (!by_max) return sum + score / rows;
+  return isnan(sum) || isnan(score) ? NAN : fmaxf(sum, score);
 }
 
 // The mean of the rows, or their maximum, in which NaN wins: a block that cannot be judged is read.
@@ -48,19 +56,25 @@ __device__ inline void merge_scores(const Step& step, const Members& members, in
                                     float* merged) {
   const bool by_max = step.settings.merge_max;
   const int rows = members.count();
-  const float share = static_cast<float>(rows);
-  for (int j = threadIdx.x; j < n; j += cta::kThreads) {
-    float sum = by_max ? -INFINITY : 0.0f;
-#pragma unroll 4
+#pragma unroll 1
+  for (int first = threadIdx.x; first < n; first += kBatch * cta::kThreads) {
+    float sums[kBatch];
+#pragma unroll
+    for (float& sum : sums) sum = by_max ? -INFINITY : 0.0f;
+#pragma unroll 1
     for (int i = 0; i < rows; ++i) {
-      const float score = step.stages.scores[members.row(i) * step.layout.max_blocks + j];
-      if (by_max) {
-        sum = isnan(sum) || isnan(score) ? NAN : fmaxf(sum, score);
-      } else {
-        sum += score / share;
+      const float* scores = step.stages.scores + members.row(i) * step.layout.max_blocks;
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int j = first + u * cta::kThreads;
+        if (j < n) sums[u] = merge(by_max, rows, sums[u], __ldg(scores + j));
       }
     }
-    merged[j] = sum;
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const int j = first + u * cta::kThreads;
+      if (j < n) merged[j] = sums[u];
+    }
   }
   __syncthreads();
 }

@@ -99,8 +99,8 @@ extern "C" __global__ void __launch_bounds__(256)
   count_call(step.stages);
   const int per_span = lists_per_span(step.layout);
   const int span = static_cast<int>(blockIdx.x) / per_span;
-  if (span >= step.stages.counters->num_list_spans) return;
   List list{blockIdx.x, step.stages.list_spans[span], 0, 0, false, dynamic};
+  if (span >= step.stages.counters->num_list_spans) return;
   const Members members =
       members_of(step, list.span, static_cast<int>(blockIdx.x) - span * per_span);
   list.past = list.span.past >> step.layout.log2_block_tokens;
