@@ -12,7 +12,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kBlocks = 16;  // pooled together, so that weights are read once for so many
-constexpr int kDots = 8;     // of one warp at a time, so that their loads overlap
+// At a time, so that latencies overlap: keys of one thread, dot products of one warp.
+constexpr int kLoads = 8;
+constexpr int kDots = 8;
 
 // Gate keys of one block: [k_heads, gate_dim].
 __device__ __forceinline__ float* gate_keys(const Step& step, const Gate& gate, int req,
@@ -26,16 +28,18 @@ __device__ __forceinline__ int2 pair_of(const Gate& gate, int i, int dim) {
   return gate.interleaved ? int2{2 * i, 2 * i + 1} : int2{i, i + dim / 2};
 }
 
-// Pair `i` of a rotated head vector as it was before the rotation at `position`.
-template <class Element>
-__device__ __forceinline__ float2 unrotated(const Gate& gate, const Element* x, int2 pair,
-                                            float freq, int position) {
+// A pair of a rotated head vector as it was before the rotation by `angle`.
+__device__ __forceinline__ float2 unrotated(const Gate& gate, float2 x, float angle) {
   float sin, cos;
-  sincosf(static_cast<float>(position) * freq, &sin, &cos);
+  sincosf(angle, &sin, &cos);
   cos /= gate.rope_scale;
   sin /= -gate.rope_scale;
-  const float a = float(x[pair.x]), b = float(x[pair.y]);
-  return {a * cos - b * sin, b * cos + a * sin};
+  return {x.x * cos - x.y * sin, x.y * cos + x.x * sin};
+}
+
+template <class Element>
+__device__ __forceinline__ float2 load_pair(const Element* x, int2 pair) {
+  return {float(x[pair.x]), float(x[pair.y])};
 }
 
 // Rotates `count` gate vectors `[count, gate_dim]`; all threads of the CTA.
@@ -72,13 +76,21 @@ __device__ void pool_keys(const Step& step, const Gate& gate, Team team, int2 he
     const int2 pair = pair_of(gate, i, dim);
     const float freq = gate.inv_freq[i];
     float2 most{-kInfinity, -kInfinity}, least{kInfinity, kInfinity}, mean{0.f, 0.f};
-#pragma unroll 4
-    for (int t = tokens.x; t < tokens.y; ++t) {
-      const Element* key = key_at<Element>(step, head.x, head.y, t);
-      const float2 x = unrotated(gate, key, pair, freq, t);
-      most = {fmaxf(most.x, x.x), fmaxf(most.y, x.y)};
-      least = {fminf(least.x, x.x), fminf(least.y, x.y)};
-      mean = {fmaf(x.x, share, mean.x), fmaf(x.y, share, mean.y)};
+    for (int first = tokens.x; first < tokens.y; first += kLoads) {
+      float2 keys[kLoads];
+#pragma unroll
+      for (int n = 0; n < kLoads; ++n) {
+        const int t = min(first + n, tokens.y - 1);
+        keys[n] = load_pair(key_at<Element>(step, head.x, head.y, t), pair);
+      }
+#pragma unroll
+      for (int n = 0; n < kLoads; ++n) {
+        if (first + n >= tokens.y) continue;
+        const float2 x = unrotated(gate, keys[n], static_cast<float>(first + n) * freq);
+        most = {fmaxf(most.x, x.x), fmaxf(most.y, x.y)};
+        least = {fminf(least.x, x.x), fminf(least.y, x.y)};
+        mean = {fmaf(x.x, share, mean.x), fmaf(x.y, share, mean.y)};
+      }
     }
     into[pair.x] = most.x, into[pair.y] = most.y;
     into[dim + pair.x] = least.x, into[dim + pair.y] = least.y;
@@ -182,7 +194,8 @@ __device__ void mean_queries(const Step& step, const Gate& gate, const Span& spa
 #pragma unroll 4
     for (int row = part; row < span.len; row += 8) {
       const Element* query = query_at<Element>(step, span.q_start + row, heads.x + head);
-      const float2 x = unrotated(gate, query, pair, freq, position + row);
+      const float angle = static_cast<float>(position + row) * freq;
+      const float2 x = unrotated(gate, load_pair(query, pair), angle);
       mean = {fmaf(x.x, share, mean.x), fmaf(x.y, share, mean.y)};
     }
 #pragma unroll

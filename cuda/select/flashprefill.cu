@@ -48,51 +48,59 @@ struct Tile {
   int row_bytes;
 };
 
-// Four elements of a mean as a sum of two 16-bit numbers each: off by 2^-16 of themselves at most.
+// Two elements of a mean as a sum of two 16-bit numbers each: off by 2^-16 of themselves at most.
 template <class Element>
-__device__ __forceinline__ void split(const float4& mean, uint8_t* high, uint8_t* low) {
-  const float parts[4] = {mean.x, mean.y, mean.z, mean.w};
-  Element top[4], rest[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    top[i] = Element(parts[i]);
-    rest[i] = Element(isfinite(parts[i]) ? parts[i] - float(top[i]) : 0.f);
-  }
-  *reinterpret_cast<uint2*>(high) = reinterpret_cast<const uint2&>(top);
-  *reinterpret_cast<uint2*>(low) = reinterpret_cast<const uint2&>(rest);
+__device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t& low) {
+  high = pack_pair<Element>(x, y);
+  const float2 top = unpack_pair<Element>(high);
+  low = pack_pair<Element>(isfinite(x) ? x - top.x : 0.f, isfinite(y) ? y - top.y : 0.f);
 }
 
-// The warp's kWarpBlocks means, zeros past the last block; a lane looks up one block's slot, which
-// keeps the table's latency out of the loop.
+// The warp's kWarpBlocks means, zeros past the last block. A lane looks up one block's slot, and
+// eight loads are on their way at a time: their latency is not hidden otherwise.
 template <class Element>
 __device__ void load_means(const Step& step, const Tile& tile, uint8_t* high, uint8_t* low) {
+  constexpr int kAtOnce = 8;
   const int first = threadIdx.x / 32 * kWarpBlocks, lane = threadIdx.x % 32;
   const int block = tile.first + first + lane;
   const int slot = block < tile.end ? mean_slot(step, tile.span.req, block) : -1;
   const int64_t heads = step.layout.num_kv_heads, dim = step.layout.head_dim;
-#pragma unroll 16
-  for (int row = 0; row < kWarpBlocks; ++row) {
-    const int64_t from = __shfl_sync(0xffffffffu, slot, row);
-    const float* mean = step.stages.k_mean + (from * heads + tile.kv_head) * dim;
-    for (int x = lane * 4; x < dim; x += 128) {
-      const float4 value = from >= 0 ? *reinterpret_cast<const float4*>(mean + x) : float4{};
-      const int at = (first + row) * tile.row_bytes + 2 * x;
-      split<Element>(value, high + at, low + at);
+  for (int x = lane * 4; x < (dim + 127) / 128 * 128; x += 128) {
+    for (int row = 0; row < kWarpBlocks; row += kAtOnce) {
+      float4 means[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t from = __shfl_sync(0xffffffffu, slot, row + i);
+        const float* mean = step.stages.k_mean + (from * heads + tile.kv_head) * dim + x;
+        means[i] = float4{};
+        if (from >= 0 && x < dim) means[i] = __ldg(reinterpret_cast<const float4*>(mean));
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        uint2 top, rest;
+        split<Element>(means[i].x, means[i].y, top.x, rest.x);
+        split<Element>(means[i].z, means[i].w, top.y, rest.y);
+        if (x >= dim) continue;
+        const int at = (first + row + i) * tile.row_bytes + 2 * x;
+        *reinterpret_cast<uint2*>(high + at) = top;
+        *reinterpret_cast<uint2*>(low + at) = rest;
+      }
     }
   }
 }
 
-// Starts the copy of kRows query rows from row `first` of the span on.
+// Starts the copy of kRows query rows from row `first` of the span on; four threads a row.
 template <class Element>
 __device__ void load_rows(const Step& step, const Tile& tile, int head, int first, uint32_t to) {
-  const int pieces = step.layout.head_dim / 8;
-  const Element* base = query_at<Element>(step, tile.span.q_start, head);
-  for (int i = threadIdx.x; i < kRows * pieces; i += kThreads) {
-    const int row = i / pieces, piece = i % pieces;
+  const int pieces = step.layout.head_dim / 8, piece = threadIdx.x % 4;
+#pragma unroll
+  for (int row = threadIdx.x / 4; row < kRows; row += kThreads / 4) {
     const bool valid = first + row < tile.span.len;
-    const Element* from =
-        base + (valid ? (first + row) * step.batch.q_token_stride + piece * 8 : 0);
-    ptx::copy_async(to + row * tile.row_bytes + piece * 16, from, valid);
+    const int token = tile.span.q_start + (valid ? first + row : 0);
+    const Element* from = query_at<Element>(step, token, head);
+    for (int i = piece; i < pieces; i += 4) {
+      ptx::copy_async(to + row * tile.row_bytes + i * 16, from + i * 8, valid);
+    }
   }
   ptx::copy_async_commit();
 }
@@ -221,16 +229,17 @@ __device__ void sum_weights(const Step& step) {
   const int warp = threadIdx.x / 32;
   const uint32_t means = ptx::shared_address(high) + warp * kWarpBlocks * tile.row_bytes;
   const bool all_past = tile.first + kBlocks <= past_blocks_of(step, tile.span);
-  const int tiles = (tile.span.len + kRows - 1) / kRows, head = tile.kv_head * group;
+  const int tiles = (tile.span.len + kRows - 1) / kRows;
+  int head = tile.kv_head * group;
   const float scale = layout.sm_scale * kLog2E;
   load_rows<Element>(step, tile, head, 0, rows);
   load_means<Element>(step, tile, high, low);
   LogSum sums[4];
-  for (int i = 0; i < tiles * group; ++i) {
-    const int next = i + 1, first = i % tiles * kRows;
-    if (next < tiles * group) {
-      load_rows<Element>(step, tile, head + next / tiles, next % tiles * kRows,
-                         rows + next % 2 * kRows * tile.row_bytes);
+  for (int i = 0, n = 0; i < tiles * group; ++i) {
+    const int first = n * kRows, next_n = n + 1 < tiles ? n + 1 : 0;
+    if (i + 1 < tiles * group) {
+      load_rows<Element>(step, tile, next_n ? head : head + 1, next_n * kRows,
+                         rows + (i + 1) % 2 * kRows * tile.row_bytes);
       ptx::copy_async_wait<1>();
     } else {
       ptx::copy_async_wait<0>();
@@ -242,8 +251,10 @@ __device__ void sum_weights(const Step& step) {
                              rows + i % 2 * kRows * tile.row_bytes, layout.head_dim);
       if (!all_past || first + kRows > tile.span.len) hide(step, tile, first, c);
       fold(sums, c, scale);
-      if (next % tiles == 0) finish(step, tile, head + i / tiles, sums);
+      if (next_n == 0) finish(step, tile, head, sums);
     }
+    head += next_n == 0;
+    n = next_n;
     __syncthreads();  // the rows may be overwritten
   }
 }
