@@ -1,5 +1,5 @@
-// Instructions of the selectors' products: asynchronous copies to shared memory, fragment loads and
-// 16 x 8 x 16 products, all of sm_80 and later.
+// Instructions of the selectors: asynchronous copies to shared memory, fragment loads, 16 x 8 x 16
+// products and log2, all of sm_80 and later.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,6 +21,13 @@ __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.com
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// log2(x), absolute error 2^-22 for x in [0.5, 2] and relative 2^-22 outside; -inf for 0.
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.

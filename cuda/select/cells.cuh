@@ -250,14 +250,16 @@ struct Reader {
         top = fmaxf(top, logits[r / 2][from + n / 2][r % 2 * 2 + n % 2]);
       }
       top = fmaxf(partial.max[r], top * scale);
-      float sum = partial.sum[r] * ptx::exp2_approx(partial.max[r] - top);
+      // Two sums: half the length of the chain of additions.
+      float even = partial.sum[r] * ptx::exp2_approx(partial.max[r] - top), odd = 0.0f;
 #pragma unroll
-      for (int n = 0; n < 2 * kTiles; ++n) {
-        const float x = logits[r / 2][from + n / 2][r % 2 * 2 + n % 2];
-        sum += ptx::exp2_approx(fmaf(x, scale, -top));
+      for (int n = 0; n < kTiles; ++n) {
+        const float (&x)[4] = logits[r / 2][from + n];
+        even += ptx::exp2_approx(fmaf(x[r % 2 * 2], scale, -top));
+        odd += ptx::exp2_approx(fmaf(x[r % 2 * 2 + 1], scale, -top));
       }
       partial.max[r] = top;
-      partial.sum[r] = sum;
+      partial.sum[r] = even + odd;
     }
   }
 
@@ -269,7 +271,8 @@ struct Reader {
       const float sum = quad_sum(partial.sum[r] * ptx::exp2_approx(partial.max[r] - top));
       const int row = fragment_row(r);
       if (threadIdx.x % 4 == 0 && row < tile.rows && source.writes(seen[r], start, end)) {
-        tile.cells[static_cast<int64_t>(row) * step.layout.max_blocks + block] = top + log2f(sum);
+        tile.cells[static_cast<int64_t>(row) * step.layout.max_blocks + block] =
+            top + ptx::log2_approx(sum);
       }
     }
   }

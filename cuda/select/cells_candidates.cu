@@ -12,6 +12,7 @@ namespace {
 constexpr int kSelectThreads = 1024;
 constexpr int kHeads = 8;  // selected at once, by one pass over their scores
 constexpr int kBins = 256;
+constexpr int kBatch = 8;  // loads under way of a thread
 
 // Where one head's best blocks end: taken are those of a greater score, and those of the same score
 // whose ~block is not less than `block`.
@@ -51,17 +52,32 @@ struct Digit {
   int shift;
   bool of_block;
 
-  __device__ __forceinline__ void count(const Row& row, const Edge& edge,
+  // Whether the edge is not yet found.
+  __device__ __forceinline__ bool moves(const Edge& edge) const {
+    return edge.wanted > 0 && (!of_block || edge.wanted < edge.equal);
+  }
+
+  // Counts every `members`-th block from `member` on.
+  __device__ __forceinline__ void count(const Row& row, const Edge& edge, int member, int members,
                                         int (&bins)[kBins]) const {
-    for (int j = threadIdx.x; j < row.blocks; j += kSelectThreads) {
-      const uint32_t score = row.score(j);
-      if (row.is_forced(j) || (of_block && score != edge.score)) continue;
-      const uint32_t key = of_block ? ~static_cast<uint32_t>(j) : score;
-      const uint32_t known = of_block ? edge.block : edge.score;
-      // A shift by 32 would not clear the word.
-      const bool matches = shift == 24 || (key ^ known) >> (shift + 8) == 0;
-      if (matches) atomicAdd(&bins[key >> shift & (kBins - 1)], 1);
+    for (int from = member; from < row.blocks; from += members * kBatch) {
+      uint32_t scores[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        scores[i] = row.score(min(from + i * members, row.blocks - 1));
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) add(row, edge, from + i * members, scores[i], bins);
     }
+  }
+
+  __device__ __forceinline__ void add(const Row& row, const Edge& edge, int j, uint32_t score,
+                                      int (&bins)[kBins]) const {
+    if (j >= row.blocks || row.is_forced(j) || (of_block && score != edge.score)) return;
+    const uint32_t key = of_block ? ~static_cast<uint32_t>(j) : score;
+    const uint32_t known = of_block ? edge.block : edge.score;
+    // A shift by 32 would not clear the word.
+    const bool matches = shift == 24 || (key ^ known) >> (shift + 8) == 0;
+    if (matches) atomicAdd(&bins[key >> shift & (kBins - 1)], 1);
   }
 
   // Moves the edge into the bin in which the wanted blocks end; by one warp.
@@ -94,16 +110,17 @@ __device__ void search(const Digit& digit, Row row, int64_t stride, int heads,
   __shared__ Bins bins;
   for (int i = threadIdx.x; i < kHeads * kBins; i += kSelectThreads) bins[i / kBins][i % kBins] = 0;
   __syncthreads();
-  for (int h = 0; h < heads; ++h, row.scores += stride) {
-    const bool ties = edges[h].wanted < edges[h].equal;
-    if (edges[h].wanted > 0 && (!digit.of_block || ties)) digit.count(row, edges[h], bins[h]);
+  // Heads side by side, as many warps each as there are: one latency of memory a pass, not one a
+  // head.
+  const int warp = threadIdx.x / 32, warps = kSelectThreads / 32 / heads;
+  int h = warp / warps;
+  if (h < heads && digit.moves(edges[h])) {
+    row.scores += h * stride;
+    digit.count(row, edges[h], static_cast<int>(threadIdx.x) - h * warps * 32, warps * 32, bins[h]);
   }
   __syncthreads();
-  const int h = threadIdx.x / 32;
-  if (h < heads) {
-    const bool ties = edges[h].wanted < edges[h].equal;
-    if (edges[h].wanted > 0 && (!digit.of_block || ties)) digit.narrow(bins[h], edges[h]);
-  }
+  h = warp;
+  if (h < heads && digit.moves(edges[h])) digit.narrow(bins[h], edges[h]);
   __syncthreads();
 }
 

@@ -1,7 +1,7 @@
 // select: scores from cells: the mean over a head's sampled rows of each past block's share of the
 // row's weight (rust/select/cells.rs, Cells::add_mass).
 //
-// Grid (num_q_heads, max_select_spans) x 512. The first tile of a span stores its scores, later
+// Grid (num_q_heads, max_select_spans) x 1024. The first tile of a span stores its scores, later
 // ones add, in launch order: the same bits in every run and whatever else is in the batch. A NaN
 // cell makes NaN of its whole row, hence of its head's scores.
 #include "cells.cuh"
@@ -9,7 +9,8 @@
 namespace compactattn::select {
 namespace {
 
-constexpr int kMassThreads = 512;
+constexpr int kMassThreads = 1024;
+constexpr int kBatch = 8;  // loads under way of a thread
 
 // What turns a row's cell into its share times 1 / samples: 2^(cell - max) * scale.
 struct Norm {
@@ -20,13 +21,22 @@ struct Norm {
 // Folds one row of cells, by one warp.
 __device__ Norm norm_of(const float* cells, int blocks, int samples) {
   const int lane = threadIdx.x % 32;
-  float top = -FLT_MAX;
-#pragma unroll 4
-  for (int j = lane; j < blocks; j += 32) top = fmaxf(top, cells[j]);
+  float top = -FLT_MAX, sum = 0.0f;
+  for (int j = lane; j < blocks; j += 32 * kBatch) {
+    float x[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) x[i] = j + 32 * i < blocks ? cells[j + 32 * i] : -INFINITY;
+    float higher = top;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) higher = fmaxf(higher, x[i]);
+    sum *= ptx::exp2_approx(top - higher);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) sum += ptx::exp2_approx(x[i] - higher);
+    top = higher;
+  }
+  const float mine = top;
   for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
-  float sum = 0.0f;
-#pragma unroll 4
-  for (int j = lane; j < blocks; j += 32) sum += ptx::exp2_approx(cells[j] - top);
+  sum *= ptx::exp2_approx(mine - top);
   for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
   return {top, 1.0f / samples / sum};
 }
@@ -74,7 +84,7 @@ __device__ __forceinline__ void add_mass(const Step& step, int index) {
   const int past = past_blocks(layout, *span);
   for (int j = threadIdx.x; j < past; j += kMassThreads) {
     float mass = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = 0; i < samples.tokens; ++i) {
       mass += ptx::exp2_approx(cells[i * stride + j] - norms[i].max) * norms[i].scale;
     }
@@ -87,13 +97,13 @@ __device__ __forceinline__ void add_mass(const Step& step, int index) {
 }  // namespace compactattn::select
 
 // Adds the masses of tile `tile` to the scores.
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(1024)
     compactattn_cells_mass(const __grid_constant__ compactattn::Step step, int tile) {
   compactattn::select::add_mass<compactattn::select::EveryBlock>(step, tile);
 }
 
 // As compactattn_cells_mass, but blocks that are no candidates score 0 (or NaN).
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(1024)
     compactattn_two_level_mass(const __grid_constant__ compactattn::Step step, int tile) {
   compactattn::select::add_mass<compactattn::select::Candidates>(step, tile);
 }

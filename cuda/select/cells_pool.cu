@@ -56,24 +56,34 @@ __device__ __forceinline__ uint32_t high_and_rest<__half>(float& x, float& y) {
 // next; zeros for blocks that are not whole.
 template <class Element>
 __device__ void load_means(const Step& step, const Tile& tile, int first, char* high) {
-  constexpr int kLanes = 8;
+  constexpr int kLanes = 8, kStep = kThreads / kLanes, kRows = kPoolBlocks / kStep;
   const uint32_t pitch = pitch_of(step.layout);
   const int whole = tile.kv_end >> step.layout.log2_block_tokens;
-  const int lane = threadIdx.x % kLanes;
-  for (int row = threadIdx.x / kLanes; row < kPoolBlocks; row += kThreads / kLanes) {
-    const bool wanted = first + row < whole;
-    const float* mean = wanted ? mean_key(step, tile, first + row) : nullptr;
-    char* to = high + row * pitch;
-#pragma unroll 4
-    for (int d = 4 * lane; d < step.layout.head_dim; d += 4 * kLanes) {
-      float4 x = wanted ? *reinterpret_cast<const float4*>(mean + d) : float4{};
+  const int from = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const float* means[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int block = first + from + r * kStep;
+    means[r] = block < whole ? mean_key(step, tile, block) : nullptr;
+  }
+  // All rows' loads are under way before the first is used.
+#pragma unroll 2
+  for (int d = 4 * lane; d < step.layout.head_dim; d += 4 * kLanes) {
+    float4 x[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      x[r] = means[r] ? __ldg(reinterpret_cast<const float4*>(means[r] + d)) : float4{};
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      char* to = high + (from + r * kStep) * pitch + 2 * d;
       uint2 words;
-      words.x = high_and_rest<Element>(x.x, x.y);
-      words.y = high_and_rest<Element>(x.z, x.w);
-      *reinterpret_cast<uint2*>(to + 2 * d) = words;
-      words.x = pack_pair<Element>(x.x, x.y);
-      words.y = pack_pair<Element>(x.z, x.w);
-      *reinterpret_cast<uint2*>(to + kPoolBlocks * pitch + 2 * d) = words;
+      words.x = high_and_rest<Element>(x[r].x, x[r].y);
+      words.y = high_and_rest<Element>(x[r].z, x[r].w);
+      *reinterpret_cast<uint2*>(to) = words;
+      words.x = pack_pair<Element>(x[r].x, x[r].y);
+      words.y = pack_pair<Element>(x[r].z, x[r].w);
+      *reinterpret_cast<uint2*>(to + kPoolBlocks * pitch) = words;
     }
   }
 }

@@ -9,8 +9,10 @@ namespace compactattn::select {
 
 // Bytes between rows of a tile in shared memory: 16 more than a vector, an odd number of 16-byte
 // units, so that 8 rows at one column lie in different banks.
+__host__ __device__ constexpr uint32_t pitch_of(int head_dim) { return 2 * head_dim + 16; }
+
 __device__ __forceinline__ uint32_t pitch_of(const Layout& layout) {
-  return 2 * layout.head_dim + 16;
+  return pitch_of(layout.head_dim);
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
@@ -64,30 +66,45 @@ __device__ __forceinline__ void copy_vector(uint32_t tile, int row, const char* 
   }
 }
 
-// Adds q k^T of 32 rows of `q` and 8 * kTiles rows of `k`, both tiles in shared memory, to `sums`:
-// [m][n] are rows 16 m .. of q and 8 n .. of k, in the layout of the 16 x 8 product.
-template <class Element, int kTiles>
-__device__ __forceinline__ void multiply(float (&sums)[2][kTiles][4], uint32_t q, uint32_t k,
-                                         const Layout& layout) {
+// As `multiply`, with every address but two known at compile time.
+template <class Element, int kTiles, int kHeadDim>
+__device__ __forceinline__ void multiply_dim(float (&sums)[2][kTiles][4], uint32_t q, uint32_t k) {
+  constexpr uint32_t kPitch = pitch_of(kHeadDim);
   const int lane = threadIdx.x % 32;
-  const uint32_t pitch = pitch_of(layout);
-  q += lane % 16 * pitch + lane / 16 * 16;
-  k += (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 16;
-#pragma unroll 2
-  for (int d = 0; d < layout.head_dim; d += 16, q += 32, k += 32) {
+  q += lane % 16 * kPitch + lane / 16 * 16;
+  k += (lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 16;
+#pragma unroll
+  for (uint32_t d = 0; d < 2 * kHeadDim; d += 32) {
     uint32_t a[2][4];
-    ptx::load_matrices(a[0], q);
-    ptx::load_matrices(a[1], q + 16 * pitch);
+    ptx::load_matrices(a[0], q + d);
+    ptx::load_matrices(a[1], q + d + 16 * kPitch);
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {
       uint32_t b[4];
-      ptx::load_matrices(b, k + 8 * n * pitch);
+      ptx::load_matrices(b, k + d + 8 * n * kPitch);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         ptx::multiply_add<Element>(sums[m][n], a[m], b[0], b[1]);
         ptx::multiply_add<Element>(sums[m][n + 1], a[m], b[2], b[3]);
       }
     }
+  }
+}
+
+// Adds q k^T of 32 rows of `q` and 8 * kTiles rows of `k`, both tiles in shared memory, to `sums`:
+// [m][n] are rows 16 m .. of q and 8 n .. of k, in the layout of the 16 x 8 product.
+template <class Element, int kTiles>
+__device__ __forceinline__ void multiply(float (&sums)[2][kTiles][4], uint32_t q, uint32_t k,
+                                         const Layout& layout) {
+  switch (layout.head_dim) {
+    case 64:
+      return multiply_dim<Element, kTiles, 64>(sums, q, k);
+    case 96:
+      return multiply_dim<Element, kTiles, 96>(sums, q, k);
+    case 128:
+      return multiply_dim<Element, kTiles, 128>(sums, q, k);
+    default:
+      return multiply_dim<Element, kTiles, 256>(sums, q, k);
   }
 }
 

@@ -217,7 +217,7 @@ class Kernels:
         """One of the kernels over cells; `x` instead of the usual grid."""
         shape, index = case.data.shape, ctypes.c_int32(tile)
         if name.endswith("mass"):
-            self.launch(name, (shape.kv_heads * shape.group, case.max_spans), 512, case.step, index)
+            self.launch(name, (shape.kv_heads * shape.group, case.max_spans), 1024, case.step, index)
             return
         longest = shape.query_span or case.step.batch.total_q
         pools = math.ceil(case.max_blocks / 64)
