@@ -14,6 +14,7 @@ use super::abi::Refusal;
 use super::check::Worker;
 use super::device::{Device, last_error};
 use super::driver::Cuda;
+use super::memory::Packing;
 use super::scenes;
 use super::step::{Done, Given, Step};
 use crate::common::case::{Case, Lens};
@@ -57,7 +58,7 @@ fn case_of(selector: Selector) -> Case {
 /// Runs `body` on a step that has given a good result, and sees that a good call gives the same bits after it.
 fn on_good_step(device: &Device, selector: Selector, body: impl FnOnce(&mut Step) -> Done) -> Done {
     let case = case_of(selector);
-    let mut worker = Worker::new(device);
+    let mut worker = Worker::new(device, Packing::Together);
     let stream = worker.stream;
     let made = Step::new(device, &mut worker.memory, &case, &Given::Nothing, stream);
     let mut step = made.map_err(|e| match e {
@@ -225,7 +226,7 @@ fn broken_offsets(step: &mut Step) -> Done {
 /// Results with one entry of a tensor changed; the tensor is put right again.
 fn spoiled(
     step: &mut Step,
-    part: super::device::Part,
+    part: super::memory::Part,
     good: &[i32],
     (at, bad): (usize, i32),
 ) -> Result<[Vec<u8>; 2], String> {
@@ -261,7 +262,11 @@ fn blind(step: &Step, req: usize, [out, lse]: &[Vec<u8>; 2]) -> Done {
 fn drivers() -> Done {
     let program = std::env::current_exe().map_err(|e| e.to_string())?;
     for (driver, codes) in [("/nonexistent/libcuda.so.1", &[3][..]), ("libc.so.6", &[1, 3])] {
-        let child = Command::new(&program).arg("laws").env("COMPACTATTN_LIBCUDA", driver).output();
+        let child = Command::new(&program)
+            .arg("laws")
+            .env("COMPACTATTN_LIBCUDA", driver)
+            .env_remove("CARGO")
+            .output();
         let child = child.map_err(|e| e.to_string())?;
         if !child.status.code().is_some_and(|code| codes.contains(&code)) {
             let said = String::from_utf8_lossy(&child.stdout).into_owned();

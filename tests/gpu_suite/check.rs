@@ -9,8 +9,9 @@ use compactattn::union::Counts;
 
 use super::abi::Refusal;
 use super::cases;
-use super::device::{Device, Memory};
+use super::device::Device;
 use super::driver::Handle;
+use super::memory::{Memory, Packing};
 use super::step::{Done, Given, Step, lse_stride, store_bytes, store_of, total_q};
 use crate::common::case::Case;
 use crate::common::judge::{self, Arithmetic};
@@ -34,9 +35,9 @@ pub(crate) struct Worker<'d> {
 }
 
 impl<'d> Worker<'d> {
-    pub(crate) fn new(device: &'d Device) -> Self {
+    pub(crate) fn new(device: &'d Device, packing: Packing) -> Self {
         device.enter();
-        Self { device, memory: Memory::new(device), stream: device.new_stream() }
+        Self { device, memory: Memory::new(device, packing), stream: device.new_stream() }
     }
 
     /// Stage by stage and as a whole: the same bits, nothing written beside the outputs.

@@ -3,7 +3,7 @@
 //! The library is given a driver that counts its calls and hands them on (COMPACTATTN_LIBCUDA names it); this test's
 //! own binding goes to the driver itself, so only the library's calls are counted.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
 use compactattn::settings::Selector;
 use compactattn::types::Dtype;
@@ -11,13 +11,14 @@ use compactattn::types::Dtype;
 use super::abi::Refusal;
 use super::check::{Worker, given};
 use super::device::Device;
+use super::memory::Packing;
 use super::scenes;
 use super::step::{Done, Step};
 use crate::common::case::{Case, Lens};
 use crate::common::rng::Rng;
 
 pub(crate) const WANTED: &str =
-    "COMPACTATTN_LIBCUDA must name a driver that exports fake_calls(name), see tests/gpu/run.sh";
+    "COMPACTATTN_LIBCUDA must name tests/gpu/counting_driver.c, built, and FAKE_CUDA say forward";
 
 /// Calls that wait, allocate, free or copy; with and without the suffix of their present version.
 const FORBIDDEN: [&str; 27] = [
@@ -83,7 +84,7 @@ pub(crate) fn run(device: &Device) -> bool {
 
 /// Three warm passes between two readings of the counters.
 fn passes(device: &Device, counting: &Counting, selector: Selector, d: usize) -> Result<(), Refusal> {
-    let mut worker = Worker::new(device);
+    let mut worker = Worker::new(device, Packing::Together);
     let shape = scenes::shape([8, 2], d, 64, Dtype::Bf16);
     let lens = [Lens { q: 100, kv: 700 }, Lens { q: 1, kv: 500 }];
     let case = Case::with(&mut Rng::new(3), shape, scenes::settings(selector, 32), &lens);
@@ -104,7 +105,7 @@ fn warm_passes(device: &Device, counting: &Counting, step: &Step) -> Done {
         step.forward()?;
     }
     let after = FORBIDDEN.map(|name| counting.calls(name));
-    let launches: u32 = LAUNCHES.iter().zip(launched).map(|(name, was)| counting.calls(name) - was).sum();
+    let launches: u64 = LAUNCHES.iter().zip(launched).map(|(name, was)| counting.calls(name) - was).sum();
     device.sync();
     if let Some(i) = (0..FORBIDDEN.len()).find(|&i| after[i] != before[i]) {
         return Err(format!("3 passes made {} calls of {}", after[i] - before[i], FORBIDDEN[i]));
@@ -116,7 +117,7 @@ fn warm_passes(device: &Device, counting: &Counting, step: &Step) -> Done {
 /// The counting driver, as the library sees it.
 struct Counting {
     library: *mut c_void,
-    calls: unsafe extern "C" fn(*const c_char) -> c_uint,
+    calls: unsafe extern "C" fn(*const c_char) -> u64,
 }
 
 impl Counting {
@@ -127,18 +128,17 @@ impl Counting {
         let library = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
         let found = lookup(library, c"fake_calls").ok_or(WANTED)?;
         // SAFETY: the counting driver's own function, of this signature.
-        let calls = unsafe {
-            std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const c_char) -> c_uint>(found)
-        };
+        let calls =
+            unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const c_char) -> u64>(found) };
         Ok(Self { library, calls })
     }
 
     /// Calls of the function so far, whichever version of it.
-    fn calls(&self, name: &str) -> u32 {
+    fn calls(&self, name: &str) -> u64 {
         [name.to_owned(), format!("{name}_v2")].iter().map(|name| self.calls_of(name)).sum()
     }
 
-    fn calls_of(&self, name: &str) -> u32 {
+    fn calls_of(&self, name: &str) -> u64 {
         let name = CString::new(name).unwrap_or_default();
         // SAFETY: the name ends in NUL.
         unsafe { (self.calls)(name.as_ptr()) }
@@ -146,16 +146,18 @@ impl Counting {
 
     /// One wait, made through this driver as the library would, is counted.
     fn catches_a_wait(&self) -> Done {
-        let name = c"cuCtxSynchronize";
-        let found = lookup(self.library, name).ok_or("the counting driver has no cuCtxSynchronize")?;
+        const NAME: &str = "cuStreamSynchronize";
+        let found = lookup(self.library, c"cuStreamSynchronize");
+        let found = found.ok_or("the counting driver has no cuStreamSynchronize")?;
         // SAFETY: the driver's function of that name has this signature.
-        let wait = unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn() -> c_int>(found) };
-        let before = self.calls("cuCtxSynchronize");
-        // SAFETY: no arguments.
-        let status = unsafe { wait() };
-        let counted = self.calls("cuCtxSynchronize") - before;
+        let wait =
+            unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut c_void) -> c_int>(found) };
+        let before = self.calls(NAME);
+        // SAFETY: NULL is the default stream.
+        let status = unsafe { wait(std::ptr::null_mut()) };
+        let counted = self.calls(NAME) - before;
         let what = format!("a wait (status {status}) was counted {counted} times");
-        if counted == 1 { Ok(()) } else { Err(what) }
+        if counted == 1 && status == 0 { Ok(()) } else { Err(what) }
     }
 }
 

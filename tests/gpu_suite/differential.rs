@@ -10,6 +10,7 @@ use compactattn::settings::Selector;
 use super::abi::Refusal;
 use super::check::{self, Worker};
 use super::device::Device;
+use super::memory::Packing;
 use super::{cases, laws};
 
 /// Which cases to judge.
@@ -37,7 +38,7 @@ pub(crate) fn run(device: &Device, range: Range) -> bool {
     std::thread::scope(|scope| {
         for _ in 0..range.threads {
             scope.spawn(|| {
-                let mut worker = Worker::new(device);
+                let mut worker = Worker::new(device, Packing::Together);
                 while !lost.load(Ordering::Relaxed) {
                     let index = next.fetch_add(1, Ordering::Relaxed);
                     if index >= range.first + range.count {
@@ -111,7 +112,7 @@ fn report(device: &Device, range: Range, tally: &Tally, lost: bool) -> bool {
 
 /// Every request of a batch of 16 alone, for each selector that scores.
 pub(crate) fn batches_of_16(device: &Device) -> bool {
-    let mut worker = Worker::new(device);
+    let mut worker = Worker::new(device, Packing::Together);
     let mut right = true;
     for selector in [
         Selector::SampledExact,

@@ -9,6 +9,7 @@ use super::abi::Refusal;
 use super::check::Worker;
 use super::device::Device;
 use super::driver::Graph;
+use super::memory::Packing;
 use super::scenes;
 use super::step::{Done, Given, Step, store_bytes};
 use crate::common::case::{Case, Lens};
@@ -43,8 +44,8 @@ fn replay(device: &Device, selector: Selector, dtype: Dtype, replays: usize) -> 
     let shape = scenes::shape([8, 2], 128, 64, dtype);
     let full = [Lens { q: TOTAL_Q / REQS, kv: MAX_KV }; REQS];
     let base = Case::with(&mut rng, shape, scenes::settings(selector, 32), &full);
-    let mut worker = Worker::new(device);
-    let mut judge = Worker::new(device);
+    let mut worker = Worker::new(device, Packing::Together);
+    let mut judge = Worker::new(device, Packing::Together);
     let stream = worker.stream;
     let step = Step::new(device, &mut worker.memory, &base, &Given::Nothing, stream)?;
     let mut stepped = Stepped::new(device, step).map_err(Refusal::Fault)?;

@@ -4,6 +4,7 @@ use super::abi::Refusal;
 use super::check::{self, Worker};
 use super::device::Device;
 use super::driver::Handle;
+use super::memory::Packing;
 use super::scenes;
 use super::step::{Done, Given, Step};
 use crate::common::case::Case;
@@ -11,7 +12,7 @@ use crate::common::rng::Rng;
 
 /// Stages and whole pass `count` times over on each shape; whether all bits are the first time's.
 pub(crate) fn run(device: &Device, count: usize) -> bool {
-    let mut worker = Worker::new(device);
+    let mut worker = Worker::new(device, Packing::Together);
     let mut right = true;
     for (name, case) in scenes::repeated() {
         let verdict = match worker.judged(&case, &Given::Nothing) {
@@ -69,7 +70,7 @@ fn once(step: &Step) -> Result<Vec<Vec<u8>>, String> {
 
 /// Forty small cases, judged; no threads, so that a sanitizer's report names the case printed before it.
 pub(crate) fn miniatures(device: &Device) -> bool {
-    let mut worker = Worker::new(device);
+    let mut worker = Worker::new(device, Packing::Apart);
     let mut right = true;
     for (i, case) in scenes::miniatures().iter().enumerate() {
         let name = format!("case {i}: {}", super::cases::describe(case));

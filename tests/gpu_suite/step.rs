@@ -2,16 +2,15 @@
 
 use compactattn::capi::*;
 use compactattn::plan::Layout;
-use compactattn::select;
-use compactattn::settings::{KeepAt, Selector};
 use compactattn::types::Dtype;
 use half::{bf16, f16};
 
-use super::abi::{F32, I32, NONE, Plan, Refusal, U32, tensor};
-use super::device::{Device, Memory, Part, last_error, struct_size};
+use super::abi::{NONE, Plan, Refusal};
+use super::device::{Device, last_error, struct_size};
 use super::driver::Handle;
+use super::memory::{Memory, Part};
 use crate::common::case::Case;
-use crate::common::pool::{Packed, Store};
+use crate::common::pool::Store;
 
 /// What selector `external` is given.
 #[derive(Clone)]
@@ -30,8 +29,6 @@ pub(crate) struct Parts {
     pub(crate) lens: Part,
     pub(crate) table: Part,
     pub(crate) given: Part,
-    /// Start of what calls write.
-    pub(crate) outputs: usize,
     pub(crate) k_mean: Part,
     pub(crate) scores: Part,
     pub(crate) masks: Part,
@@ -73,7 +70,7 @@ impl<'a, 'd> Step<'a, 'd> {
         let plan = Plan::new(device, case)?;
         let parts = place(memory, case, given, &plan.sizes);
         memory.push();
-        let workspace = memory.scratch(plan.sizes.workspace_bytes as usize);
+        let workspace = memory.workspace(plan.sizes.workspace_bytes as usize);
         Ok(Self { case, layout: case.layout(), plan, given, memory, parts, workspace, stream })
     }
 
@@ -184,113 +181,6 @@ impl<'a, 'd> Step<'a, 'd> {
     }
 }
 
-/// The structs that describe the memory.
-impl Step<'_, '_> {
-    pub(crate) fn batch(&self) -> compactattn_batch {
-        let (case, parts, shape) = (self.case, &self.parts, &self.case.shape);
-        let reqs = case.seq_lens.len();
-        let [k, v] = [false, true].map(|v| {
-            let (at, strides) = case.pools.strides.of(v);
-            let skip = at * shape.dtype.size_bytes();
-            let dims = [case.pools.num_pages, shape.page_size, shape.num_kv_heads, shape.head_dim];
-            let data = self.memory.address(parts.kv).wrapping_add(skip);
-            tensor(data, parts.kv.len - skip, shape.dtype as i32, &dims, Some(&strides))
-        });
-        let width = [case.table_stride, 1];
-        compactattn_batch {
-            struct_size: struct_size::<compactattn_batch>(),
-            reserved: 0,
-            q: self.packed(parts.q, &case.q),
-            k,
-            v,
-            cu_seqlens_q: self.tensor(parts.cu, I32, &[reqs + 1]),
-            seq_lens: self.tensor(parts.lens, I32, &[reqs]),
-            block_table: tensor(
-                self.memory.address(parts.table),
-                parts.table.len,
-                I32,
-                &[reqs, case.table_width],
-                Some(&width),
-            ),
-        }
-    }
-
-    fn packed(&self, part: Part, like: &Packed) -> compactattn_tensor {
-        let (shape, total_q) = (&self.case.shape, total_q(self.case));
-        let dims = [total_q, shape.num_q_heads, shape.head_dim];
-        let strides = [like.stride_token, like.stride_head, 1];
-        tensor(self.memory.address(part), part.len, shape.dtype as i32, &dims, Some(&strides))
-    }
-
-    fn results(&self, [out, lse]: [Part; 2]) -> [compactattn_tensor; 2] {
-        let dims = [self.case.shape.num_q_heads, total_q(self.case)];
-        let strides = [lse_stride(self.case), 1];
-        let lse = tensor(self.memory.address(lse), lse.len, F32, &dims, Some(&strides));
-        [self.packed(out, &self.case.q), lse]
-    }
-
-    fn summaries(&self) -> compactattn_summaries {
-        let (sizes, shape) = (&self.plan.sizes, &self.case.shape);
-        let slots = sizes.summary_slots_per_page as usize;
-        let dims = [self.case.pools.num_pages, slots, shape.num_kv_heads, shape.head_dim];
-        compactattn_summaries {
-            struct_size: struct_size::<compactattn_summaries>(),
-            reserved: 0,
-            k_mean: self.tensor(self.parts.k_mean, F32, &dims),
-            v_mean: NONE,
-        }
-    }
-
-    fn selection(&self, scores: Part, masks: Part) -> compactattn_selection {
-        let (sizes, heads) = (&self.plan.sizes, self.case.shape.num_q_heads);
-        let rows = sizes.select_rows as usize;
-        compactattn_selection {
-            struct_size: struct_size::<compactattn_selection>(),
-            reserved: 0,
-            scores: self.tensor(scores, F32, &[rows, heads, sizes.max_blocks as usize]),
-            masks: self.tensor(masks, U32, &[rows, heads, sizes.mask_words as usize]),
-        }
-    }
-
-    fn external(&self) -> Option<compactattn_selection> {
-        let given = self.selection(self.parts.given, self.parts.given);
-        match self.given {
-            Given::Nothing => None,
-            Given::Scores(_) => Some(compactattn_selection { masks: NONE, ..given }),
-            Given::Masks(_) => Some(compactattn_selection { scores: NONE, ..given }),
-        }
-    }
-
-    fn lists(&self, part: Part) -> compactattn_tensor {
-        let sizes = &self.plan.sizes;
-        self.tensor(part, U32, &[sizes.list_rows as usize, sizes.mask_words as usize])
-    }
-
-    fn table(&self) -> compactattn_table {
-        let (sizes, parts) = (&self.plan.sizes, &self.parts);
-        let rows = sizes.list_rows as usize;
-        compactattn_table {
-            struct_size: struct_size::<compactattn_table>(),
-            reserved: 0,
-            counts: self.tensor(parts.counts, I32, &[rows]),
-            stream_lens: self.tensor(parts.stream_lens, I32, &[rows]),
-            boxes: self.tensor(parts.boxes, I32, &[rows, sizes.max_boxes as usize]),
-        }
-    }
-
-    fn tensor(&self, part: Part, dtype: i32, shape: &[usize]) -> compactattn_tensor {
-        tensor(self.memory.address(part), part.len, dtype, shape, None)
-    }
-
-    pub(crate) fn needs_summaries(&self) -> bool {
-        select::needs_summaries(self.case.settings.selector)
-    }
-
-    pub(crate) fn keeps_rows(&self) -> bool {
-        self.case.settings.keep_at == KeepAt::Row && self.case.settings.selector != Selector::External
-    }
-}
-
 /// Inputs first, then all that calls write.
 fn place(memory: &mut Memory, case: &Case, given: &Given, sizes: &compactattn_sizes) -> Parts {
     let heads = case.shape.num_q_heads;
@@ -313,7 +203,6 @@ fn place(memory: &mut Memory, case: &Case, given: &Given, sizes: &compactattn_si
     let slots = case.pools.num_pages as i64 * sizes.summary_slots_per_page;
     let vectors = case.shape.num_kv_heads * case.shape.head_dim;
     parts.k_mean = words(slots * vectors as i64);
-    parts.outputs = parts.k_mean.at;
     parts.scores = words(rows * sizes.max_blocks);
     parts.masks = words(rows * sizes.mask_words);
     parts.lists = words(sizes.list_rows * sizes.mask_words);
