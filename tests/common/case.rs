@@ -31,6 +31,13 @@ pub(crate) struct Lens {
     pub(crate) kv: usize,
 }
 
+impl Lens {
+    /// Pages that the request owns; one that asks nothing needs none.
+    fn pages(self, page_size: usize) -> usize {
+        if self.q == 0 { 0 } else { self.kv.div_ceil(page_size) }
+    }
+}
+
 impl Case {
     /// The case of `seed`, over all selectors and settings.
     pub(crate) fn random(seed: u64) -> Self {
@@ -43,7 +50,7 @@ impl Case {
 
     /// Random contents for given shape, settings and lengths.
     pub(crate) fn with(rng: &mut Rng, shape: Shape, settings: Settings, lens: &[Lens]) -> Self {
-        let pages_of = |l: &Lens| if l.q == 0 { 0 } else { l.kv.div_ceil(shape.page_size) };
+        let pages_of = |l: &Lens| l.pages(shape.page_size);
         let spare = rng.within(0, 3);
         let num_pages = lens.iter().map(pages_of).sum::<usize>() + spare;
         let mut free: Vec<usize> = (0..num_pages).collect();
@@ -58,6 +65,7 @@ impl Case {
         }
         let total_q = lens.iter().map(|l| l.q).sum();
         let strides = Strides::random(rng, &shape, num_pages.max(1));
+        let widest = owned.iter().map(Vec::len).max().unwrap_or(0);
         let mut case = Self {
             shape,
             settings,
@@ -71,9 +79,25 @@ impl Case {
             table_stride: 0,
             table_width: 0,
         };
+        case.table_width = widest + rng.below(4);
+        case.table_stride = case.table_width + rng.below(3);
         case.fill_table(rng, &owned);
         case.fill_tokens(rng, lens, &owned);
         case
+    }
+
+    /// Other lengths, pages and contents; as many requests and queries as before, within the same pool and table.
+    pub(crate) fn refill(&mut self, rng: &mut Rng, lens: &[Lens]) {
+        let mut free: Vec<usize> = (0..self.pools.num_pages).collect();
+        rng.shuffle(&mut free);
+        let owned: Vec<Vec<usize>> =
+            lens.iter().map(|l| free.split_off(free.len() - l.pages(self.shape.page_size))).collect();
+        self.pools = Pools::poisoned(&self.shape, self.pools.strides, self.pools.num_pages);
+        self.cu_seqlens_q = prefix_sums(lens);
+        self.seq_lens = lens.iter().map(|l| l.kv as i32).collect();
+        self.table.clear();
+        self.fill_table(rng, &owned);
+        self.fill_tokens(rng, lens, &owned);
     }
 
     pub(crate) fn batch(&self) -> Batch<'_> {
@@ -99,9 +123,6 @@ impl Case {
 
     /// Valid page ids, then ids that must never be followed: negative, huge, or another request's.
     fn fill_table(&mut self, rng: &mut Rng, owned: &[Vec<usize>]) {
-        let widest = owned.iter().map(Vec::len).max().unwrap_or(0);
-        self.table_width = widest + rng.below(4);
-        self.table_stride = self.table_width + rng.below(3);
         for pages in owned {
             for i in 0..self.table_stride {
                 let other = rng.below(self.pools.num_pages) as i32;

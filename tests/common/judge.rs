@@ -5,7 +5,7 @@ use compactattn::plan::Layout;
 use compactattn::reference::keep::{Kept, Score};
 use compactattn::reference::select::Scored;
 use compactattn::reference::{Request, attend, chunks, select, select_step, table, union};
-use compactattn::select::{Merge, merge_of};
+use compactattn::select::{Merge, merge_of, needs_summaries};
 use compactattn::settings::{KeepAt, Selector};
 use compactattn::types::Dtype;
 
@@ -26,6 +26,37 @@ const LAMBDA: f64 = 8.0;
 /// Relative error of the crate's exp2 (stated beside it), with the rounding of its argument left to `logit_error`.
 const EXP_ERROR: f64 = 4e-7;
 
+/// What an implementation rounds, beyond what exact arithmetic would.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Arithmetic {
+    /// Error of one addition, relative to the larger operand.
+    unit: f64,
+    /// Relative error of an exponential, its rescaling included.
+    exp: f64,
+    /// Relative error of a softmax weight when it meets its value, and the same in absolute terms for a weight that is
+    /// small beside the row's largest.
+    weight: (f64, f64),
+    /// Relative error of an element of a mean key as it meets a query.
+    mean_key: f64,
+}
+
+impl Arithmetic {
+    /// f32 throughout.
+    pub(crate) const F32: Self = Self { unit: U, exp: EXP_ERROR, weight: (0.0, 0.0), mean_key: 0.0 };
+
+    /// Tensor cores: they cut what f32 cannot hold instead of rounding it; each weight is rescaled at most twice (a new
+    /// maximum, a combined split), each time by an exponential; weights are rounded to the values' type, where f16 has
+    /// steps of 2^-24 below 2^-14, and the largest weight of a row is at least 1 before it is divided by their sum;
+    /// mean keys are sums of two such numbers, the second rounded to as many bits as the first.
+    pub(crate) fn tensor_cores(dtype: Dtype) -> Self {
+        let (weight, mean_key) = match dtype {
+            Dtype::F16 => ((1.0 / 2048.0, 1.0 / (1 << 25) as f64), 1.0 / (1 << 22) as f64),
+            _ => ((1.0 / 256.0, 0.0), 1.0 / (1 << 16) as f64),
+        };
+        Self { unit: 2.0 * U, exp: 3.0 * EXP_ERROR, weight, mean_key }
+    }
+}
+
 /// Runs one case through every stage; what was checked beyond doubt, or why it failed.
 pub(crate) fn judge(case: &Case, seed: u64) -> Verdict {
     let layout = case.layout();
@@ -38,7 +69,7 @@ pub(crate) fn judge(case: &Case, seed: u64) -> Verdict {
         lists = pipeline::unite(case, &layout, &given).0;
         made_up_masks(case, &layout, &requests, &mut Rng::new(seed))?;
     } else {
-        selection(case, &layout, &requests, &selected)?;
+        selection(case, (&layout, &requests), &selected, Arithmetic::F32)?;
     }
     let given = made_up_scores(&mut Rng::new(seed ^ 1), &layout);
     let (united, counts) = pipeline::unite(case, &layout, &given);
@@ -52,8 +83,13 @@ pub(crate) fn judge(case: &Case, seed: u64) -> Verdict {
 }
 
 /// (a) Scores within error, and the sets that follow; (b) the union exact given the crate's own scores.
-fn selection(case: &Case, layout: &Layout, requests: &[Request], got: &Selected) -> Verdict {
-    let error = score_error(case, requests);
+pub(crate) fn selection(
+    case: &Case,
+    (layout, requests): (&Layout, &[Request]),
+    got: &Selected,
+    arithmetic: Arithmetic,
+) -> Verdict {
+    let error = score_error(case, requests, arithmetic);
     let slack = if case.settings.selector == Selector::Quoka { error.1 } else { error.0 };
     let want = select::scores(layout, requests, slack);
     union_of(layout, requests, &got.scores, (&got.lists, got.counts.selected))?;
@@ -88,7 +124,7 @@ fn row_of_scores(want: &[f64], got: &[f32], error: (f64, f64)) -> Verdict {
 }
 
 /// The union of given f32 scores: exact, but for the f32 mean of merged rows.
-fn union_of(
+pub(crate) fn union_of(
     layout: &Layout,
     requests: &[Request],
     scores: &[f32],
@@ -125,19 +161,30 @@ fn made_up_masks(case: &Case, layout: &Layout, requests: &[Request], rng: &mut R
     let words = layout.mask_words();
     let spans = chunks(layout, requests, select_step(layout));
     let heads = layout.shape.num_q_heads;
-    let masks: Vec<u32> =
-        (0..spans.len() * heads * words).map(|_| (rng.next() & rng.next() & rng.next()) as u32).collect();
+    let masks = sparse_bits(rng, spans.len() * heads * words);
     let mut lists = vec![!0; layout.max_list_rows() * words];
     compactattn::union::of_masks(layout, &case.batch(), &masks, &mut lists);
+    union_of_masks(layout, requests, &masks, &lists)
+}
+
+/// Words with one bit in eight set.
+pub(crate) fn sparse_bits(rng: &mut Rng, words: usize) -> Vec<u32> {
+    (0..words).map(|_| (rng.next() & rng.next() & rng.next()) as u32).collect()
+}
+
+/// The union of given masks: exact.
+pub(crate) fn union_of_masks(layout: &Layout, requests: &[Request], masks: &[u32], lists: &[u32]) -> Verdict {
+    let (words, heads) = (layout.mask_words(), layout.shape.num_q_heads);
+    let spans = chunks(layout, requests, select_step(layout));
     let row = |i: usize| (0..layout.max_blocks()).map(|j| mask::get(&masks[i * words..], j)).collect();
     let given: Vec<Vec<Vec<bool>>> =
         (0..spans.len()).map(|s| (0..heads).map(|h| row(s * heads + h)).collect()).collect();
     let want = union::lists_of_masks(layout, requests, &given);
-    between(&want, &list_bits(layout, requests, &lists)).map_err(|e| format!("union of masks: {e}"))
+    between(&want, &list_bits(layout, requests, lists)).map_err(|e| format!("union of masks: {e}"))
 }
 
 /// (b) Every row names the slots of its tokens, in order, and nothing else.
-fn tables(
+pub(crate) fn tables(
     case: &Case,
     layout: &Layout,
     requests: &[Request],
@@ -170,6 +217,16 @@ pub(crate) fn outputs(
     case: &Case,
     layout: &Layout,
     requests: &[Request],
+    attended: (&[Vec<bool>], &Attended),
+) -> Verdict {
+    outputs_in(Arithmetic::F32, case, (layout, requests), attended)
+}
+
+/// (c) as above, within the errors of some arithmetic.
+pub(crate) fn outputs_in(
+    arithmetic: Arithmetic,
+    case: &Case,
+    (layout, requests): (&Layout, &[Request]),
     (bits, got): (&[Vec<bool>], &Attended),
 ) -> Verdict {
     let want = attend::attend(layout, requests, bits);
@@ -177,21 +234,22 @@ pub(crate) fn outputs(
         for (token, row) in rows.iter().enumerate() {
             let lse = f64::from(got.lse[head * got.lse_stride + token]);
             let out = got.out.read(token, head, layout.shape.head_dim);
-            row_agrees(case, row, lse, &out).map_err(|e| format!("head {head}, token {token}: {e}"))?;
+            row_agrees(arithmetic, case, row, (lse, &out))
+                .map_err(|e| format!("head {head}, token {token}: {e}"))?;
         }
     }
     Ok(())
 }
 
-fn row_agrees(case: &Case, want: &attend::Row, lse: f64, out: &[f32]) -> Verdict {
+fn row_agrees(arithmetic: Arithmetic, case: &Case, want: &attend::Row, (lse, out): (f64, &[f32])) -> Verdict {
     if want.terms == 0 {
         let empty = lse == f64::NEG_INFINITY && out.iter().all(|&x| x == 0.0);
         return if empty { Ok(()) } else { Err(format!("sees nothing, but lse {lse}, out {:?}", &out[..4])) };
     }
     // Each weight is off by its logit's error and exp's; sums of n terms by a random walk, once for the weights and
     // once for the values; splits add one more weighted sum each.
-    let sums = LAMBDA * ((want.terms + 8) as f64).sqrt() * U;
-    let weight = logit_error(case, want.reach) + EXP_ERROR + sums;
+    let walk = LAMBDA * ((want.terms + 8) as f64).sqrt();
+    let weight = logit_error(case, want.reach, arithmetic) + arithmetic.exp + walk * arithmetic.unit;
     let lse_error = weight + 2.0 * U * (want.lse.abs() + 1.0);
     if off(lse, want.lse, lse_error) {
         return Err(format!("lse {lse}, not {} (+-{lse_error:.1e})", want.lse));
@@ -202,7 +260,9 @@ fn row_agrees(case: &Case, want: &attend::Row, lse: f64, out: &[f32]) -> Verdict
         _ => U,
     };
     for (x, &got) in out.iter().enumerate() {
-        let computed = 2.0 * weight * want.spread[x];
+        // A rounded weight's error grows with its value, of which none here exceeds 3.5; roundings are independent.
+        let rounded = arithmetic.weight.0 * want.spread[x] + arithmetic.weight.1 * walk * 3.5;
+        let computed = 2.0 * weight * want.spread[x] + rounded;
         // f16 loses relative precision below 2^-14: half of its smallest step on top.
         let error = computed + rounding * (want.out[x].abs() + computed) + 3e-8;
         if off(f64::from(got), want.out[x], error) {
@@ -214,12 +274,12 @@ fn row_agrees(case: &Case, want: &attend::Row, lse: f64, out: &[f32]) -> Verdict
 
 /// Absolute error of an f32 logit whose `|q| |k| sm_scale` is at most `reach`: a dot product of `head_dim` terms, the
 /// scale, the change of base, and the rounding of a mean key.
-fn logit_error(case: &Case, reach: f64) -> f64 {
-    LAMBDA * ((case.shape.head_dim + 8) as f64).sqrt() * U * reach
+fn logit_error(case: &Case, reach: f64, arithmetic: Arithmetic) -> f64 {
+    LAMBDA * ((case.shape.head_dim + 8) as f64).sqrt() * arithmetic.unit * reach
 }
 
 /// Relative and absolute error of a score.
-fn score_error(case: &Case, requests: &[Request]) -> (f64, f64) {
+fn score_error(case: &Case, requests: &[Request], arithmetic: Arithmetic) -> (f64, f64) {
     let longest = |x: &Vec<Vec<Vec<f64>>>| {
         let squares = x.iter().flatten().map(|v| v.iter().map(|x| x * x).sum::<f64>());
         squares.fold(0.0, f64::max).sqrt()
@@ -232,12 +292,15 @@ fn score_error(case: &Case, requests: &[Request]) -> (f64, f64) {
         return (0.0, 4.0 * LAMBDA * ((case.shape.head_dim + terms) as f64).sqrt() * U);
     }
     // Numerator and denominator each carry the weights' error and a sum's; 1e-37: weights that f32 cannot hold.
-    let weight = logit_error(case, reach) + EXP_ERROR + LAMBDA * ((terms + 8) as f64).sqrt() * U;
+    let sums = LAMBDA * ((terms + 8) as f64).sqrt() * arithmetic.unit;
+    // By Cauchy and Schwarz; a mean is no longer than the longest key.
+    let means = if needs_summaries(case.settings.selector) { arithmetic.mean_key * reach } else { 0.0 };
+    let weight = logit_error(case, reach, arithmetic) + means + arithmetic.exp + sums;
     (2.0 * weight, 1e-37)
 }
 
 /// Scores with many ties, some NaN: what no selector of ours makes, and a caller may.
-fn made_up_scores(rng: &mut Rng, layout: &Layout) -> Vec<f32> {
+pub(crate) fn made_up_scores(rng: &mut Rng, layout: &Layout) -> Vec<f32> {
     let len = layout.score_len().expect("checked by Layout::new");
     let steps = rng.pick(&[1, 4, 64]);
     let nan = rng.once_in(3);

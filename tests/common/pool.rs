@@ -87,6 +87,11 @@ impl Strides {
         let len = if kv_beside == 2 { 2 * page * pages } else { page * pages };
         Self { page, token, head, v_from, len }
     }
+
+    /// Where K (`v = false`) or V starts in the buffer, and its strides.
+    pub(crate) fn of(&self, v: bool) -> (usize, [usize; 4]) {
+        (if v { self.v_from } else { 0 }, [self.page, self.token, self.head, 1])
+    }
 }
 
 /// One buffer that holds both pools.

@@ -1,0 +1,70 @@
+#!/bin/sh
+# Every GPU test on this machine, from a folder of carried binaries; no Rust and no compiler needed.
+#
+#   tests/gpu/run.sh BINARIES RECORD [GPU_SUITE_OPTIONS]
+#
+# BINARIES holds gpu_suite (target/release/deps/gpu_suite-*, built by `cargo test --release --no-run`) and, for the
+# counters, libcounting_driver.so (cc -shared -fPIC tests/gpu/counting_driver.c -ldl). RECORD is the file to write, for
+# tests/bench/record/<gpu>/<date>-suite.txt. CASES, COUNT, REPLAYS and SANITIZERS ("" for none) cut a run short.
+# Exits with 1 if any part failed; what could not run is said in the record and fails too.
+set -u
+binaries=$(cd "$1" && pwd)
+record=$2
+shift 2
+suite=$binaries/gpu_suite
+cases=${CASES:-20000} count=${COUNT:-1000} replays=${REPLAYS:-1000}
+sanitizers=${SANITIZERS-memcheck racecheck initcheck synccheck}
+failed=0
+mkdir -p "$(dirname "$record")"
+: > "$record"
+
+say() {
+  echo "$*" | tee -a "$record"
+}
+
+# part NAME COMMAND...: its output and verdict, how long it took.
+part() {
+  name=$1
+  shift
+  start=$(date +%s)
+  # Paths of this machine mean nothing in a record.
+  say
+  say "== $name: $(echo "$*" | sed "s|$binaries/||g")"
+  status=0
+  "$@" > "$record.part" 2>&1 || status=$?
+  tail -n 60 "$record.part" | sed "s|$binaries/||g" | tee -a "$record"
+  if [ "$status" -eq 0 ]; then verdict=ok; else verdict="FAILED ($status)" failed=1; fi
+  say "== $name: $verdict, $(($(date +%s) - start)) s"
+}
+
+machine() {
+  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader ||
+    say "no nvidia-smi"
+  grep -m 1 "model name" /proc/cpuinfo
+  echo "$(nproc) cores, $(uname -sr)"
+}
+
+sanitizer() {
+  compute-sanitizer --version 2> /dev/null | grep -m 1 -i version
+}
+
+say "GPU suite, $(date -u +%Y-%m-%dT%H:%MZ)"
+machine 2>&1 | tee -a "$record"
+say "gpu_suite $(sha256sum "$suite" | cut -c 1-16), ${COMMIT:+commit $COMMIT, }$(sanitizer || echo no compute-sanitizer)"
+
+part differential "$suite" differential --cases "$cases" "$@"
+part laws "$suite" laws "$@"
+part sanitizer-cases "$suite" sanitizer-cases "$@"
+part repeats "$suite" repeats --count "$count" "$@"
+part graph "$suite" graph --replays "$replays" "$@"
+part bad-input "$suite" bad-input "$@"
+part counters env FAKE_CUDA=forward COMPACTATTN_LIBCUDA="$binaries/libcounting_driver.so" "$suite" counters "$@"
+for tool in $sanitizers; do
+  # The library and its tests leave the primary context to the process's end: leaks are not looked for here.
+  part "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$suite" sanitizer-cases "$@"
+done
+
+say
+say "$([ "$failed" -eq 0 ] && echo PASS || echo FAIL)"
+rm -f "$record.part"
+exit "$failed"

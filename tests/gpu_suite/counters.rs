@@ -1,0 +1,171 @@
+//! What a pass asks of the driver, once it is warm: launches, and nothing that waits or allocates.
+//!
+//! The library is given a driver that counts its calls and hands them on (COMPACTATTN_LIBCUDA names it); this test's
+//! own binding goes to the driver itself, so only the library's calls are counted.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+
+use compactattn::settings::Selector;
+use compactattn::types::Dtype;
+
+use super::abi::Refusal;
+use super::check::{Worker, given};
+use super::device::Device;
+use super::memory::Packing;
+use super::scenes;
+use super::step::{Done, Step};
+use crate::common::case::{Case, Lens};
+use crate::common::rng::Rng;
+
+pub(crate) const WANTED: &str =
+    "COMPACTATTN_LIBCUDA must name tests/gpu/counting_driver.c, built, and FAKE_CUDA say forward";
+
+/// Calls that wait, allocate, free or copy; with and without the suffix of their present version.
+const FORBIDDEN: [&str; 27] = [
+    "cuMemAlloc",
+    "cuMemAllocAsync",
+    "cuMemAllocFromPoolAsync",
+    "cuMemAllocHost",
+    "cuMemAllocManaged",
+    "cuMemAllocPitch",
+    "cuMemHostAlloc",
+    "cuMemHostRegister",
+    "cuMemFree",
+    "cuMemFreeAsync",
+    "cuMemFreeHost",
+    "cuStreamSynchronize",
+    "cuStreamQuery",
+    "cuStreamCreate",
+    "cuCtxSynchronize",
+    "cuEventSynchronize",
+    "cuEventCreate",
+    "cuMemcpy",
+    "cuMemcpyAsync",
+    "cuMemcpyHtoD",
+    "cuMemcpyHtoDAsync",
+    "cuMemcpyDtoH",
+    "cuMemcpyDtoHAsync",
+    "cuMemcpyDtoD",
+    "cuMemcpyDtoDAsync",
+    "cuModuleLoadData",
+    "cuModuleLoadDataEx",
+];
+
+/// Ways to launch; a warm pass uses at least one.
+const LAUNCHES: [&str; 2] = ["cuLaunchKernel", "cuLaunchKernelEx"];
+
+/// Whether the counting driver is there.
+pub(crate) fn available() -> bool {
+    Counting::open().is_ok()
+}
+
+pub(crate) fn run(device: &Device) -> bool {
+    let counted = Counting::open().and_then(|counting| {
+        counting.catches_a_wait()?;
+        let mut offered = 0;
+        for selector in scenes::SELECTORS {
+            for d in [64, 128] {
+                match passes(device, &counting, selector, d) {
+                    Ok(()) => offered += 1,
+                    Err(Refusal::Unsupported(why)) => println!("  not offered here: {why}"),
+                    Err(Refusal::Fault(why)) => {
+                        return Err(format!("{} d{d}: {why}", selector.name()));
+                    }
+                }
+            }
+        }
+        if offered == 0 { Err("no selector is offered".into()) } else { Ok(()) }
+    });
+    if let Err(why) = &counted {
+        println!("  {why}");
+    }
+    counted.is_ok()
+}
+
+/// Three warm passes between two readings of the counters.
+fn passes(device: &Device, counting: &Counting, selector: Selector, d: usize) -> Result<(), Refusal> {
+    let mut worker = Worker::new(device, Packing::Together);
+    let shape = scenes::shape([8, 2], d, 64, Dtype::Bf16);
+    let lens = [Lens { q: 100, kv: 700 }, Lens { q: 1, kv: 500 }];
+    let case = Case::with(&mut Rng::new(3), shape, scenes::settings(selector, 32), &lens);
+    let given = given(&case, &mut Rng::new(3));
+    worker.judged(&case, &given)?;
+    let stream = worker.stream;
+    let step = Step::new(device, &mut worker.memory, &case, &given, stream)?;
+    warm_passes(device, counting, &step).map_err(Refusal::Fault)
+}
+
+fn warm_passes(device: &Device, counting: &Counting, step: &Step) -> Done {
+    step.update_summaries()?;
+    step.forward()?;
+    device.sync();
+    let before = FORBIDDEN.map(|name| counting.calls(name));
+    let launched = LAUNCHES.map(|name| counting.calls(name));
+    for _ in 0..3 {
+        step.forward()?;
+    }
+    let after = FORBIDDEN.map(|name| counting.calls(name));
+    let launches: u64 = LAUNCHES.iter().zip(launched).map(|(name, was)| counting.calls(name) - was).sum();
+    device.sync();
+    if let Some(i) = (0..FORBIDDEN.len()).find(|&i| after[i] != before[i]) {
+        return Err(format!("3 passes made {} calls of {}", after[i] - before[i], FORBIDDEN[i]));
+    }
+    // No launches: the library does not go through this driver, and the zeros above say nothing.
+    if launches < 3 { Err(format!("3 passes made {launches} launches")) } else { Ok(()) }
+}
+
+/// The counting driver, as the library sees it.
+struct Counting {
+    library: *mut c_void,
+    calls: unsafe extern "C" fn(*const c_char) -> u64,
+}
+
+impl Counting {
+    fn open() -> Result<Self, String> {
+        let path = std::env::var("COMPACTATTN_LIBCUDA").map_err(|_| WANTED)?;
+        let path = CString::new(path).map_err(|e| e.to_string())?;
+        // SAFETY: the path ends in NUL; the library, once loaded by the other name, is the same one.
+        let library = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+        let found = lookup(library, c"fake_calls").ok_or(WANTED)?;
+        // SAFETY: the counting driver's own function, of this signature.
+        let calls =
+            unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const c_char) -> u64>(found) };
+        Ok(Self { library, calls })
+    }
+
+    /// Calls of the function so far, whichever version of it.
+    fn calls(&self, name: &str) -> u64 {
+        [name.to_owned(), format!("{name}_v2")].iter().map(|name| self.calls_of(name)).sum()
+    }
+
+    fn calls_of(&self, name: &str) -> u64 {
+        let name = CString::new(name).unwrap_or_default();
+        // SAFETY: the name ends in NUL.
+        unsafe { (self.calls)(name.as_ptr()) }
+    }
+
+    /// One wait, made through this driver as the library would, is counted.
+    fn catches_a_wait(&self) -> Done {
+        const NAME: &str = "cuStreamSynchronize";
+        let found = lookup(self.library, c"cuStreamSynchronize");
+        let found = found.ok_or("the counting driver has no cuStreamSynchronize")?;
+        // SAFETY: the driver's function of that name has this signature.
+        let wait =
+            unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut c_void) -> c_int>(found) };
+        let before = self.calls(NAME);
+        // SAFETY: NULL is the default stream.
+        let status = unsafe { wait(std::ptr::null_mut()) };
+        let counted = self.calls(NAME) - before;
+        let what = format!("a wait (status {status}) was counted {counted} times");
+        if counted == 1 && status == 0 { Ok(()) } else { Err(what) }
+    }
+}
+
+fn lookup(library: *mut c_void, name: &CStr) -> Option<*mut c_void> {
+    if library.is_null() {
+        return None;
+    }
+    // SAFETY: the library is open, the name ends in NUL.
+    let found = unsafe { libc::dlsym(library, name.as_ptr()) };
+    (!found.is_null()).then_some(found)
+}

@@ -1,0 +1,175 @@
+//! GPU tests in one program, carried to a GPU machine as it is: no cargo, no files beside it.
+//!
+//! Every call goes through the C ABI, on a context of GPU 0 (`--device cpu`: of the CPU, which tests these tests).
+//! Results are judged by the f64 oracle on the host. Without arguments a short part of each runs; without a GPU, or
+//! in a build without kernels, that is said and is no failure. tests/gpu/run.sh runs all of it.
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::print_stdout,
+    clippy::wildcard_imports,
+    reason = "sizes of tests are small; a test's output is its report; the C ABI is one flat list of names"
+)]
+
+mod abi;
+mod bad_input;
+mod cases;
+mod check;
+#[path = "../common/mod.rs"]
+mod common;
+mod counters;
+mod device;
+mod differential;
+mod driver;
+mod graph;
+mod laws;
+mod memory;
+mod repeats;
+mod scenes;
+mod step;
+mod views;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use device::{Device, Missing};
+use differential::Range;
+
+const USAGE: &str = "gpu_suite [PART] [OPTION VALUE]...
+  differential      random cases against the f64 oracle   --cases 20000 --seed 1 --case I --threads N
+  laws              each request of batches of 16 alone
+  sanitizer-cases   40 small cases through every kernel, for compute-sanitizer
+  repeats           bits over repeats                     --count 1000
+  graph             replays against eager calls           --replays 1000
+  counters          no synchronisation, no allocation     (FAKE_CUDA=forward COMPACTATTN_LIBCUDA=libcounting_driver.so)
+  bad-input         what must be refused, and how
+  quick             a little of each (the default)
+ --device cpu runs a part on the CPU context.";
+
+struct Options {
+    part: String,
+    cpu: bool,
+    cases: u64,
+    seed: u64,
+    case: Option<u64>,
+    threads: usize,
+    count: usize,
+    replays: usize,
+}
+
+/// Parts of [`USAGE`], in the order they run.
+const PARTS: [&str; 7] =
+    ["differential", "laws", "sanitizer-cases", "repeats", "graph", "counters", "bad-input"];
+
+fn main() -> ExitCode {
+    let options = match parse(std::env::args().skip(1)) {
+        Ok(options) => options,
+        // Cargo hands its filters and switches to every test: none of ours is meant.
+        Err(why) if by_cargo() => {
+            println!("gpu_suite: filtered out ({why})");
+            return ExitCode::SUCCESS;
+        }
+        Err(why) => {
+            eprintln!("{why}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    let device = match if options.cpu { Device::cpu() } else { Device::gpu() } {
+        Ok(device) => device,
+        Err(Missing::NoGpu(why)) => {
+            let parts = if options.part == "quick" { PARTS.len() } else { 1 };
+            println!("no GPU: {parts} parts not run ({why})");
+            // Whoever names a part wants it run; to cargo it may be the name of another file's test.
+            return ExitCode::from(if options.part == "quick" || by_cargo() { 0 } else { 3 });
+        }
+        Err(Missing::Fault(why)) => {
+            println!("no context: {why}");
+            return ExitCode::FAILURE;
+        }
+    };
+    println!("gpu_suite {} on {}", options.part, device.describe());
+    let right = run(&device, &options);
+    println!("{}", if right { "PASS" } else { "FAIL" });
+    // A broken GPU context cannot be closed, and need not be.
+    if right {
+        device.close();
+    }
+    ExitCode::from(u8::from(!right))
+}
+
+fn by_cargo() -> bool {
+    std::env::var_os("CARGO").is_some()
+}
+
+fn run(device: &Device, options: &Options) -> bool {
+    let quick = options.part == "quick";
+    let parts: Vec<&str> = PARTS.into_iter().filter(|&part| quick || part == options.part).collect();
+    let mut right = true;
+    for part in parts {
+        let start = Instant::now();
+        let passed = run_part(device, options, part, quick);
+        let verdict = if passed { "ok" } else { "FAILED" };
+        println!("{part}: {verdict}, {:.1} s", start.elapsed().as_secs_f64());
+        right &= passed;
+    }
+    right
+}
+
+fn run_part(device: &Device, options: &Options, part: &str, quick: bool) -> bool {
+    let few = |full: usize| if quick { full.min(20) } else { full };
+    match part {
+        "differential" => {
+            let count = if quick { 200 } else { options.cases };
+            let (first, count) = options.case.map_or((0, count), |case| (case, 1));
+            let range = Range { seed: options.seed, first, count, threads: options.threads };
+            differential::run(device, range)
+        }
+        "laws" => differential::batches_of_16(device),
+        "sanitizer-cases" => repeats::miniatures(device),
+        "repeats" => repeats::run(device, few(options.count)),
+        "graph" => graph::run(device, few(options.replays)),
+        // The counting driver must be there before the context is made, so a quick run does without.
+        "counters" if quick && !counters::available() => {
+            println!("  not run: {}", counters::WANTED);
+            true
+        }
+        "counters" => counters::run(device),
+        _ => bad_input::run(device),
+    }
+}
+
+fn parse(args: impl Iterator<Item = String>) -> Result<Options, String> {
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let mut options = Options {
+        part: "quick".into(),
+        cpu: false,
+        cases: 20_000,
+        seed: 1,
+        case: None,
+        threads,
+        count: 1000,
+        replays: 1000,
+    };
+    let mut args = args.peekable();
+    if let Some(part) = args.next_if(|arg| !arg.starts_with('-')) {
+        if part != "quick" && !PARTS.contains(&part.as_str()) {
+            return Err(format!("no part {part}"));
+        }
+        options.part = part;
+    }
+    while let Some(name) = args.next() {
+        let value = args.next().ok_or_else(|| format!("{name} needs a value"))?;
+        let number = || value.parse::<u64>().map_err(|e| format!("{name} {value}: {e}"));
+        match name.as_str() {
+            "--device" if value == "cpu" || value == "cuda" => options.cpu = value == "cpu",
+            "--cases" => options.cases = number()?,
+            "--seed" => options.seed = number()?,
+            "--case" => options.case = Some(number()?),
+            "--threads" => options.threads = number()?.max(1) as usize,
+            "--count" => options.count = number()? as usize,
+            "--replays" => options.replays = number()? as usize,
+            _ => return Err(format!("no option {name} {value}")),
+        }
+    }
+    Ok(options)
+}

@@ -1,0 +1,98 @@
+//! Fixed cases: every kernel in miniature, shapes that are repeated, and their settings.
+
+use compactattn::settings::{DenseRules, Keep, KeepAt, Scope, Selector, Settings};
+use compactattn::types::{Dtype, Shape};
+
+use crate::common::case::{Case, Lens};
+use crate::common::rng::Rng;
+
+/// The published settings of a selector with blocks of that size, and no request dense by policy.
+pub(crate) fn settings(selector: Selector, block_size: usize) -> Settings {
+    let published = Settings::of(selector);
+    Settings {
+        block_size,
+        dense: DenseRules { below_kv_len: 0, max_q_len: 0, prefix_tokens: 0 },
+        keep: match published.keep {
+            // Small contexts spread their mass; 0.97 of it would keep all there is.
+            Keep::Mass(_) => Keep::Mass(0.6),
+            keep => keep,
+        },
+        density_guard: 1.0,
+        xattention_stride: 8,
+        ..published
+    }
+}
+
+/// Heads, `[num_q_heads, num_kv_heads]`, and sizes.
+pub(crate) fn shape(heads: [usize; 2], head_dim: usize, page_size: usize, dtype: Dtype) -> Shape {
+    Shape {
+        num_q_heads: heads[0],
+        num_kv_heads: heads[1],
+        head_dim,
+        page_size,
+        dtype,
+        sm_scale: 1.0 / (head_dim as f32).sqrt(),
+    }
+}
+
+pub(crate) const SELECTORS: [Selector; 9] = [
+    Selector::Dense,
+    Selector::SampledExact,
+    Selector::FlashPrefill,
+    Selector::PooledMass,
+    Selector::TwoLevel,
+    Selector::XAttention,
+    Selector::Streaming,
+    Selector::Oracle,
+    Selector::External,
+];
+
+/// Forty small cases: each selector (external twice: scores and masks) with each head_dim, all else in rotation.
+pub(crate) fn miniatures() -> Vec<Case> {
+    (0..40).map(miniature).collect()
+}
+
+fn miniature(i: usize) -> Case {
+    let mut rng = Rng::new(i as u64);
+    let (selector, d) = (SELECTORS[(i % 10).min(8)], i / 10);
+    let turn = i % 10 + d;
+    let dtype = [Dtype::Bf16, Dtype::F16][turn % 2];
+    let heads = [[4, 2], [2, 2], [7, 1], [8, 1], [6, 2]][turn % 5];
+    let shape = shape(heads, [64, 96, 128, 256][d], [16, 32, 64, 128, 256][turn % 5], dtype);
+    let mut settings = settings(selector, [16, 32, 64, 16][turn % 4]);
+    settings.scope.query_span = [0, 128][turn % 2];
+    settings.scope.heads_per_list = [0, 1, 2][turn % 3];
+    settings.keep_at = [KeepAt::Row, KeepAt::List][turn / 2 % 2];
+    settings.keep = [settings.keep, Keep::Density(0.4), Keep::Mass(0.6)][turn % 3];
+    let lens = [
+        vec![Lens { q: 33, kv: 33 + 160 + turn }],
+        vec![Lens { q: 1, kv: 130 }, Lens { q: 20, kv: 117 }, Lens { q: 0, kv: 5 }],
+        vec![Lens { q: 130, kv: 130 + 65 }],
+        vec![Lens { q: 5, kv: 3 }, Lens { q: 17, kv: 177 }],
+    ];
+    Case::with(&mut rng, shape, settings, &lens[turn % 4])
+}
+
+/// Shapes to repeat: lists that many CTAs share, lists that few do, decode rows, every tile width.
+pub(crate) fn repeated() -> Vec<(&'static str, Case)> {
+    let of = |heads, d, page, dtype, settings, lens: &[Lens]| {
+        Case::with(&mut Rng::new(7), shape(heads, d, page, dtype), settings, lens)
+    };
+    let decode: Vec<Lens> = (0..9).map(|i| Lens { q: 1, kv: 1500 + 170 * i }).collect();
+    let one = |q, kv| [Lens { q, kv }];
+    let per_head = Scope::HEAD_128;
+    let (bf16, f16) = (Dtype::Bf16, Dtype::F16);
+    let sampled = settings(Selector::SampledExact, 128);
+    let flash = Settings { scope: per_head, ..settings(Selector::FlashPrefill, 64) };
+    let dense = settings(Selector::Dense, 128);
+    let oracle = settings(Selector::Oracle, 64);
+    let ragged = [Lens { q: 200, kv: 1111 }, Lens { q: 1, kv: 900 }, Lens { q: 63, kv: 63 }];
+    vec![
+        ("split KV, one list", of([4, 1], 128, 64, bf16, sampled, &one(64, 4096))),
+        ("dense, one list over all CTAs", of([8, 1], 128, 16, f16, dense, &one(16, 8000))),
+        ("lists per head and 128 tokens", of([8, 2], 128, 128, bf16, flash, &one(512, 2048))),
+        ("decode rows", of([8, 2], 64, 16, bf16, sampled, &decode)),
+        ("ragged, d256", of([4, 2], 256, 32, f16, oracle, &ragged)),
+        ("two_level, d96", of([6, 2], 96, 256, bf16, settings(Selector::TwoLevel, 32), &ragged)),
+    ]
+}
