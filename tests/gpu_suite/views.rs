@@ -37,6 +37,9 @@ impl Step<'_, '_> {
                 &[reqs, case.table_width],
                 Some(&width),
             ),
+            stream: std::ptr::null_mut(),
+            workspace: self.workspace.cast(),
+            workspace_bytes: self.plan.sizes.workspace_bytes,
         }
     }
 
