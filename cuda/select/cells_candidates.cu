@@ -33,15 +33,14 @@ struct Row {
   __device__ __forceinline__ bool is_forced(int j) const { return j < sink || blocks - j <= local; }
 
   // Greater for better scores; NaN is the best.
-  __device__ __forceinline__ uint32_t score(int j) const {
+  __device__ __forceinline__ uint32_t score(int64_t j) const {
     const uint32_t bits = __float_as_uint(isnan(scores[j]) ? INFINITY : scores[j]);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
   }
 
-  __device__ __forceinline__ bool takes(const Edge& edge, int j) const {
-    const uint32_t mine = score(j);
-    return is_forced(j) || mine > edge.score ||
-           (mine == edge.score && ~static_cast<uint32_t>(j) >= edge.block);
+  __device__ __forceinline__ bool takes(const Edge& edge, int j, uint32_t score) const {
+    return is_forced(j) || score > edge.score ||
+           (score == edge.score && ~static_cast<uint32_t>(j) >= edge.block);
   }
 };
 
@@ -140,11 +139,15 @@ __device__ void select_best(const Row& row, int64_t stride, int heads, int wante
   }
   for (int word = threadIdx.x / 32; word < (row.blocks + 31) / 32; word += kSelectThreads / 32) {
     const int j = word * 32 + threadIdx.x % 32;
-    bool taken = false;
-    Row head = row;
-    for (int h = 0; h < heads && j < row.blocks; ++h, head.scores += stride) {
-      taken |= head.takes(edges[h], j);
+    uint32_t scores[kHeads];
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      scores[h] = h < heads ? row.score(h * stride + min(j, row.blocks - 1)) : 0;
     }
+    bool taken = false;
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) taken |= h < heads && row.takes(edges[h], j, scores[h]);
+    taken = taken && j < row.blocks;
     const uint32_t bits = __ballot_sync(0xffffffffu, taken);
     if (threadIdx.x % 32 == 0) words[word] = is_first ? bits : words[word] | bits;
   }

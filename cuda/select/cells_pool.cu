@@ -6,7 +6,7 @@
 // span of n tokens ceil(n / 256) + 1 have work. Weighs a block block_size * 2^(q . k_mean), with
 // the mean key as the sum of two 16-bit vectors: bf16 pairs hold 16 bits of it, fp16 pairs 22 or
 // down to 2^-25.
-#include "cells.cuh"
+#include "cells_reader.cuh"
 
 namespace compactattn::select {
 namespace {
@@ -88,27 +88,36 @@ __device__ void load_means(const Step& step, const Tile& tile, int first, char* 
   }
 }
 
-// Cells of the rows that see their block whole or not at all.
+// Cells of the rows that see their block whole or not at all. They pass through shared memory, so
+// that a warp stores neighbours of a row; called by the whole CTA when the tiles are used up.
 __device__ void write_pooled(const Step& step, const Tile& tile, int first,
                              const float (&logits)[2][kPoolBlocks / 8][4],
-                             const int (&seen)[kMaxRows]) {
+                             const int (&seen)[kMaxRows], char* shared) {
   const int log2_block = step.layout.log2_block_tokens;
   const float scale = step.layout.sm_scale * kLog2E;
+  // Two vectors of the tiles give way to one row of cells, 256 bytes, whatever the head_dim.
+  const uint32_t pitch = 2 * pitch_of(step.layout);
+  __syncthreads();
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    const int row = fragment_row(r);
-    float* cells = tile.cells + static_cast<int64_t>(row) * step.layout.max_blocks;
+    float* cells = reinterpret_cast<float*>(shared + fragment_row(r) * pitch);
 #pragma unroll
     for (int n = 0; n < 2 * (kPoolBlocks / 8); ++n) {
-      const int block = first + n / 2 * 8 + threadIdx.x % 4 * 2 + n % 2;
-      const float logit = logits[r / 2][n / 2][r % 2 * 2 + n % 2];
-      if (row >= tile.rows || block >= tile.blocks) continue;
-      if (block + 1 <= seen[row] >> log2_block) {
-        cells[block] = fmaf(logit, scale, log2_block);
-      } else if (block << log2_block >= seen[row]) {
-        cells[block] = -INFINITY;
-      }
+      cells[n / 2 * 8 + threadIdx.x % 4 * 2 + n % 2] =
+          fmaf(logits[r / 2][n / 2][r % 2 * 2 + n % 2], scale, log2_block);
     }
+  }
+  __syncthreads();
+  const int lane = threadIdx.x % 32;
+#pragma unroll 4
+  for (int i = threadIdx.x / 32; i < 2 * tile.rows; i += kThreads / 32) {
+    const int row = i / 2, column = i % 2 * 32 + lane, block = first + column;
+    const float cell = reinterpret_cast<const float*>(shared + row * pitch)[column];
+    const bool is_whole = block < seen[row] >> log2_block;
+    // The block in which the row ends is left to `Tails`.
+    if (block >= tile.blocks || (!is_whole && block << log2_block < seen[row])) continue;
+    tile.cells[static_cast<int64_t>(row) * step.layout.max_blocks + block] =
+        is_whole ? cell : -INFINITY;
   }
 }
 
@@ -129,14 +138,15 @@ __device__ __forceinline__ void pool(const Step& step, int index, char* shared) 
     load_means<Element>(step, tile, first, shared + stages);
     ptx::copy_async_wait<0>();
     __syncthreads();
-    const int warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;
-    if (warp_row >= tile.rows) return;
-    const uint32_t rows = queries + warp_row * pitch_of(step.layout);
-    const uint32_t high = queries + stages, rest = high + kPoolBlocks * pitch_of(step.layout);
     float logits[2][kPoolBlocks / 8][4] = {};
-    multiply<Element>(logits, rows, high, step.layout);
-    multiply<Element>(logits, rows, rest, step.layout);
-    return write_pooled(step, tile, first, logits, seen);
+    const int warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;
+    if (warp_row < tile.rows) {
+      const uint32_t rows = queries + warp_row * pitch_of(step.layout);
+      const uint32_t high = queries + stages, rest = high + kPoolBlocks * pitch_of(step.layout);
+      multiply<Element>(logits, rows, high, step.layout);
+      multiply<Element>(logits, rows, rest, step.layout);
+    }
+    return write_pooled(step, tile, first, logits, seen, shared);
   }
   const int least = tile.least_visible >> step.layout.log2_block_tokens;
   const Share share(step.layout, tile.blocks - least, tail, gridDim.x - pools);

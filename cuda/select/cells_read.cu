@@ -5,7 +5,7 @@
 // bytes of shared memory. CTAs of a (span, KV head) share its blocks evenly; 3 fit an SM, so about
 // 3 * SMs / num_kv_heads of them fill a GPU. What a cell holds does not depend on how many there
 // are.
-#include "cells.cuh"
+#include "cells_reader.cuh"
 
 namespace compactattn::select {
 namespace {
