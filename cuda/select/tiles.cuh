@@ -72,7 +72,7 @@ struct LogSum {
 
   __device__ __forceinline__ void add(float x) {
     const float one = x - x + 1.f;  // NaN unless x is finite
-    merge({fmaxf(x, -FLT_MAX), x == -kInfinity ? 0.f : one});
+    merge({fmaxf(x, -FLT_MAX), isinf(x) && x < 0.f ? 0.f : one});
   }
 
   __device__ __forceinline__ void merge(const LogSum& other) {
