@@ -71,7 +71,8 @@ struct LogSum {
   float sum = 0.f;
 
   __device__ __forceinline__ void add(float x) {
-    merge({fmaxf(x, -FLT_MAX), isinf(x) && x < 0.f ? 0.f : x - x + 1.f});
+    const float one = x - x + 1.f;  // NaN unless x is finite
+    merge({fmaxf(x, -FLT_MAX), isinf(x) && x < 0.f ? 0.f : one});
   }
 
   __device__ __forceinline__ void merge(const LogSum& other) {

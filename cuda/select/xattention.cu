@@ -83,14 +83,6 @@ __device__ __forceinline__ Column column_of(const Step& step, const Strides& x, 
   return {first_span + u / x.query_groups, kv_head * group + column % group, u % x.query_groups};
 }
 
-// One of the vectors that a thread copies: key group or folded query group.
-template <class Element>
-struct Source {
-  const Element* base;  // queries: the row that meets key 0, piece of the thread; null: zeros
-  int rows;             // of the query group
-  int token;            // keys: the group's first, or -1
-};
-
 // What a CTA multiplies: the request's key groups from `first_group` on and up to `end_group`.
 struct Product {
   int req;
@@ -101,40 +93,81 @@ struct Product {
   int end_group;
 };
 
-template <class Element>
-__device__ Source<Element> query_source(const Step& step, const Strides& x, const Product& p,
-                                        int column) {
-  if (column >= p.num_columns) return {nullptr, 1, -1};
-  const Column at = column_of(step, x, p.first_span, p.kv_head, column);
-  const Span span = step.stages.select_spans[at.span_index];
-  const int rows = min(x.stride, span.len - at.u * x.stride);
-  if (rows <= 0) return {nullptr, 1, -1};
-  const int last = span.q_start + at.u * x.stride + rows - 1;
-  return {query_at<Element>(step, last, at.q_head), rows, -1};
-}
-
-// Copies this thread's pieces of one stage: token t of each group, elements `from` .. + kDepth.
-template <class Element, int kDepth, int kRows = Stage<kDepth>::kThreadRows>
-__device__ __forceinline__ void load_stage(const Step& step, const Product& p, int2 t_from,
-                                           const Source<Element> (&keys)[kRows],
-                                           const Source<Element> (&queries)[kRows], uint32_t to) {
+// Where the vectors lie that a thread copies: of some key groups and folded query groups, one token
+// after the other.
+template <class Element, int kDepth>
+struct Cursor {
   using S = Stage<kDepth>;
-  const int piece = threadIdx.x % S::kPieces, row = threadIdx.x / S::kPieces, t = t_from.x;
-  const int x = t_from.y + piece * 8;
+  static constexpr int kRows = S::kThreadRows;
+
+  const Element* keys[kRows];
+  const Element* queries[kRows];
+  int rows[kRows];  // of the query group; 0: there is none
+  int token;        // of the first key group; the others follow at kStep groups
+  int t;
+
+  static constexpr int kStep = kGroups / kRows;
+
+  __device__ void start(const Step& step, const Strides& x, const Product& p, int first_column) {
+    const int row = threadIdx.x / S::kPieces, piece = threadIdx.x % S::kPieces;
+    token = (p.first_group + row) * x.stride;
+    t = 0;
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const uint32_t at = to + (row + i * (kGroups / kRows)) * S::kRowBytes + piece * 16;
-    const bool have_key = keys[i].token >= 0;
-    const Element* key = have_key ? key_at<Element>(step, p.req, p.kv_head, keys[i].token + t) + x
-                                  : static_cast<const Element*>(step.batch.k);
-    ptx::copy_async(at, key, have_key);
-    const Source<Element>& q = queries[i];
-    const int back = t < q.rows ? t : t % q.rows;
-    const Element* query = q.base ? q.base - back * step.batch.q_token_stride + x
-                                  : static_cast<const Element*>(step.batch.q);
-    ptx::copy_async(at + kGroups * S::kRowBytes, query, q.base != nullptr);
+    for (int i = 0; i < kRows; ++i) {
+      keys[i] = static_cast<const Element*>(step.batch.k);
+      queries[i] = static_cast<const Element*>(step.batch.q);
+      rows[i] = 0;
+      look_up(step, x, p, i);
+      const int column = first_column + row + i * kStep;
+      if (column >= p.num_columns) continue;
+      const Column at = column_of(step, x, p.first_span, p.kv_head, column);
+      const Span span = step.stages.select_spans[at.span_index];
+      rows[i] = max(0, min(x.stride, span.len - at.u * x.stride));
+      if (rows[i] == 0) continue;
+      const int last = span.q_start + at.u * x.stride + rows[i] - 1;
+      queries[i] = query_at<Element>(step, last, at.q_head) + piece * 8;
+    }
   }
-}
+
+  __device__ __forceinline__ bool has_key(const Strides& x, const Product& p, int i) const {
+    return token + i * kStep * x.stride < p.end_group * x.stride;
+  }
+
+  __device__ __forceinline__ void look_up(const Step& step, const Strides& x, const Product& p,
+                                          int i) {
+    if (!has_key(x, p, i)) return;
+    const int piece = threadIdx.x % S::kPieces, at = token + i * kStep * x.stride + t;
+    keys[i] = key_at<Element>(step, p.req, p.kv_head, at) + piece * 8;
+  }
+
+  // To the next token of each group: the next key, and the query row before, or the last again.
+  __device__ __forceinline__ void advance(const Step& step, const Strides& x, const Product& p) {
+    ++t;
+    // Groups and pages start at multiples of their size: pages change at the same t in each group.
+    const int page_mask = (1 << step.layout.log2_page_tokens) - 1;
+    const bool new_page = t < x.stride && (t & page_mask) == 0;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      keys[i] += step.batch.k_token_stride;
+      if (new_page) look_up(step, x, p, i);
+      queries[i] -= step.batch.q_token_stride;
+      if (rows[i] < x.stride && rows[i] > 0 && t % rows[i] == 0) {
+        queries[i] += rows[i] * step.batch.q_token_stride;
+      }
+    }
+  }
+
+  // Starts the copy of elements `from` .. + kDepth of this thread's rows.
+  __device__ __forceinline__ void copy(const Strides& x, const Product& p, int from,
+                                       uint32_t to) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const uint32_t at = to + i * kStep * S::kRowBytes;
+      ptx::copy_async(at, keys[i] + from, has_key(x, p, i));
+      ptx::copy_async(at + kGroups * S::kRowBytes, queries[i] + from, rows[i] > 0);
+    }
+  }
+};
 
 using Accumulators = float[2][8][4];  // of a warp's 32 key groups x 64 columns
 
@@ -143,25 +176,23 @@ template <class Element, int kDepth>
 __device__ void multiply_tile(const Step& step, const Strides& x, const Product& p,
                               int first_column, uint32_t shared, Accumulators& c) {
   using S = Stage<kDepth>;
-  constexpr int kRows = S::kThreadRows;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = threadIdx.x / S::kPieces;
-  Source<Element> keys[kRows], queries[kRows];
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int at = row + i * (kGroups / kRows), v = p.first_group + at;
-    keys[i] = {nullptr, 1, v < p.end_group ? v * x.stride : -1};
-    queries[i] = query_source<Element>(step, x, p, first_column + at);
-  }
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int head_dim = step.layout.head_dim, steps = x.stride * head_dim / kDepth;
-  int2 t_from{0, 0};
+  const uint32_t to =
+      shared + threadIdx.x / S::kPieces * S::kRowBytes + threadIdx.x % S::kPieces * 16;
+  Cursor<Element, kDepth> cursor;
+  cursor.start(step, x, p, first_column);
+  int from = 0;
   auto load = [&](int index) {
     if (index < steps) {
-      load_stage<Element, kDepth>(step, p, t_from, keys, queries,
-                                  shared + index % S::kCount * S::kBytes);
+      cursor.copy(x, p, from, to + index % S::kCount * S::kBytes);
+      from += kDepth;
+      if (from == head_dim) {
+        cursor.advance(step, x, p);
+        from = 0;
+      }
     }
     ptx::copy_async_commit();
-    t_from.y += kDepth;
-    if (t_from.y == head_dim) t_from = {t_from.x + 1, 0};
   };
   for (int i = 0; i < S::kCount - 1; ++i) load(i);
   const uint32_t a = shared + warp % 4 * 32 * S::kRowBytes + offset_a(lane, S::kRowBytes);

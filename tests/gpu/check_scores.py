@@ -146,7 +146,8 @@ def xattention_shapes() -> Iterator[Shape]:
     yield from shapes()
     for stride, block in itertools.product((1, 2, 4, 8, 16, 32, 64, 128, 256), (16, 64, 256)):
         if stride <= block:
-            yield Shape(RAGGED, (3,), stride=stride, block=block, page=16 << stride % 5, query_span=128)
+            page = 16 if block == 64 else 16 << stride % 5
+            yield Shape(RAGGED, (3,), stride=stride, block=block, page=page, query_span=128)
 
 
 def gate_problems() -> Iterator[tuple[Shape, str, int, bool]]:
