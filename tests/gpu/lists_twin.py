@@ -195,9 +195,14 @@ def _budget(settings: params.Settings, scores: np.ndarray, forced: np.ndarray) -
 
 
 def merged(world: World, rows: np.ndarray) -> np.ndarray:
-    """`rows` [rows, past blocks] f32 to one, in f32 and in row order."""
+    """`rows` [rows, past blocks] f32 to one, in f32 and in row order.
+
+    The maximum of zeros is +0 unless all are -0, which the CPU leaves open and the kernel does not.
+    """
     if world.settings.merge_max:
-        return np.max(rows, axis=0)  # NaN wins
+        best = np.max(rows, axis=0)  # NaN wins
+        best[(best == 0) & ~np.signbit(rows).all(axis=0)] = 0.0
+        return best
     out = np.zeros(rows.shape[1], np.float32)
     for row in rows:
         out += row / np.float32(len(rows))
