@@ -98,18 +98,27 @@ fn tensors<'a>(
     args: &'a mut compactattn_forward_args,
 ) -> [(&'static str, &'a mut compactattn_tensor); 8] {
     [
-        ("q", &mut batch.q),
-        ("k", &mut batch.k),
-        ("v", &mut batch.v),
-        ("cu_seqlens_q", &mut batch.cu_seqlens_q),
-        ("seq_lens", &mut batch.seq_lens),
-        ("block_table", &mut batch.block_table),
-        ("out", &mut args.out),
-        ("lse", &mut args.lse),
+        ("batch.q", &mut batch.q),
+        ("batch.k", &mut batch.k),
+        ("batch.v", &mut batch.v),
+        ("batch.cu_seqlens_q", &mut batch.cu_seqlens_q),
+        ("batch.seq_lens", &mut batch.seq_lens),
+        ("batch.block_table", &mut batch.block_table),
+        ("args.out", &mut args.out),
+        ("args.lse", &mut args.lse),
     ]
 }
 
-const NAMES: [&str; 8] = ["q", "k", "v", "cu_seqlens_q", "seq_lens", "block_table", "out", "lse"];
+const NAMES: [&str; 8] = [
+    "batch.q",
+    "batch.k",
+    "batch.v",
+    "batch.cu_seqlens_q",
+    "batch.seq_lens",
+    "batch.block_table",
+    "args.out",
+    "args.lse",
+];
 
 /// Host memory, and freed memory, where each tensor and the workspace should be.
 fn foreign_memory(device: &Device, cuda: &Cuda) -> Done {
