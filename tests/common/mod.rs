@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 pub(crate) mod case;
+pub(crate) mod gate;
 pub(crate) mod judge;
 pub(crate) mod pipeline;
 pub(crate) mod pool;

@@ -6,6 +6,7 @@ use compactattn::capi::*;
 use compactattn::settings::{Keep, Settings};
 
 use super::device::{Device, last_error, struct_size};
+use super::step::Given;
 use crate::common::case::Case;
 
 pub(crate) const I32: i32 = compactattn_dtype::COMPACTATTN_DTYPE_I32 as i32;
@@ -39,9 +40,15 @@ pub(crate) enum Refusal {
 }
 
 impl Plan {
-    pub(crate) fn new(device: &Device, case: &Case) -> Result<Self, Refusal> {
+    pub(crate) fn new(device: &Device, case: &Case, given: &Given) -> Result<Self, Refusal> {
         let settings = settings_of(&case.settings);
-        let desc = desc_of(case, &settings);
+        let mut desc = desc_of(case, &settings);
+        if let Given::Gate(file) = given {
+            desc.gate_weights_path = file.path.as_ptr();
+            desc.rope_inv_freq = file.inv_freq.as_ptr();
+            desc.rope_inv_freq_len = file.inv_freq.len() as i32;
+            desc.rope_interleaved = file.interleaved.into();
+        }
         let mut handle = std::ptr::null_mut();
         // SAFETY: `desc` and what it points to live through the call.
         match unsafe { compactattn_plan_create(device.context, &raw const desc, &raw mut handle) } {
@@ -101,7 +108,7 @@ pub(crate) fn tensor(
     tensor
 }
 
-pub(crate) fn desc_of(case: &Case, settings: &compactattn_settings) -> compactattn_plan_desc {
+fn desc_of(case: &Case, settings: &compactattn_settings) -> compactattn_plan_desc {
     compactattn_plan_desc {
         struct_size: struct_size::<compactattn_plan_desc>(),
         num_q_heads: case.shape.num_q_heads as i32,
@@ -130,7 +137,7 @@ pub(crate) fn desc_of(case: &Case, settings: &compactattn_settings) -> compactat
     }
 }
 
-pub(crate) fn settings_of(s: &Settings) -> compactattn_settings {
+fn settings_of(s: &Settings) -> compactattn_settings {
     use compactattn_keep as keep;
     let (keep, keep_value) = match s.keep {
         Keep::Threshold(x) => (keep::COMPACTATTN_KEEP_THRESHOLD, x),

@@ -98,18 +98,27 @@ fn tensors<'a>(
     args: &'a mut compactattn_forward_args,
 ) -> [(&'static str, &'a mut compactattn_tensor); 8] {
     [
-        ("q", &mut batch.q),
-        ("k", &mut batch.k),
-        ("v", &mut batch.v),
-        ("cu_seqlens_q", &mut batch.cu_seqlens_q),
-        ("seq_lens", &mut batch.seq_lens),
-        ("block_table", &mut batch.block_table),
-        ("out", &mut args.out),
-        ("lse", &mut args.lse),
+        ("batch.q", &mut batch.q),
+        ("batch.k", &mut batch.k),
+        ("batch.v", &mut batch.v),
+        ("batch.cu_seqlens_q", &mut batch.cu_seqlens_q),
+        ("batch.seq_lens", &mut batch.seq_lens),
+        ("batch.block_table", &mut batch.block_table),
+        ("args.out", &mut args.out),
+        ("args.lse", &mut args.lse),
     ]
 }
 
-const NAMES: [&str; 8] = ["q", "k", "v", "cu_seqlens_q", "seq_lens", "block_table", "out", "lse"];
+const NAMES: [&str; 8] = [
+    "batch.q",
+    "batch.k",
+    "batch.v",
+    "batch.cu_seqlens_q",
+    "batch.seq_lens",
+    "batch.block_table",
+    "args.out",
+    "args.lse",
+];
 
 /// Host memory, and freed memory, where each tensor and the workspace should be.
 fn foreign_memory(device: &Device, cuda: &Cuda) -> Done {
@@ -182,32 +191,33 @@ fn streams(device: &Device, cuda: &Cuda) -> Done {
     })
 }
 
-/// A request refused on the device gives what an empty one gives: out 0, lse -inf, all others as if it were not there.
+/// What is refused on the device, for selectors that read lengths and tables in kernels of their own.
 fn contents(device: &Device) -> Done {
     for selector in [Selector::Dense, Selector::SampledExact, Selector::FlashPrefill] {
+        let of = |e: String| format!("{}: {e}", selector.name());
         for req in 0..3 {
-            on_good_step(device, selector, |step| {
-                let parts = step.parts;
-                let case = step.case;
-                let emptied = spoiled(step, parts.lens, &case.seq_lens, (req, 0))?;
-                blind(step, req, &emptied)?;
-                for bad in [-1, i32::MIN, i32::MAX, 301, (case.table_width * 16) as i32 + 1] {
-                    let got = spoiled(step, parts.lens, &case.seq_lens, (req, bad))?;
-                    same(&got, &emptied, &format!("seq_lens[{req}] = {bad}"))?;
-                }
-                let used = case.seq_lens[req].unsigned_abs() as usize / 16;
-                for entry in [0, used / 2, used - 1] {
-                    for bad in [-1, i32::MIN, i32::MAX, case.pools.num_pages as i32, 1 << 28] {
-                        let at = (req * case.table_stride + entry, bad);
-                        let got = spoiled(step, parts.table, &case.table, at)?;
-                        same(&got, &emptied, &format!("page {entry} of request {req} = {bad}"))?;
-                    }
-                }
-                Ok(())
-            })
-            .map_err(|e| format!("{}: {e}", selector.name()))?;
+            on_good_step(device, selector, |step| refused_request(step, req)).map_err(of)?;
         }
-        on_good_step(device, selector, broken_offsets).map_err(|e| format!("{}: {e}", selector.name()))?;
+        on_good_step(device, selector, broken_offsets).map_err(of)?;
+    }
+    Ok(())
+}
+
+/// A request refused on the device gives what an empty one gives: out 0, lse -inf, all others as if it were not there.
+fn refused_request(step: &mut Step, req: usize) -> Done {
+    let (parts, case) = (step.parts, step.case);
+    let emptied = spoiled(step, parts.lens, &case.seq_lens, (req, 0))?;
+    blind(step, req, &emptied)?;
+    for bad in [-1, i32::MIN, i32::MAX, 301, (case.table_width * 16) as i32 + 1] {
+        let got = spoiled(step, parts.lens, &case.seq_lens, (req, bad))?;
+        same(&got, &emptied, &format!("seq_lens[{req}] = {bad}"))?;
+    }
+    // Of 16 tokens each.
+    let pages = case.seq_lens[req].unsigned_abs().div_ceil(16) as usize;
+    let bads = [-1, i32::MIN, i32::MAX, case.pools.num_pages as i32, 1 << 28];
+    for (entry, bad) in [0, pages / 2, pages - 1].into_iter().flat_map(|at| bads.map(|bad| (at, bad))) {
+        let got = spoiled(step, parts.table, &case.table, (req * case.table_stride + entry, bad))?;
+        same(&got, &emptied, &format!("page {entry} of request {req} = {bad}"))?;
     }
     Ok(())
 }

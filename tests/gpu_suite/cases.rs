@@ -107,8 +107,10 @@ fn one_lens(rng: &mut Rng, units: [usize; 2], work: usize, mixed: bool) -> Lens 
     }
     let wanted =
         if mixed && rng.once_in(2) { 1 } else { rng.pick(&[1, 7, 16, 63, 128, 129, 200, 513, 1024]) };
-    let longest = rng.pick(&[0, 100, 500, 1000, 2000, 8000]);
-    let (q, drawn) = (wanted.min((work / 4).isqrt()).max(1), rng.below(longest + 1));
+    let longest = rng.pick(&[0, 100, 500, 1000, 2000, 2000, 8000]);
+    // Square, or long and thin: many blocks to choose from.
+    let most_q = (work / rng.pick(&[4, 100])).isqrt();
+    let (q, drawn) = (wanted.min(most_q).max(1), rng.below(longest + 1));
     let most = (work / q).saturating_sub(q).min(drawn);
     let unit = units[rng.below(2)];
     let beside = rng.pick(&[0, 1, unit - 1]);

@@ -178,6 +178,7 @@ fn judge(case: &Case, given: &Given, ran: &Ran, arithmetic: Arithmetic) -> Done 
         Given::Nothing => {
             judge::selection(case, (&layout, &requests), &ran.selected, arithmetic)?;
         }
+        Given::Gate(gate) => gate.judge(&layout, &requests, &ran.selected)?,
         Given::Scores(scores) => {
             let got = (&lists[..], ran.selected.counts.selected);
             judge::union_of(&layout, &requests, scores, got)?;

@@ -26,6 +26,8 @@ pub(crate) struct Range {
 #[derive(Default)]
 struct Tally {
     judged: BTreeMap<&'static str, u64>,
+    /// Of those, cases where some past blocks were selected and some were not.
+    choices: u64,
     unsupported: BTreeMap<String, u64>,
     wrong: Vec<(u64, String)>,
 }
@@ -65,11 +67,18 @@ fn judge(worker: &mut Worker, (seed, index): (u64, u64), tally: &Mutex<Tally>) -
     let given = check::given(&case, &mut rng);
     let judged = catch_unwind(AssertUnwindSafe(|| {
         let ran = worker.judged(&case, &given)?;
-        if rng.once_in(3) { laws::one(worker, &mut rng, &case, (&given, &ran)) } else { Ok(()) }
+        if rng.once_in(3) {
+            laws::one(worker, &mut rng, &case, (&given, &ran))?;
+        }
+        let counts = ran.selected.counts;
+        Ok((1..counts.candidates).contains(&counts.selected))
     }));
     let mut tally = tally.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     match judged {
-        Ok(Ok(())) => *tally.judged.entry(case.settings.selector.name()).or_default() += 1,
+        Ok(Ok(choice)) => {
+            *tally.judged.entry(case.settings.selector.name()).or_default() += 1;
+            tally.choices += u64::from(choice);
+        }
         Ok(Err(Refusal::Unsupported(why))) => *tally.unsupported.entry(why).or_default() += 1,
         Ok(Err(Refusal::Fault(why))) => tally.wrong.push((index, why)),
         Err(panic) => {
@@ -89,9 +98,10 @@ fn report(device: &Device, range: Range, tally: &Tally, lost: bool) -> bool {
     let judged: u64 = tally.judged.values().sum();
     let by: Vec<String> = tally.judged.iter().map(|(name, n)| format!("{name} {n}")).collect();
     println!(
-        "  {judged} of {} cases judged and right ({}), {} wrong",
+        "  {judged} of {} cases judged and right ({}; {} with blocks left out), {} wrong",
         range.count,
         by.join(", "),
+        tally.choices,
         tally.wrong.len()
     );
     for (why, count) in &tally.unsupported {

@@ -21,6 +21,7 @@ mod counters;
 mod device;
 mod differential;
 mod driver;
+mod gate;
 mod graph;
 mod laws;
 mod memory;
@@ -34,10 +35,12 @@ use std::time::Instant;
 
 use device::{Device, Missing};
 use differential::Range;
+use memory::Packing;
 
 const USAGE: &str = "gpu_suite [PART] [OPTION VALUE]...
   differential      random cases against the f64 oracle   --cases 20000 --seed 1 --case I --threads N
   laws              each request of batches of 16 alone
+  gate              selector attn_gate, its weights in every form  --count
   sanitizer-cases   40 small cases through every kernel, for compute-sanitizer
   repeats           bits over repeats                     --count 1000
   graph             replays against eager calls           --replays 1000
@@ -58,8 +61,8 @@ struct Options {
 }
 
 /// Parts of [`USAGE`], in the order they run.
-const PARTS: [&str; 7] =
-    ["differential", "laws", "sanitizer-cases", "repeats", "graph", "counters", "bad-input"];
+const PARTS: [&str; 8] =
+    ["differential", "laws", "gate", "sanitizer-cases", "repeats", "graph", "counters", "bad-input"];
 
 fn main() -> ExitCode {
     let options = match parse(std::env::args().skip(1)) {
@@ -125,7 +128,8 @@ fn run_part(device: &Device, options: &Options, part: &str, quick: bool) -> bool
             differential::run(device, range)
         }
         "laws" => differential::batches_of_16(device),
-        "sanitizer-cases" => repeats::miniatures(device),
+        "gate" => gate::run(device, few(options.count.min(120)), Packing::Together),
+        "sanitizer-cases" => repeats::miniatures(device) & gate::run(device, 6, Packing::Apart),
         "repeats" => repeats::run(device, few(options.count)),
         "graph" => graph::run(device, few(options.replays)),
         // The counting driver must be there before the context is made, so a quick run does without.

@@ -8,14 +8,15 @@ use half::{bf16, f16};
 use super::abi::{NONE, Plan, Refusal};
 use super::device::{Device, last_error, struct_size};
 use super::driver::Handle;
+use super::gate::GateFile;
 use super::memory::{Memory, Part};
 use crate::common::case::Case;
 use crate::common::pool::Store;
 
-/// What selector `external` is given.
-#[derive(Clone)]
+/// What a selector is given beside the batch.
 pub(crate) enum Given {
     Nothing,
+    Gate(Box<GateFile>),
     Scores(Vec<f32>),
     Masks(Vec<u32>),
 }
@@ -67,7 +68,7 @@ impl<'a, 'd> Step<'a, 'd> {
         given: &'a Given,
         stream: Handle,
     ) -> Result<Self, Refusal> {
-        let plan = Plan::new(device, case)?;
+        let plan = Plan::new(device, case, given)?;
         let parts = place(memory, case, given, &plan.sizes);
         memory.push();
         let workspace = memory.workspace(plan.sizes.workspace_bytes as usize);
@@ -192,7 +193,7 @@ fn place(memory: &mut Memory, case: &Case, given: &Given, sizes: &compactattn_si
         lens: memory.add(bytemuck::cast_slice(&case.seq_lens)),
         table: memory.add(bytemuck::cast_slice(&case.table)),
         given: memory.add(match given {
-            Given::Nothing => &[],
+            Given::Nothing | Given::Gate(_) => &[],
             Given::Scores(scores) => bytemuck::cast_slice(scores),
             Given::Masks(masks) => bytemuck::cast_slice(masks),
         }),

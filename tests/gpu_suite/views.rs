@@ -83,7 +83,7 @@ impl Step<'_, '_> {
     pub(super) fn external(&self) -> Option<compactattn_selection> {
         let given = self.selection(self.parts.given, self.parts.given);
         match self.given {
-            Given::Nothing => None,
+            Given::Nothing | Given::Gate(_) => None,
             Given::Scores(_) => Some(compactattn_selection { masks: NONE, ..given }),
             Given::Masks(_) => Some(compactattn_selection { scores: NONE, ..given }),
         }
