@@ -116,7 +116,7 @@ impl Scoring<'_> {
             .cast_unsigned()
             .div_ceil(self.step.settings.xattention_stride.cast_unsigned());
         let blocks = [self.selects(), groups.div_ceil(128), self.kv_heads()];
-        let grid = Grid { blocks, threads: 256, shared_bytes: 81920 };
+        let grid = Grid { blocks, threads: 256, shared_bytes: 110_592 };
         let args = [Arg::of(self.step)];
         self.launch(
             self.of_dtype("compactattn_xattention_bf16", "compactattn_xattention_fp16"),
@@ -165,7 +165,7 @@ impl Scoring<'_> {
     /// Scores of one tile's cells, added to those of the tiles before it.
     fn mass(&self, tile: i32, name: &'static str) -> Result<()> {
         let blocks = [self.step.layout.num_q_heads.cast_unsigned(), self.selects(), 1];
-        let grid = Grid { blocks, threads: 512, shared_bytes: 0 };
+        let grid = Grid { blocks, threads: 1024, shared_bytes: 0 };
         self.launch(name, grid, &[Arg::of(self.step), Arg::of(&tile)])
     }
 

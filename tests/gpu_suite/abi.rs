@@ -70,6 +70,7 @@ impl Plan {
             forced: 0,
             guarded: 0,
             dense: 0,
+            refused: 0,
         };
         // SAFETY: `stats` is as long as it says.
         let status = unsafe { compactattn_plan_stats(self.handle, 0, &raw mut stats) };

@@ -141,6 +141,7 @@ fn gather(step: &Step, before: &compactattn_stats, after: &compactattn_stats) ->
         forced: delta(|s| s.forced),
         guarded: delta(|s| s.guarded),
         dense: delta(|s| s.dense),
+        refused: delta(|s| s.refused),
     };
     let selected = Selected {
         scores: bytemuck::pod_collect_to_vec(memory.bytes(parts.scores)),
