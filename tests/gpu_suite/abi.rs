@@ -129,7 +129,8 @@ fn desc_of(case: &Case, settings: &compactattn_settings) -> compactattn_plan_des
         rope_inv_freq: std::ptr::null(),
         rope_inv_freq_len: 0,
         rope_interleaved: 0,
-        num_splits: case.splits as i32,
+        // Equal shares for all processors where the case asks for several splits, whole lists otherwise.
+        num_splits: i32::from(case.splits == 1),
         sliding_window: 0,
         logits_soft_cap: 0.0,
         attention_sinks: 0,
