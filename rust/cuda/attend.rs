@@ -219,7 +219,7 @@ struct Tile {
     ctas_per_sm: usize,
 }
 
-const D64: Tile = Tile { threads: 128, shared_bytes: 36_864, ctas_per_sm: 3 };
-const D96: Tile = Tile { threads: 128, shared_bytes: 53_248, ctas_per_sm: 2 };
-const D128: Tile = Tile { threads: 128, shared_bytes: 69_632, ctas_per_sm: 2 };
+const D64: Tile = Tile { threads: 128, shared_bytes: 55_296, ctas_per_sm: 2 };
+const D96: Tile = Tile { threads: 128, shared_bytes: 79_872, ctas_per_sm: 2 };
+const D128: Tile = Tile { threads: 128, shared_bytes: 104_448, ctas_per_sm: 2 };
 const D256: Tile = Tile { threads: 256, shared_bytes: 135_168, ctas_per_sm: 1 };

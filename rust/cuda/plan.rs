@@ -331,7 +331,7 @@ impl Run<'_> {
         let lists = self.step.layout.num_kv_heads * self.step.layout.lists_per_kv_head;
         let blocks = self.step.stages.max_list_spans * lists;
         let from_masks = matches!(self.call.external, Some(External::Masks(_)));
-        let masks = i32::from(from_masks || self.step.settings.keep_at_rows == 1);
+        let masks = i32::from(from_masks);
         let grid = grid_i(blocks, 256, select::keep_bytes(&self.step));
         let args = [Arg::of(&self.step), Arg::of(&masks)];
         self.plan.context.kernels().launch(self.stream, "compactattn_union_table", grid, &args)
