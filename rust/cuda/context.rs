@@ -69,7 +69,7 @@ impl Context {
     /// The caller's stream, if it is one of this GPU's.
     ///
     /// # Errors
-    /// [`Status::Stream`].
+    /// [`Status::Stream`]; [`Status::Capture`] for the legacy stream while another one is captured.
     ///
     /// # Safety
     /// `raw`: NULL, 1, 2, or a live stream, alive for as long as the result is used.
@@ -78,6 +78,8 @@ impl Context {
         let stream = unsafe { Stream::from_raw(raw.cast()) };
         let _entered = self.enter()?;
         stream.check(&self.device)?;
+        // Work on the legacy stream would break a capture that is going on beside it; asking does not.
+        stream.is_capturing(&self.device)?;
         Ok(stream)
     }
 

@@ -1,5 +1,7 @@
 //! The caller's stream: checked, never created, owned or waited for.
 
+use std::ffi::c_int;
+
 use super::device::Device;
 use super::driver::Handle;
 use super::symbols::{Address, Object};
@@ -38,6 +40,19 @@ impl Stream {
         let wanted = format!("one of the primary context of GPU {}", device.ordinal());
         let got = driver.check(code, "cuStreamGetCtx").map_or_else(|e| e.to_string(), |()| OTHER.to_owned());
         Err(Error::new(Status::Stream, "stream", wanted, got))
+    }
+
+    /// Whether what is put on it is recorded into a graph; the device is entered.
+    ///
+    /// # Errors
+    /// [`Status::Capture`] for the legacy stream while another stream is captured.
+    pub(crate) fn is_capturing(self, device: &Device) -> Result<bool> {
+        let driver = device.driver();
+        let mut status: c_int = 0;
+        // SAFETY: a live stream by `from_raw`; writes one number.
+        let code = unsafe { (driver.functions.stream_is_capturing)(self.0, &raw mut status) };
+        driver.check(code, "cuStreamIsCapturing")?;
+        Ok(status != 0)
     }
 
     /// Waits for all work on it; for tools and tests, never for a stage. The device is entered.
@@ -109,6 +124,7 @@ mod tests {
         let stream =
             unsafe { Stream::from_raw(std::ptr::without_provenance_mut(fake.number(c"fake_stream"))) };
         assert_eq!(stream.check(&device), Ok(()));
+        assert_eq!(stream.is_capturing(&device), Ok(true));
         assert_eq!(stream.synchronize(&device).unwrap_err().status(), Status::Capture);
     }
 

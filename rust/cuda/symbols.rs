@@ -64,6 +64,7 @@ driver_functions! {
         Object, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Object, *mut *mut c_void, *mut *mut c_void
     );
     stream_get_ctx = c"cuStreamGetCtx"(Object, *mut Object);
+    stream_is_capturing = c"cuStreamIsCapturing"(Object, *mut c_int);
     stream_synchronize = c"cuStreamSynchronize"(Object);
     memset_d32_async = c"cuMemsetD32Async"(Address, c_uint, usize, Object);
     mem_alloc = c"cuMemAlloc_v2"(*mut Address, usize);
