@@ -3,7 +3,8 @@
 python3 tests/bench/bench.py tests/bench/definitions/dense.toml --out build/bench
 python3 tests/bench/bench.py QUESTION.toml --out DIR --repro 'h32k8_d128_b1_q1024_kv131072,ours-dense,16,1'
 
-Wanted: Python 3.11, torch with CUDA, one GPU. Peers that are not installed are reported, with the reason. Writes
+Wanted: Python 3.11, torch with CUDA, one GPU; for all peers `pip install flashinfer-python vllm`. Those that are not
+installed are reported, with the reason. Writes
 QUESTION.csv, QUESTION.txt (environment, what is missing, one line a row to repeat it) and QUESTION-*.svg below --out.
 """
 
@@ -119,7 +120,8 @@ def _error(system: Prepared, problem: Problem) -> float | None:
     torch.cuda.synchronize()
     if system.unchecked:
         return None
-    return check.relative_error(problem, system.rows(out), causal=system.causal, lists=system.lists)
+    rows, worst = system.rows(out), system.exact
+    return check.relative_error(problem, rows, causal=system.causal, lists=system.lists, worst=worst)
 
 
 def _row(name: str, cell: Cell, system: Prepared, times: Times, error: float | None) -> Row:

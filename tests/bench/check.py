@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from problem import BLOCK, Problem
 
@@ -13,13 +15,16 @@ TOLERANCE = 2 * 2.0**-8
 PAIRS, ROWS = 6, 8
 
 
-def relative_error(problem: Problem, out: torch.Tensor, *, causal: bool, lists: int) -> float:
-    """The worst ||out - right|| / ||right|| of the first copy's sample; `lists` a request, 0 = all is read."""
+def relative_error(problem: Problem, out: torch.Tensor, *, causal: bool, lists: int, worst: bool = True) -> float:
+    """||out - right|| / ||right|| on the first copy's sample; `lists` a request, 0 = all is read.
+
+    The worst (request, head) for kernels that should be exact; the mean for what leaves blocks out.
+    """
     shape, tensors = problem.shape, problem.copies[0].tensors
     rng = torch.Generator().manual_seed(7)
     rows = torch.cat([torch.tensor([0, shape.chunk - 1]), torch.randint(shape.chunk, (ROWS - 2,), generator=rng)])
     rows = rows.to(problem.device)
-    worst = 0.0
+    errors = []
     for i in range(PAIRS):
         req = i % shape.batch
         head = int(torch.randint(shape.num_q_heads, (1,), generator=rng))
@@ -29,10 +34,11 @@ def relative_error(problem: Problem, out: torch.Tensor, *, causal: bool, lists: 
         logits[~_seen(problem, rows, (req, head), causal=causal, lists=lists)] = float("-inf")
         right = logits.softmax(-1) @ tensors.v[req, :, kv_head].double()
         got = out.view(shape.batch, shape.chunk, -1, shape.head_dim)[req, rows, head].double()
-        # A NaN must not vanish in a maximum.
-        error = float((got - right).norm() / right.norm())
-        worst = error if not error <= worst else worst
-    return worst
+        errors.append(float((got - right).norm() / right.norm()))
+    # A NaN must not vanish in a maximum.
+    if any(math.isnan(error) for error in errors):
+        return math.nan
+    return max(errors) if worst else sum(errors) / len(errors)
 
 
 def _seen(problem: Problem, rows: torch.Tensor, unit: tuple[int, int], *, causal: bool, lists: int) -> torch.Tensor:

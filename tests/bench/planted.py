@@ -4,6 +4,9 @@ Per KV head: unit noise, a sink on the first tokens, a slowly decaying diagonal 
 128 tokens carries one topic; each block of 128 queries asks for a few. `share` is the chance that the heads of a group
 ask for the group's topics and not their own (it makes unions grow), `persist` the chance that the next query block
 keeps the topics of the one before.
+
+At 8K (32/8 heads, d 128) the first tokens hold .22 of the mass on average (two small real models: .15 and .27), blocks
+before the chunk .68 (.47 to .51), and 14 % of those blocks hold 95 % of that (18 to 21 %); at 64K .24, .86 and 2 %.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import torch
 from shapes import Shape
 
 BLOCK = 128
+# Tokens whose mass along the diagonal sums to that of so many at its peak.
+NEIGHBOURS = 8
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,8 @@ class Recipe:
     spread: float = 0.8
     share: float = 0.5
     persist: float = 0.65
-    # Logit that a token gains from itself through the diagonal.
-    diagonal: float = 4.0
+    # Mass that a query leaves to its neighbours; small models were seen to leave half to the open chunk.
+    local: float = 0.4
     sinks: int = 4
 
 
@@ -68,11 +73,11 @@ def _group(shape: Shape, rng: torch.Generator, recipe: Recipe) -> tuple[torch.Te
     of_block = torch.randint(recipe.topics, (blocks,), **draw)
     # A planted block then holds as much as all noise together, and some: exp(gain^2 / sqrt(d)) = 20 blocks.
     gain = math.sqrt((math.log(blocks) + 3) * math.sqrt(d))
-    along = _rope(line, shape.context) * math.sqrt(recipe.diagonal * math.sqrt(d))
+    along = _rope(line, shape.context) * math.sqrt(_diagonal(shape, recipe) * math.sqrt(d))
     topic_of_token = topics[of_block].repeat_interleave(BLOCK, 0)[: shape.context]
     k = torch.randn(shape.context, d, **draw) + gain * topic_of_token + along
     v = torch.randn(shape.context, d, **draw) + math.sqrt(d) * topic_of_token
-    pull = _sink_pull(shape, rng)
+    pull = _sink_pull(shape, rng, recipe)
     k[: recipe.sinks] += sink * math.sqrt(d)
     wanted = _wanted(shape, rng, recipe) @ topics
     q = torch.randn(shape.chunk, shape.group_size, d, **draw) + along[-shape.chunk :, None]
@@ -80,12 +85,22 @@ def _group(shape: Shape, rng: torch.Generator, recipe: Recipe) -> tuple[torch.Te
     return q.bfloat16(), k.bfloat16(), v.bfloat16()
 
 
-def _sink_pull(shape: Shape, rng: torch.Generator) -> torch.Tensor:
+def _mass(shape: Shape, recipe: Recipe) -> float:
+    """Sum of exp(logit) over the noise and the planted blocks of a query that asks for `asked` topics."""
+    blocks = shape.context / BLOCK
+    return (1 + 20 * recipe.asked * max(blocks / recipe.topics, 1)) * math.exp(0.5) * shape.context
+
+
+def _diagonal(shape: Shape, recipe: Recipe) -> float:
+    """The logit of a token with itself; it halves within a few tokens, so a handful of them hold the local mass."""
+    return math.log(recipe.local / (1 - recipe.local) * _mass(shape, recipe) / NEIGHBOURS)
+
+
+def _sink_pull(shape: Shape, rng: torch.Generator, recipe: Recipe) -> torch.Tensor:
     """`[group]` factors on the sink's direction: of ten heads four hardly look there, four do, two mostly do."""
     kind = torch.rand(shape.group_size, generator=rng, device=rng.device)
     mass = torch.where(kind < 0.4, 0.05, torch.where(kind < 0.8, 0.35, 0.75))
-    # With four sink tokens against 20 of noise's mass for each of the context's tokens.
-    return (mass / (1 - mass) * 5 * shape.context).log()
+    return (mass / (1 - mass) * _mass(shape, recipe) / (1 - recipe.local) / recipe.sinks).log()
 
 
 def _wanted(shape: Shape, rng: torch.Generator, recipe: Recipe) -> torch.Tensor:
