@@ -100,9 +100,9 @@ def _tokens(count: int) -> str:
 
 
 def _round_up(value: float) -> float:
-    """To 1, 2 or 5 times a power of ten."""
+    """To a number that reads well at fifths of it."""
     power = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
-    return next(step * power for step in (1, 2, 5, 10) if value <= step * power)
+    return next(step * power for step in (1, 1.5, 2, 3, 5, 8, 10) if value <= step * power)
 
 
 def _line(name: str, points: list[tuple[float, float]], i: int) -> list[str]:

@@ -117,6 +117,27 @@ def test_lists_hold_the_share_that_was_asked_for_and_the_chunk() -> None:
     assert bool(kept[..., -2:].all()) and not bool((kept[:, 0] == kept[:, 1]).all())
 
 
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+def test_one_request_a_kv_head_means_the_same_attention(page_size: int) -> None:
+    torch = pytest.importorskip("torch")
+    import check
+    from systems import rows
+
+    made = problem("planted", 0.3, page_size)
+    shape, copy = made.shape, made.copies[0]
+    (k, v), q = rows.caches(made, copy), rows.pack(copy.tensors.q, shape)
+    out = torch.empty_like(q)
+    for row, pages in enumerate(rows.pages(made, copy)):
+        mine = slice(row * shape.chunk, (row + 1) * shape.chunk)
+        keys, values = (x[pages].flatten(0, 2).double() for x in (k, v))
+        logits = torch.einsum("qhd,kd->hqk", q[mine].double(), keys) * made.sm_scale
+        hidden = torch.ones(shape.chunk, len(keys), dtype=torch.bool).triu(len(keys) - shape.chunk + 1)
+        weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
+        out[mine] = torch.einsum("hqk,kd->qhd", weights, values).bfloat16()
+    answer = rows.unpack(out, shape)
+    assert check.relative_error(made, answer, causal=True, lists=shape.num_kv_heads) < check.TOLERANCE
+
+
 def test_the_op_reads_less_and_says_how_much() -> None:
     pytest.importorskip("torch")
     import check
