@@ -52,10 +52,10 @@ def forward(
     batch = Batch.of(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q)
     plan = plan_for(batch, settings=settings, sm_scale=sm_scale, max_kv_len=max_kv_len, on=on)
     if out is None:
-        out = _result(batch, "out", batch.q.shape, batch.q.dtype, q)
+        out = _result(batch, ("out", batch.q.shape, batch.q.dtype), q, stream)
     if lse is None and return_lse:
         total_q, heads, _ = batch.q.shape
-        lse = _result(batch, "lse", (heads, total_q), Dtype.F32, q)
+        lse = _result(batch, ("lse", (heads, total_q), Dtype.F32), q, stream)
     written = Bf16(out) if isinstance(q, Bf16) and not isinstance(out, (Array, Bf16)) else out
     plan.forward(batch, written, lse, summaries=summaries, stream=stream)
     return (out, lse) if return_lse else out
@@ -149,9 +149,9 @@ class _Plans:
             return sum((plan.stats() for plan in self._plans.values()), self._past)
 
 
-def _result(batch: Batch, name: str, shape: tuple[int, ...], dtype: Dtype, q: Any) -> Any:
-    """New memory beside q, as the kind of tensor that q is."""
-    made = batch.home.empty(name, shape, dtype)
+def _result(batch: Batch, what: tuple[str, tuple[int, ...], Dtype], q: Any, stream: int | None) -> Any:
+    """New memory (name, shape, dtype) beside q, as the kind of tensor that q is."""
+    made = batch.home.empty(*what, stream)
     return made.like(q.words if isinstance(q, Bf16) else q) if batch.home.on_cpu else made
 
 

@@ -6,6 +6,7 @@ No framework is imported: torch is asked only where the caller has loaded it.
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,16 +56,27 @@ class Home:
         handle: int = torch.cuda.current_stream(int(self.device.partition(":")[2])).cuda_stream
         return handle
 
-    def empty(self, name: str, shape: tuple[int, ...], dtype: Dtype) -> Any:
-        """Memory for ``name``, contents undefined (zero on the CPU)."""
+    def empty(self, name: str, shape: tuple[int, ...], dtype: Dtype, stream: int | None = None) -> Any:
+        """Memory for ``name``, contents undefined (zero on the CPU), for use on ``stream`` (None = torch's current)."""
         if self.on_cpu:
             return Array(shape, dtype)
-        return self._ask(name).empty(shape, dtype=self._dtype(dtype), device=self.device)
+        torch = self._ask(name)
+        with self._beside(stream):
+            return torch.empty(shape, dtype=self._dtype(dtype), device=self.device)
 
     def zeros(self, name: str, shape: tuple[int, ...], dtype: Dtype) -> Any:
         """Memory for ``name``, all zero."""
         # Zero bytes are zero in each of our types, and not every torch fills its unsigned ones.
         return self.empty(name, shape, dtype) if self.on_cpu else self._zero_words(name, shape, dtype)
+
+    def _beside(self, stream: int | None) -> AbstractContextManager[Any]:
+        # torch hands freed memory out again in the order of the stream it was made on: no other may use it.
+        if stream is None or stream == self.stream(None):
+            return nullcontext()
+        made: AbstractContextManager[Any] = self.torch.cuda.stream(
+            self.torch.cuda.ExternalStream(stream, device=self.device)
+        )
+        return made
 
     def _zero_words(self, name: str, shape: tuple[int, ...], dtype: Dtype) -> Any:
         torch = self._ask(name)

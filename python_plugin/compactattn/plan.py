@@ -191,8 +191,9 @@ class Plan:
             args.summaries = ctypes.pointer(summaries.struct)
         if external is not None:
             args.external = ctypes.pointer(external.struct)
-        args.stream = batch.home.stream(stream)
-        memory = scratch or self.workspace(batch, args.stream, layer, settings)
+        # A field of the struct would read back NULL, the default stream, as None.
+        args.stream = handle = batch.home.stream(stream)
+        memory = scratch or self.workspace(batch, handle, layer, settings)
         args.workspace, args.workspace_bytes = memory.address, memory.num_bytes
         call("compactattn_forward", self.handle, byref(args))
 
@@ -206,7 +207,7 @@ class Plan:
             return workspace.of_thread(num_bytes)
         found = self._scratch.get(stream)
         if found is None or found.num_bytes < num_bytes:
-            words = batch.home.empty("workspace", (-(-num_bytes // 4),), _abi.Dtype.I32)
+            words = batch.home.empty("workspace", (-(-num_bytes // 4),), _abi.Dtype.I32, stream)
             found = self._scratch[stream] = Borrowed(words)
         return found
 

@@ -133,8 +133,8 @@ def attend(
     if correction is not None:
         args.lists = ctypes.pointer(view("lists", correction[0].bits).tensor)
         args.summaries = ctypes.pointer(correction[1].struct)
-    args.stream = batch.home.stream(stream)
-    memory = scratch or plan.workspace(batch, args.stream, layer)
+    args.stream = handle = batch.home.stream(stream)
+    memory = scratch or plan.workspace(batch, handle, layer)
     args.workspace, args.workspace_bytes = memory.address, memory.num_bytes
     call("compactattn_attend", plan.handle, byref(args))
 

@@ -5,11 +5,13 @@ A stand-in for torch lends addresses that nothing may follow; a stand-in for the
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import math
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import compactattn
@@ -26,6 +28,7 @@ class Tensor:
     """DLPack on device memory that does not exist: reading it ends the process."""
 
     fresh = itertools.count(0x7F00_0000_0000, 1 << 24)
+    made_on: int
 
     def __init__(self, shape: tuple[int, ...], dtype: str, device: str = "cuda:1") -> None:
         self.shape, self.dtype, self.device = tuple(shape), dtype, device
@@ -66,11 +69,20 @@ class Torch(types.ModuleType):
         self.handle = 0x51
         for name in NAMES:
             setattr(self, name, name)
-        self.cuda = types.SimpleNamespace(current_stream=self.current_stream)
+        self.cuda = types.SimpleNamespace(
+            current_stream=self.current_stream, stream=self.on_stream, ExternalStream=lambda handle, device: handle
+        )
 
     def empty(self, shape: tuple[int, ...], *, dtype: str, device: str) -> TorchTensor:
         self.made.append(TorchTensor(shape, dtype, device))
+        self.made[-1].made_on = self.handle
         return self.made[-1]
+
+    @contextlib.contextmanager
+    def on_stream(self, handle: int) -> Iterator[None]:
+        before, self.handle = self.handle, handle
+        yield
+        self.handle = before
 
     zeros = empty
 
@@ -173,6 +185,8 @@ def test_a_given_stream_is_used_and_zero_is_the_default_stream(library: Library,
         compactattn.forward(*step(), settings=settings(), stream=stream)
         # A NULL pointer reads as None.
         assert given(library).stream == handle
+        # Results and workspace are that stream's: torch would hand them out again too early otherwise.
+        assert [x.made_on for x in torch.made[-2:]] == [stream, stream] and torch.handle == 0x51
 
 
 def test_limits_are_shapes_or_the_callers_word(library: Library, torch: Torch) -> None:
