@@ -63,14 +63,14 @@ lint: $(VENV)/ready
 	$(CARGO) clippy --locked --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features
 	git ls-files '*.c' '*.cpp' '*.h' '*.hpp' '*.cu' '*.cuh' ':!include/compactattn.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
-	$(VENV)/bin/ruff check python_plugin tests/python tests/gpu
-	$(VENV)/bin/ruff format --check python_plugin tests/python tests/gpu
+	$(VENV)/bin/ruff check python_plugin tests/python tests/gpu tests/bench
+	$(VENV)/bin/ruff format --check python_plugin tests/python tests/gpu tests/bench
 	$(VENV)/bin/mypy --strict python_plugin/compactattn
 
 format: $(VENV)/ready
 	$(CARGO) fmt
 	git ls-files '*.c' '*.cpp' '*.h' '*.hpp' '*.cu' '*.cuh' ':!include/compactattn.h' | xargs $(VENV)/bin/clang-format -i
-	$(VENV)/bin/ruff format python_plugin tests/python tests/gpu
+	$(VENV)/bin/ruff format python_plugin tests/python tests/gpu tests/bench
 
 # Rewrites include/compactattn.h from rust/capi.
 header:

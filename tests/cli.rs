@@ -298,6 +298,35 @@ impl Made {
     }
 }
 
+#[test]
+fn bench_lists_its_questions_and_hands_over_to_python() {
+    let listed = tool(&["bench"]);
+    assert!(listed.status.success(), "{}", stderr(&listed));
+    assert!(stdout(&listed).lines().any(|line| line == "dense"), "{}", stdout(&listed));
+    // `echo` stands in for Python: what it would be given.
+    let run = tool(&["bench", "--python", "echo", "sparse", "--out", "x", "--repro", "a,b,16,1"]);
+    let given = stdout(&run);
+    let words: Vec<_> = given.split_whitespace().collect();
+    assert!(
+        words[0].ends_with("tests/bench/bench.py") && words[1].ends_with("definitions/sparse.toml"),
+        "{given}"
+    );
+    assert_eq!(words[2..], ["--out", "x", "--repro", "a,b,16,1"]);
+    assert_eq!(tool(&["bench", "--python", "false", "sparse"]).status.code(), Some(1));
+}
+
+#[test]
+fn bench_says_what_it_does_not_find() {
+    for (arguments, text) in [
+        (["bench", "--folder", "/nowhere"].as_slice(), "E_IO: bench: wanted the source tree's tests/bench"),
+        (&["bench", "--python", "no-such-python", "dense"], "E_IO: --python: wanted a Python 3.11"),
+    ] {
+        let run = tool(arguments);
+        assert_eq!(run.status.code(), Some(2));
+        assert!(stderr(&run).contains(text), "{}", stderr(&run));
+    }
+}
+
 /// A trace of one layer, number 3: `[tokens, heads]` of keys and of queries.
 fn synthetic(dir: &Path, [kv_len, kv_heads]: [usize; 2], [q_len, q_heads]: [usize; 2]) -> PathBuf {
     let path = dir.join(format!("trace{kv_len}.safetensors"));

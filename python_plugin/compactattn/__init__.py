@@ -23,6 +23,7 @@ from .errors import (
     OutOfMemory,
     Unsupported,
 )
+from .means import BlockMeans
 from .plan import Plan, PlanDesc, Stats
 from .selection import Csr, Lists, Padded, Selection, Summaries, Table
 from .settings import Settings
@@ -37,7 +38,7 @@ from .stages import (
     update_summaries,
 )
 from .tensors import bf16
-from .workspace import Workspace
+from .workspace import Borrowed, Workspace
 
 
 def version() -> str:
@@ -54,6 +55,8 @@ def build_info() -> str:
 __all__ = [
     "Array",
     "Batch",
+    "BlockMeans",
+    "Borrowed",
     "CompactAttnError",
     "Context",
     "Csr",

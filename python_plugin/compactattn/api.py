@@ -13,7 +13,7 @@ from .arrays import Array
 from .batch import Batch
 from .errors import E_SHAPE, invalid
 from .plan import Plan, PlanDesc, Stats
-from .selection import Csr, Padded
+from .selection import Csr, Padded, Summaries
 from .settings import Settings
 from .tensors import Bf16
 
@@ -31,6 +31,8 @@ def forward(
     out: Any = None,
     lse: Any = None,
     return_lse: bool = False,
+    max_kv_len: int | None = None,
+    summaries: Summaries | None = None,
     on: context.Context | None = None,
     stream: int | None = None,
 ) -> Any:
@@ -41,17 +43,21 @@ def forward(
     [num_reqs + 1]`` int32. Tensors: NumPy, any DLPack producer (torch), uint16 words tagged by ``compactattn.bf16``.
     ``settings``: a Settings, a mode's name, or None for mode compactattn. ``lse [num_q_heads, total_q]`` f32, natural.
 
+    On CUDA all tensors are the device's, lengths and tables too: nothing is read back, so ``max_kv_len`` (None = what
+    block_table's width holds) is the caller's word. ``stream`` is a cudaStream_t (None = torch's current one);
+    selectors that read block means get them as ``summaries`` (see BlockMeans).
+
     Results are new tensors of q's kind unless given. On any exception nothing was written.
     """
     batch = Batch.of(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q)
-    plan = plan_for(batch, settings=settings, sm_scale=sm_scale, on=on)
+    plan = plan_for(batch, settings=settings, sm_scale=sm_scale, max_kv_len=max_kv_len, on=on)
     if out is None:
-        out = Array(batch.q.shape, batch.q.dtype).like(_bare(q))
+        out = _result(batch, ("out", batch.q.shape, batch.q.dtype), q, stream)
     if lse is None and return_lse:
         total_q, heads, _ = batch.q.shape
-        lse = Array((heads, total_q), Dtype.F32).like(_bare(q))
+        lse = _result(batch, ("lse", (heads, total_q), Dtype.F32), q, stream)
     written = Bf16(out) if isinstance(q, Bf16) and not isinstance(out, (Array, Bf16)) else out
-    plan.forward(batch, written, lse, stream=stream)
+    plan.forward(batch, written, lse, summaries=summaries, stream=stream)
     return (out, lse) if return_lse else out
 
 
@@ -87,9 +93,13 @@ def plan_for(
     *,
     settings: Settings | str | None = None,
     sm_scale: float | None = None,
+    max_kv_len: int | None = None,
     on: context.Context | None = None,
 ) -> Plan:
-    """The plan that :func:`forward` uses for such a batch; limits are rounded up so that plans are few."""
+    """The plan that :func:`forward` uses for such a batch; limits are rounded up so that plans are few.
+
+    They come from shapes alone, but for ``max_kv_len``, which is taken as it is given.
+    """
     if isinstance(settings, str):
         settings = Settings.mode(settings)
     for name, view, ndim in (("q", batch.q, 3), ("k_cache", batch.k, 4), ("block_table", batch.block_table, 2)):
@@ -105,11 +115,11 @@ def plan_for(
         dtype=batch.q.dtype.name.lower(),
         max_num_reqs=_rounded(num_reqs),
         max_total_q=_rounded(total_q),
-        max_kv_len=_rounded(width * page_size),
+        max_kv_len=_rounded(width * page_size) if max_kv_len is None else max_kv_len,
         sm_scale=sm_scale,
         settings=settings,
     )
-    return _plans.get(desc, on or context.default())
+    return _plans.get(desc, on or batch.home.context())
 
 
 def stats() -> Stats:
@@ -139,8 +149,10 @@ class _Plans:
             return sum((plan.stats() for plan in self._plans.values()), self._past)
 
 
-def _bare(q: Any) -> Any:
-    return q.words if isinstance(q, Bf16) else q
+def _result(batch: Batch, what: tuple[str, tuple[int, ...], Dtype], q: Any, stream: int | None) -> Any:
+    """New memory (name, shape, dtype) beside q, as the kind of tensor that q is."""
+    made = batch.home.empty(*what, stream)
+    return made.like(q.words if isinstance(q, Bf16) else q) if batch.home.on_cpu else made
 
 
 def _rounded(count: int) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import _abi_step
+from .home import Home
 from .tensors import View, view
 
 
@@ -24,6 +25,7 @@ class Batch:
     seq_lens: View
     cu_seqlens_q: View
     struct: _abi_step.Batch
+    home: Home
 
     @classmethod
     def of(cls, q: Any, k_cache: Any, v_cache: Any, block_table: Any, seq_lens: Any, cu_seqlens_q: Any) -> Batch:
@@ -31,7 +33,8 @@ class Batch:
 
         ``q [total_q, num_q_heads, head_dim]``; ``k_cache``, ``v_cache [num_pages, page_size, num_kv_heads,
         head_dim]`` with any strides (NHD, HND, interleaved); ``block_table [num_reqs, width]``, ``seq_lens
-        [num_reqs]``, ``cu_seqlens_q [num_reqs + 1]`` int32 (or lists of ints). Raises InvalidArgument by name.
+        [num_reqs]``, ``cu_seqlens_q [num_reqs + 1]`` int32 (or, on the CPU, lists of ints), all on one device. Nothing
+        of a CUDA tensor is read here. Raises InvalidArgument by name.
         """
         views = {
             "q": view("q", q),
@@ -42,4 +45,4 @@ class Batch:
             "cu_seqlens_q": view("cu_seqlens_q", cu_seqlens_q),
         }
         struct = _abi_step.Batch(**{name: view.tensor for name, view in views.items()})
-        return cls(**views, struct=struct)
+        return cls(**views, struct=struct, home=Home.of(views))

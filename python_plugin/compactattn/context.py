@@ -34,14 +34,18 @@ class Context:
         weakref.finalize(self, destroy, "compactattn_context_destroy", self.handle)
 
 
-def default() -> Context:
-    """The CPU context of this process, made on first use."""
-    global _default
-    context = _default
-    if context is None:
+def of(device: str) -> Context:
+    """The context of this process for a device (``cpu``, ``cuda:N``), made on first use and kept."""
+    found = _contexts.get(device)
+    if found is None:
         # Two threads may both make one; the loser's is freed.
-        context = _default = Context()
-    return context
+        found = _contexts.setdefault(device, Context(device))
+    return found
+
+
+def default() -> Context:
+    """The CPU context of this process."""
+    return of("cpu")
 
 
 def destroy(function: str, handle: int | None) -> None:
@@ -59,9 +63,8 @@ def _device(text: str) -> tuple[_abi.DeviceKind, int]:
 
 
 def _forget() -> None:
-    global _default
-    _default = None
+    _contexts.clear()
 
 
-_default: Context | None = None
+_contexts: dict[str, Context] = {}
 os.register_at_fork(after_in_child=_forget)

@@ -44,7 +44,7 @@ class LibraryError(CompactAttnError):
 
 
 # Codes that this package gives by itself, before the library is asked.
-E_NULL, E_ABI, E_SHAPE, E_VALUE, E_DTYPE, E_DEVICE, E_IO = 1, 5, 6, 7, 9, 13, 23
+E_NULL, E_ABI, E_SHAPE, E_VALUE, E_DTYPE, E_DEVICE, E_STREAM, E_IO = 1, 5, 6, 7, 9, 13, 21, 23
 
 _NAMES = {
     E_NULL: "E_NULL",
@@ -53,6 +53,7 @@ _NAMES = {
     E_VALUE: "E_VALUE",
     E_DTYPE: "E_DTYPE",
     E_DEVICE: "E_DEVICE",
+    E_STREAM: "E_STREAM",
     E_IO: "E_IO",
 }
 

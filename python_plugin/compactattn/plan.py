@@ -15,7 +15,7 @@ from .errors import E_DTYPE, E_VALUE, invalid
 from .selection import Selection, Summaries
 from .settings import Settings, int32, whole
 from .tensors import none, view
-from .workspace import Scratch
+from .workspace import Borrowed, Scratch
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,8 @@ class Plan:
         call("compactattn_plan_create", self.context.handle, byref(desc.to_c()), byref(handle))
         self.handle = handle.value
         self._bytes: dict[tuple[int, Settings | None], int] = {}
+        # CUDA only: one workspace a stream, as calls on two streams may overlap.
+        self._scratch: dict[int | None, Borrowed] = {}
         weakref.finalize(self, context.destroy, "compactattn_plan_destroy", self.handle)
 
     @staticmethod
@@ -173,8 +175,9 @@ class Plan:
     ) -> None:
         """select, union, table, attend, combine of one layer into ``out`` (as q) and ``lse [num_q_heads, total_q]``.
 
-        ``lse`` is f32, natural logarithm. ``scratch``: workspace of this call alone; None = this thread's. On any
-        exception nothing was written.
+        ``lse`` is f32, natural logarithm. ``scratch``: workspace of this call alone; None = this thread's, on CUDA the
+        plan's own for that stream. ``stream``: cudaStream_t; None = torch's current one. On any exception nothing was
+        written.
         """
         args = _abi_step.ForwardArgs(layer=int32("layer", layer), batch=ctypes.pointer(batch.struct))
         written = [view("out", out, writable=True)]
@@ -188,9 +191,25 @@ class Plan:
             args.summaries = ctypes.pointer(summaries.struct)
         if external is not None:
             args.external = ctypes.pointer(external.struct)
-        memory = scratch or workspace.of_thread(self._workspace_bytes(layer, settings))
-        args.workspace, args.workspace_bytes, args.stream = memory.address, memory.num_bytes, stream
+        # A field of the struct would read back NULL, the default stream, as None.
+        args.stream = handle = batch.home.stream(stream)
+        memory = scratch or self.workspace(batch, handle, layer, settings)
+        args.workspace, args.workspace_bytes = memory.address, memory.num_bytes
         call("compactattn_forward", self.handle, byref(args))
+
+    def workspace(self, batch: Batch, stream: int | None, layer: int = 0, settings: Settings | None = None) -> Scratch:
+        """Scratch memory where the batch lives: this thread's, on CUDA the plan's own for ``stream``.
+
+        On CUDA it is allocated once, and stays alive with the plan; a graph captured on a stream goes on using it.
+        """
+        num_bytes = self._workspace_bytes(layer, settings)
+        if batch.home.on_cpu:
+            return workspace.of_thread(num_bytes)
+        found = self._scratch.get(stream)
+        if found is None or found.num_bytes < num_bytes:
+            words = batch.home.empty("workspace", (-(-num_bytes // 4),), _abi.Dtype.I32, stream)
+            found = self._scratch[stream] = Borrowed(words)
+        return found
 
     def _workspace_bytes(self, layer: int, settings: Settings | None) -> int:
         # Threads may both ask and both write the same number.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _abi_step
 from ._abi import Dtype
-from .arrays import Array
+from .home import CPU, Home
 from .tensors import View, none, view
 
 if TYPE_CHECKING:
@@ -48,11 +48,12 @@ class Summaries(Tensors):
         self.k_mean, self.v_mean = k_mean, v_mean
 
     @classmethod
-    def empty(cls, plan: Plan, num_pages: int, *, layer: int = 0, values: bool = False) -> Summaries:
-        """Zeroed CPU memory for one layer of a pool of ``num_pages``."""
+    def empty(cls, plan: Plan, num_pages: int, *, layer: int = 0, values: bool = False, home: Home = CPU) -> Summaries:
+        """Zeroed memory for one layer of a pool of ``num_pages``; ``home``: a batch's, for memory beside its pool."""
         desc, slots = plan.desc, plan.sizes(layer).summary_slots_per_page
         shape = (num_pages, slots, desc.num_kv_heads, desc.head_dim)
-        return cls(Array(shape, Dtype.F32), Array(shape, Dtype.F32) if values else None)
+        k_mean = home.zeros("summaries.k_mean", shape, Dtype.F32)
+        return cls(k_mean, home.zeros("summaries.v_mean", shape, Dtype.F32) if values else None)
 
 
 class Selection(Tensors):

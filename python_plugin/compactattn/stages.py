@@ -1,20 +1,23 @@
 """The stages one by one, for engines that want tables, or attention over tables of their own.
 
-Without ``out`` a stage writes to CPU memory of the package's (``numpy.asarray`` and DLPack share it).
+Without ``out`` a stage writes to new memory beside the batch: the package's own on the CPU (``numpy.asarray`` and
+DLPack share it), torch's on CUDA.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import byref, c_int64
 from typing import Any
 
-from . import _abi_step, workspace
+from . import _abi_step
 from ._abi import Dtype, Which
 from ._library import call
 from .arrays import Array
 from .batch import Batch
 from .errors import E_VALUE, invalid
+from .home import Home
 from .plan import Plan
 from .selection import Csr, Lists, Padded, Selection, Summaries, Table
 from .settings import int32
@@ -47,8 +50,9 @@ def select(
     """
     if out is None:
         sizes, heads = plan.sizes(layer), plan.desc.num_q_heads
-        scores = Array((sizes.select_rows, heads, sizes.max_blocks), Dtype.F32)
-        out = Selection(scores, Array((sizes.select_rows, heads, sizes.mask_words), Dtype.U32))
+        scores = batch.home.zeros("selection.scores", (sizes.select_rows, heads, sizes.max_blocks), Dtype.F32)
+        masks = batch.home.zeros("selection.masks", (sizes.select_rows, heads, sizes.mask_words), Dtype.U32)
+        out = Selection(scores, masks)
     means = _means(plan, batch, layer, summaries)
     call(
         "compactattn_select",
@@ -64,20 +68,20 @@ def select(
 def union(plan: Plan, batch: Batch, selection: Selection, *, layer: int = 0, out: Any = None) -> Lists:
     """Unites scores (or, without them, masks) of the rows that share a list, the way the layer's settings say."""
     sizes = plan.sizes(layer)
-    bits = Array((sizes.list_rows, sizes.mask_words), Dtype.U32) if out is None else out
+    bits = batch.home.zeros("lists", (sizes.list_rows, sizes.mask_words), Dtype.U32) if out is None else out
     # The library takes one of the two; from scores it goes the layer's own way.
     one = selection if selection.scores is None else Selection(scores=selection.scores)
     tensor, rows = view("lists", bits, writable=True).tensor, c_int64()
     where = (plan.handle, int32("layer", layer), byref(batch.struct), byref(one.struct))
     call("compactattn_union", *where, byref(tensor), byref(rows))
-    return Lists(bits.head(rows.value) if isinstance(bits, Array) else bits, rows.value)
+    return Lists(_head(bits, rows.value) if out is None else bits, rows.value)
 
 
 def table(plan: Plan, batch: Batch, lists: Lists, *, layer: int = 0, out: Table | None = None) -> Table:
     """Turns lists into rows of physical boxes, past boxes ascending, the open region last."""
     if out is None:
-        boxes = Array((lists.rows, plan.sizes(layer).max_boxes), Dtype.I32)
-        out = Table(_ints(lists.rows), _ints(lists.rows), boxes)
+        ints, rows = _ints_of(batch), lists.rows
+        out = Table(ints(rows), ints(rows), ints(rows, plan.sizes(layer).max_boxes))
     _on_lists("compactattn_table_build", plan, batch, lists, layer, out.for_writing())
     return out
 
@@ -85,8 +89,8 @@ def table(plan: Plan, batch: Batch, lists: Lists, *, layer: int = 0, out: Table 
 def export_padded(plan: Plan, batch: Batch, lists: Lists, *, layer: int = 0, out: Padded | None = None) -> Padded:
     """Whole engine pages as FlashAttention takes them: every page with a selected token, ascending, chunk last."""
     if out is None:
-        pages = Array((lists.rows, batch.block_table.shape[1]), Dtype.I32)
-        out = Padded(_ints(lists.rows), _ints(lists.rows), pages)
+        ints, rows = _ints_of(batch), lists.rows
+        out = Padded(ints(rows), ints(rows), ints(rows, batch.block_table.shape[1]))
     _on_lists("compactattn_table_export_padded", plan, batch, lists, layer, out.for_writing())
     return out
 
@@ -95,8 +99,8 @@ def export_csr(plan: Plan, batch: Batch, lists: Lists, *, layer: int = 0, out: C
     """Whole engine pages as FlashInfer takes them; ``indices`` is cut to the entries written unless given."""
     entries, given = c_int64(), out
     if out is None:
-        widest = lists.rows * batch.block_table.shape[1]
-        out = Csr(_ints(lists.rows + 1), _ints(widest), _ints(lists.rows))
+        ints, rows = _ints_of(batch), lists.rows
+        out = Csr(ints(rows + 1), ints(rows * batch.block_table.shape[1]), ints(rows))
     _on_lists(
         "compactattn_table_export_csr",
         plan,
@@ -106,7 +110,7 @@ def export_csr(plan: Plan, batch: Batch, lists: Lists, *, layer: int = 0, out: C
         out.for_writing(),
         byref(entries),
     )
-    return out if given else Csr(out.indptr, out.indices.head(entries.value), out.last_page_len)
+    return out if given else Csr(out.indptr, _head(out.indices, entries.value), out.last_page_len)
 
 
 def attend(
@@ -129,8 +133,9 @@ def attend(
     if correction is not None:
         args.lists = ctypes.pointer(view("lists", correction[0].bits).tensor)
         args.summaries = ctypes.pointer(correction[1].struct)
-    memory = scratch or workspace.of_thread(plan.sizes(layer).workspace_bytes)
-    args.workspace, args.workspace_bytes, args.stream = memory.address, memory.num_bytes, stream
+    args.stream = handle = batch.home.stream(stream)
+    memory = scratch or plan.workspace(batch, handle, layer)
+    args.workspace, args.workspace_bytes = memory.address, memory.num_bytes
     call("compactattn_attend", plan.handle, byref(args))
 
 
@@ -149,7 +154,8 @@ def combine(
     views["out"] = view("out", out, writable=True)
     if lse is not None:
         views["lse"] = view("lse", lse, writable=True)
-    args = _abi_step.CombineArgs(stream=stream, **{name: view.tensor for name, view in views.items()})
+    args = _abi_step.CombineArgs(**{name: view.tensor for name, view in views.items()})
+    args.stream = Home.of({"out": views["out"]}).stream(stream)
     call("compactattn_combine", plan.handle, byref(args))
 
 
@@ -162,13 +168,18 @@ def _means(plan: Plan, batch: Batch, layer: int, given: Summaries | None) -> Sum
     settings = plan.settings(layer)
     if given or settings.selector not in _READS_MEANS:
         return given
-    made = Summaries.empty(plan, batch.k.shape[0], layer=layer)
+    made = Summaries.empty(plan, batch.k.shape[0], layer=layer, home=batch.home)
     update_summaries(plan, batch, made, layer=layer, which="all")
     return made
 
 
-def _ints(count: int) -> Array:
-    return Array((count,), Dtype.I32)
+def _ints_of(batch: Batch) -> Callable[..., Any]:
+    return lambda *shape: batch.home.zeros("out", shape, Dtype.I32)
+
+
+def _head(rows: Any, count: int) -> Any:
+    """The first rows, in the same memory."""
+    return rows.head(count) if isinstance(rows, Array) else rows[:count]
 
 
 # The library refuses the others by name, should this set fall behind.

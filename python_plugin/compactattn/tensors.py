@@ -152,5 +152,6 @@ def _read_only(name: str) -> InvalidArgument:
     return invalid(E_VALUE, name, "writable memory", "a read-only tensor")
 
 
-_DEVICES = {1: DeviceKind.CPU, 2: DeviceKind.CUDA, 3: DeviceKind.CPU}
+# DLPack: CPU, CUDA, pinned host memory, CUDA managed memory.
+_DEVICES = {1: DeviceKind.CPU, 2: DeviceKind.CUDA, 3: DeviceKind.CPU, 13: DeviceKind.CUDA}
 _WANTED_DTYPES = "bf16, f16, f32, i32 or u32"

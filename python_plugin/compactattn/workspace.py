@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from typing import Protocol
+from typing import Any, Protocol
 
-from .arrays import Memory
+from .arrays import ITEM_BYTES, Memory
+from .tensors import view
 
 
 class Scratch(Protocol):
@@ -22,6 +24,15 @@ class Scratch(Protocol):
 
 class Workspace(Memory):
     """CPU scratch memory; one call at a time may use it."""
+
+
+class Borrowed:
+    """Scratch memory within a contiguous tensor of the caller's, on any device: one call at a time may use it."""
+
+    def __init__(self, tensor: Any) -> None:
+        self._view = view("workspace", tensor, writable=True)
+        self.address: int = self._view.tensor.data or 0
+        self.num_bytes = math.prod(self._view.shape) * ITEM_BYTES[self._view.dtype]
 
 
 def of_thread(num_bytes: int) -> Workspace:

@@ -1,6 +1,7 @@
 //! The `compactattn` command-line tool.
 
 mod attend;
+mod bench;
 mod contender;
 mod demo;
 mod doctor;
@@ -55,6 +56,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Copy some layers of a trace into a smaller file.
     Extract(extract::Args),
+    /// Time this library beside its peers on a GPU: runs tests/bench with Python.
+    Bench(bench::Args),
     /// This machine, this build, the settings in force, and a self-test.
     Doctor(doctor::Args),
     /// Name and version.
@@ -82,6 +85,7 @@ fn run(command: &Command, out: &mut impl Write) -> std::result::Result<ExitCode,
         Command::Attend(args) => attend::run(args, out)?,
         Command::Inspect(args) => inspect::run(args, out)?,
         Command::Extract(args) => extract::run(args, out)?,
+        Command::Bench(args) => return bench::run(args, out),
         Command::Doctor(args) => return doctor::run(args, out),
         Command::Version => writeln!(out, "compactattn {}", env!("CARGO_PKG_VERSION"))?,
     }

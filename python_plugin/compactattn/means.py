@@ -1,0 +1,34 @@
+"""Block means kept beside a KV pool, for selectors that read summaries: needed on CUDA, cheaper on the CPU."""
+
+from __future__ import annotations
+
+from . import stages
+from .batch import Batch
+from .plan import Plan
+from .selection import Summaries
+
+
+class BlockMeans:
+    """Owns one layer's block means for a whole pool, in the pool's own memory space.
+
+    Call :meth:`update` after every KV write and give ``summaries`` to ``forward``. The memory is made by the first
+    update, ``summary_bytes`` of the plan (twice that with ``values``, which mean correction needs).
+    """
+
+    def __init__(self, plan: Plan, *, layer: int = 0, values: bool = False) -> None:
+        self._plan, self._layer, self._values = plan, layer, values
+        self.summaries: Summaries | None = None
+
+    def update(self, batch: Batch, *, which: str = "completed") -> Summaries:
+        """Writes the means of the blocks that the step completes; ``all`` after a prefix hit or a swap-in.
+
+        The first update always writes all whole blocks of the batch's requests: there was no memory before it.
+        """
+        fresh = self.summaries is None
+        if self.summaries is None:
+            num_pages = batch.k.shape[0]
+            self.summaries = Summaries.empty(
+                self._plan, num_pages, layer=self._layer, values=self._values, home=batch.home
+            )
+        stages.update_summaries(self._plan, batch, self.summaries, layer=self._layer, which="all" if fresh else which)
+        return self.summaries

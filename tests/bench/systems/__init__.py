@@ -1,0 +1,32 @@
+"""What can be timed, by name. A system that is not here says why; it is never left out in silence."""
+
+from __future__ import annotations
+
+from systems.base import Prepared, System
+from systems.flashinfer import FlashInfer
+from systems.ours import Attend, Forward, Stage
+from systems.torch_sdpa import Sdpa
+from systems.vllm_fa3 import VllmFa3
+
+ALL: dict[str, System] = {
+    system.name: system
+    for system in (
+        Forward("ours-dense", mode="dense"),
+        Attend("ours-group", heads_per_list=0),
+        Attend("ours-head", heads_per_list=1),
+        Forward("ours-op", mode="compactattn"),
+        Forward("ours-op-flashprefill", selector="flashprefill"),
+        Stage("select"),
+        Stage("union"),
+        Stage("table"),
+        Stage("attend"),
+        Sdpa("cudnn"),
+        Sdpa("fa2"),
+        FlashInfer("fa3"),
+        FlashInfer("fa2"),
+        FlashInfer("fa3", with_plan=True),
+        VllmFa3(),
+    )
+}
+
+__all__ = ["ALL", "Prepared", "System"]

@@ -1,0 +1,186 @@
+"""CompactAttention through its Python package: the whole op, attend alone, and stage by stage."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from problem import BLOCK, Copy, Problem
+from root import ROOT
+from timing import Runner
+
+from systems.base import Prepared, Refused, System
+
+
+@functools.cache
+def package() -> Any:
+    """The installed package, else the source tree's (its library comes by --library)."""
+    import sys
+
+    try:
+        import compactattn
+    except ImportError:
+        sys.path.insert(0, str(ROOT / "python_plugin"))
+        import compactattn
+    return compactattn
+
+
+class _Ours(System):
+    def missing(self) -> str | None:
+        """Why it cannot run here."""
+        try:
+            package().Context("cuda" if torch.cuda.is_available() else "cpu")
+        except package().CompactAttnError as error:
+            return str(error)
+        return None
+
+    def _plan(self, problem: Problem, settings: Any) -> Any:
+        ours, shape = package(), problem.shape
+        desc = ours.PlanDesc(
+            num_q_heads=shape.num_q_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            page_size=problem.cell.page_size,
+            dtype="bf16",
+            max_num_reqs=shape.batch,
+            max_total_q=shape.batch * shape.chunk,
+            max_kv_len=shape.context,
+            settings=settings,
+        )
+        home = _batch(problem, problem.copies[0]).home
+        if reason := ours.Plan.supports(desc, home.context()):
+            raise Refused(reason)
+        return ours.Plan(desc, home.context())
+
+
+class Forward(_Ours):
+    """All stages in one call; block means of completed blocks are brought up to date within it where they are read."""
+
+    def __init__(self, name: str, *, mode: str = "", selector: str = "") -> None:
+        self.name, self._mode, self._selector = name, mode, selector
+
+    def prepare(self, problem: Problem) -> Prepared:
+        """Binds one call to each copy of the data."""
+        if problem.sparse:
+            raise Refused("chooses by itself what it reads")
+        settings = package().Settings
+        base = settings.mode(self._mode) if self._mode else settings.of(self._selector)
+        exact = self._mode == "dense"
+        chosen = base if exact else base.replace(**problem.question.settings)
+        plan = self._plan(problem, chosen)
+        calls = [_forward(problem, copy, plan, chosen) for copy in problem.copies]
+        return Prepared(Runner(calls), exact=exact, density=lambda: None if exact else _density(plan, problem, chosen))
+
+
+class Attend(_Ours):
+    """compactattn_attend over given tables: lists of random blocks, one a KV head or one a query head."""
+
+    def __init__(self, name: str, *, heads_per_list: int) -> None:
+        self.name, self._heads_per_list = name, heads_per_list
+
+    def prepare(self, problem: Problem) -> Prepared:
+        """Binds one call to each copy of the data."""
+        settings = (
+            package()
+            .Settings.of("external")
+            .replace(block_size=BLOCK, query_span=0, heads_per_list=self._heads_per_list, mean_correction=False)
+        )
+        plan = self._plan(problem, settings)
+        shape = problem.shape
+        lists = shape.num_q_heads if self._heads_per_list else shape.num_kv_heads
+        calls = [_attend(problem, copy, plan, _table(problem, copy, plan, lists)) for copy in problem.copies]
+        return Prepared(Runner(calls), lists=lists)
+
+
+class Stage(_Ours):
+    """One stage of mode compactattn, fed with what the stages before it gave."""
+
+    def __init__(self, stage: str) -> None:
+        self.name, self._stage = f"ours-{stage}", stage
+
+    def prepare(self, problem: Problem) -> Prepared:
+        """Binds one call to each copy of the data."""
+        if problem.sparse:
+            raise Refused("chooses by itself what it reads")
+        ours = package()
+        plan = self._plan(problem, ours.Settings.mode("compactattn").replace(**problem.question.settings))
+        calls = []
+        for copy in problem.copies:
+            batch = _batch(problem, copy)
+            scores = ours.select(plan, batch)
+            lists = ours.union(plan, batch, scores)
+            table = ours.table(plan, batch, lists)
+            steps = {
+                "select": functools.partial(ours.select, plan, batch, out=scores),
+                "union": functools.partial(ours.union, plan, batch, scores, out=lists.bits),
+                "table": functools.partial(ours.table, plan, batch, lists, out=table),
+                "attend": _attend(problem, copy, plan, table),
+            }
+            calls.append(steps[self._stage])
+        return Prepared(Runner(calls), unchecked="a stage of ours-op, whose answer is checked")
+
+
+def _batch(problem: Problem, copy: Copy) -> Any:
+    tensors = (copy.tensors.q, copy.k_cache, copy.v_cache, copy.block_table)
+    return package().Batch.of(*tensors, problem.seq_lens, problem.cu_seqlens_q)
+
+
+def _forward(problem: Problem, copy: Copy, plan: Any, settings: Any) -> Callable[[], torch.Tensor]:
+    ours, batch, out = package(), _batch(problem, copy), torch.empty_like(copy.tensors.q)
+    if settings.selector not in ("flashprefill", "pooled_mass", "two_level"):
+
+        def run() -> torch.Tensor:
+            plan.forward(batch, out)
+            return out
+
+        return run
+    means = ours.BlockMeans(plan)
+    means.update(batch)
+
+    def run_with_means() -> torch.Tensor:
+        plan.forward(batch, out, summaries=means.update(batch))
+        return out
+
+    return run_with_means
+
+
+def _attend(problem: Problem, copy: Copy, plan: Any, table: Any) -> Callable[[], torch.Tensor]:
+    ours, batch, out = package(), _batch(problem, copy), torch.empty_like(copy.tensors.q)
+
+    def run() -> torch.Tensor:
+        ours.attend(plan, batch, table, out)
+        return out
+
+    return run
+
+
+def _table(problem: Problem, copy: Copy, plan: Any, lists: int) -> Any:
+    """Boxes of the kept blocks, logical order: what compactattn_table_build would write."""
+    sizes, page, context = plan.sizes(), problem.cell.page_size, problem.shape.context
+    box, per_page = sizes.box_tokens, page // sizes.box_tokens
+    starts = torch.arange(0, context, box, device=problem.device)
+    kept = problem.kept(lists).to(problem.device)
+    rows = problem.shape.batch * lists
+    ints = {"dtype": torch.int32, "device": problem.device}
+    # What lies behind a row's count must not be read: no page has such a number.
+    boxes = torch.full((rows, sizes.max_boxes), 2**30, **ints)
+    counts, lens = torch.zeros(rows, **ints), torch.zeros(rows, **ints)
+    for row in range(rows):
+        req, which = divmod(row, lists)
+        chosen = starts[kept[req, which, starts // BLOCK]]
+        boxes[row, : len(chosen)] = copy.block_table[req, chosen // page] * per_page + (chosen % page // box).int()
+        counts[row] = len(chosen)
+        lens[row] = int((context - chosen).clamp(max=box).sum())
+    return package().Table(counts, lens, boxes)
+
+
+def _density(plan: Any, problem: Problem, settings: Any) -> float | None:
+    """Share of the context that the lists read, the open region included."""
+    past = plan.stats().density
+    if past is None:
+        return 1.0
+    block, shape = settings.block_size, problem.shape
+    open_tokens = shape.context - (shape.context - shape.chunk) // block * block
+    return float((past * (shape.context - open_tokens) + open_tokens) / shape.context)

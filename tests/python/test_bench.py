@@ -1,0 +1,152 @@
+"""The bench's own arithmetic: questions load, names are read back, answers are judged, plots are drawn. No GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+tomllib = pytest.importorskip("tomllib", reason="the bench wants Python 3.11")
+
+
+@pytest.fixture(autouse=True)
+def _modules() -> Iterator[None]:
+    # The bench's modules have short names, for it is a program: they are seen by these tests alone.
+    sys.path.insert(0, str(BENCH))
+    before = set(sys.modules)
+    yield
+    sys.path.remove(str(BENCH))
+    for name in set(sys.modules) - before:
+        if str(BENCH) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def test_every_question_loads_and_names_its_cases() -> None:
+    from shapes import Question, Shape
+
+    questions = [Question.load(path) for path in sorted((BENCH / "definitions").glob("*.toml"))]
+    assert {"dense", "sparse", "op", "contexts", "trace"} <= {question.name for question in questions}
+    for question in questions:
+        assert question.repeats >= 10 and question.warmups >= 3 and question.asks and question.cells
+        for cell in question.cells:
+            assert Shape.parse(str(cell.shape)) == cell.shape
+
+
+@pytest.mark.parametrize("name", ["h32k8_d128_b1_q1024", "h32k5_d128_b1_q16_kv64", "h8k8_d64_b1_q65_kv64", "x"])
+def test_a_shape_that_is_none_is_refused(name: str) -> None:
+    from shapes import Shape
+
+    with pytest.raises(ValueError, match=name):
+        Shape.parse(name)
+
+
+def test_an_unknown_key_is_refused(tmp_path: Path) -> None:
+    from shapes import Question
+
+    path = tmp_path / "q.toml"
+    path.write_text('question = "q"\nasks = "?"\nsystems = []\nrepeat = 3\ncases = []\n')
+    with pytest.raises(ValueError, match="repeat"):
+        Question.load(path)
+
+
+def test_plots_show_each_system_against_context(tmp_path: Path) -> None:
+    import plots
+
+    head = "question,case,system,page,density,ms_median,ms_min,ms_max,tflops,rel_err"
+    rows = [
+        f"q,h8k2_d64_b1_q64_kv{kv},{system},{page},{density},{ms},1,1,{rate},1e-3"
+        for kv in (8192, 16384)
+        for system, page, density, ms, rate in (
+            ("cudnn", 0, 1, 4.0, 600),
+            ("ours-op", 16, 0.2, 2.0, 700),
+            ("ours-select", 16, 1, 0.5, 0),
+        )
+    ]
+    (tmp_path / "q.csv").write_text("\n".join([head, *rows]))
+    written = {path.name: path.read_text() for path in plots.draw(tmp_path / "q.csv", tmp_path)}
+    assert set(written) == {f"q-h8k2_d64_b1_q64-page16-{what}.svg" for what in ("speedup", "tflops", "stages")}
+    speedup = written["q-h8k2_d64_b1_q64-page16-speedup.svg"]
+    assert ">ours-op<" in speedup and ">cudnn<" in speedup and ">select<" not in speedup
+    # 4 ms against 2 ms: the line of ours-op lies at the top of an axis that ends at 2, cudnn's half way up.
+    assert f'cy="{plots.TOP:.1f}"' in speedup
+    assert f'cy="{(plots.TOP + plots.HEIGHT - plots.BOTTOM) / 2:.1f}"' in speedup
+
+
+def problem(data: str, density: float, page_size: int, layout: str = "HND") -> Any:
+    import problem as problems
+    from shapes import Cell, Question, Shape
+
+    problems.ROTATED_BYTES = 1
+    cell = Cell(Shape.parse("h8k2_d64_b2_q256_kv2048"), page_size, density)
+    few = {"dense_below_kv_len": 0}
+    question = Question("q", "?", data, layout, (), (cell,), 10, 3, None, few, "", 0, seed=3)
+    return problems.Problem(cell, question, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "density", "page_size"),
+    [("ours-dense", 1.0, 16), ("ours-group", 0.3, 16), ("ours-head", 0.3, 64), ("ours-group", 0.5, 256)],
+)
+@pytest.mark.parametrize("data", ["random", "planted"])
+def test_ours_is_right_and_a_wrong_answer_is_found(data: str, name: str, density: float, page_size: int) -> None:
+    pytest.importorskip("torch")
+    import check
+    from systems import ALL
+
+    made = problem(data, density, page_size)
+    system = ALL[name].prepare(made)
+    out = system.rows(system.runner.calls[0]())
+    judge = {"causal": system.causal, "lists": system.lists}
+    assert check.relative_error(made, out, **judge) < check.TOLERANCE
+    # Answers to another question: the second copy's, one without the mask, one over other lists, and none.
+    assert check.relative_error(made, system.runner.calls[1](), **judge) > check.TOLERANCE
+    assert check.relative_error(made, out, causal=False, lists=system.lists) > check.TOLERANCE
+    if system.lists:
+        assert check.relative_error(made, out, causal=True, lists=0) > check.TOLERANCE
+    assert not check.relative_error(made, out * float("nan"), **judge) <= check.TOLERANCE
+
+
+def test_lists_hold_the_share_that_was_asked_for_and_the_chunk() -> None:
+    pytest.importorskip("torch")
+    kept = problem("random", 0.5, 16).kept(2)
+    assert kept.shape == (2, 2, 16) and bool((kept.sum(-1) == 8).all())
+    assert bool(kept[..., -2:].all()) and not bool((kept[:, 0] == kept[:, 1]).all())
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+def test_one_request_a_kv_head_means_the_same_attention(page_size: int) -> None:
+    torch = pytest.importorskip("torch")
+    import check
+    from systems import rows
+
+    made = problem("planted", 0.3, page_size)
+    shape, copy = made.shape, made.copies[0]
+    (k, v), q = rows.caches(made, copy), rows.pack(copy.tensors.q, shape)
+    out = torch.empty_like(q)
+    for row, pages in enumerate(rows.pages(made, copy)):
+        mine = slice(row * shape.chunk, (row + 1) * shape.chunk)
+        keys, values = (x[pages].flatten(0, 2).double() for x in (k, v))
+        logits = torch.einsum("qhd,kd->hqk", q[mine].double(), keys) * made.sm_scale
+        hidden = torch.ones(shape.chunk, len(keys), dtype=torch.bool).triu(len(keys) - shape.chunk + 1)
+        weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
+        out[mine] = torch.einsum("hqk,kd->qhd", weights, values).bfloat16()
+    answer = rows.unpack(out, shape)
+    assert check.relative_error(made, answer, causal=True, lists=shape.num_kv_heads) < check.TOLERANCE
+
+
+def test_the_op_reads_less_and_says_how_much() -> None:
+    pytest.importorskip("torch")
+    import check
+    from systems import ALL
+
+    made = problem("planted", 1.0, 16, layout="NHD")
+    for name in ("ours-op", "ours-op-flashprefill"):
+        system = ALL[name].prepare(made)
+        out = system.runner.calls[0]()
+        density = system.density()
+        assert density is not None and 0.125 < density < 1
+        assert check.TOLERANCE < check.relative_error(made, out, causal=True, lists=0) < 0.5
