@@ -62,7 +62,17 @@ __device__ __forceinline__ void copy_async(uint32_t smem, const void* global, bo
                : "memory");
 }
 
-// Waits for all of the thread's copies; others see them after a barrier.
+// Closes a group of the thread's copies.
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits for the thread's copies, all or those before the last group; others see them after a
+// barrier.
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ __forceinline__ void wait_copies_but_last() {
+  asm volatile("cp.async.wait_group 1;" ::: "memory");
+}
 
 }  // namespace compactattn::ptx

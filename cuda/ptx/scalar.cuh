@@ -10,4 +10,11 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// What follows from the result is computed no earlier than here: a compiler that moves it out of a
+// loop has it in registers throughout.
+__device__ __forceinline__ int not_before(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 }  // namespace compactattn::ptx

@@ -28,7 +28,19 @@ class Traits:
 
 
 SM90 = {128: Traits(384, 232448, 1)}
-SM80 = {64: Traits(128, 55296, 2), 96: Traits(128, 79872, 2), 128: Traits(128, 104448, 2), 256: Traits(256, 135168, 1)}
+SM80 = {  # as compiled for GPUs with 227 KB of shared memory a CTA
+    64: Traits(128, 92160, 2),
+    96: Traits(128, 79872, 2),
+    128: Traits(128, 104448, 2),
+    256: Traits(256, 202752, 1),
+}
+SM80_SMALL = {  # and with less
+    64: Traits(128, 55296, 2),
+    96: Traits(128, 53248, 2),
+    128: Traits(128, 69632, 2),
+    256: Traits(256, 101376, 1),
+}
+ARCHS = {"sm90": SM90, "sm80": SM80, "sm80small": SM80_SMALL}
 
 
 class Kernels:
@@ -36,11 +48,11 @@ class Kernels:
 
     def __init__(self, folder: Path, arch: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128) -> None:
         name = f"{NAMES[dtype]}_d{head_dim}"
-        self.maps = arch != "sm80"  # the sm_90a kernel reads through tensor maps
-        self.traits = (SM90 if self.maps else SM80)[head_dim]
-        shipped = arch in ("sm90", "sm80")
+        self.maps = not arch.startswith("sm80")  # the sm_90a kernel reads through tensor maps
+        self.traits = ARCHS.get(arch, SM90)[head_dim]
+        shipped = arch in ARCHS
         cubin = f"{arch}_{name}.cubin" if shipped else "variants.cubin"
-        entry = f"compactattn_attend_{arch}_{name}" if shipped else arch
+        entry = f"compactattn_attend_{arch[:4]}_{name}" if shipped else arch
         self.plan = Kernel(folder / "work.cubin", "compactattn_plan_work", 0)
         self.attend = Kernel(folder / cubin, entry, self.traits.shared_bytes)
         self.combine = Kernel(folder / "combine.cubin", f"compactattn_combine_{name}", 0)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from attend_case import NAMES, SM80, SM90, Case, Kernels, Shape
+from attend_case import ARCHS, NAMES, Case, Kernels, Shape
 
 BOUNDS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
 LSE_BOUND = 1e-4
@@ -75,12 +75,12 @@ def main() -> int:
     """Checks each case; the number that fail."""
     parser = argparse.ArgumentParser()
     parser.add_argument("cubins", type=Path)
-    parser.add_argument("--arch", choices=["sm90", "sm80"], default="sm90")
+    parser.add_argument("--arch", choices=list(ARCHS), default="sm90")
     parser.add_argument("--head-dims", type=int, nargs="*", help="without: all that the kernels of `arch` serve")
     parser.add_argument("--stride", type=int, default=1, help="checks one case of so many")
     args = parser.parse_args()
     failures = 0
-    for head_dim in args.head_dims or (SM90 if args.arch == "sm90" else SM80):
+    for head_dim in args.head_dims or ARCHS[args.arch]:
         kernels = {dtype: Kernels(args.cubins, args.arch, dtype, head_dim) for dtype in NAMES}
         shapes = cases() if args.arch == "sm90" else sm80_cases(head_dim)
         failures += check(kernels, itertools.islice(shapes, 0, None, args.stride), f"{args.arch} d{head_dim}")

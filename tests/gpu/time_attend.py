@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from attend_case import SMS, Case, Kernels, Shape
+from attend_case import ARCHS, SMS, Case, Kernels, Shape
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("cubins", type=Path)
     parser.add_argument("--variants", nargs="*", help="of variants.cu; without, the shipped kernel")
-    parser.add_argument("--arch", choices=["sm90", "sm80"], default="sm90")
+    parser.add_argument("--archs", nargs="+", choices=list(ARCHS), default=["sm90"])
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--spread", type=float, default=0)
     parser.add_argument("--context", type=int, default=131072)
@@ -117,12 +117,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--steady", type=float, default=0, help="seconds of back-to-back launches of each kernel")
+    parser.add_argument("--alone", action="store_true", help="without torch's kernels")
     args = parser.parse_args()
-    archs = args.variants or [args.arch]
+    archs = args.variants or args.archs
     kernels = {name: Kernels(args.cubins, name, head_dim=args.head_dim) for name in archs}
-    if args.batch == 1:
+    if args.batch == 1 and not args.alone:
         time_peers(args.chunk, args.context, (*args.heads, args.head_dim), args.steady)
-    num_ctas = SMS * next(iter(kernels.values())).traits.ctas_per_sm
+    num_ctas = SMS * max(kernel.traits.ctas_per_sm for kernel in kernels.values())
     for density in args.densities:
         for page in args.pages:
             for layout in args.layouts:

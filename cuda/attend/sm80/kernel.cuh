@@ -24,82 +24,95 @@ struct SharedStorage {
 
 // ---- copies ----
 
+// K or V of the pool, strides in chunks of 8 elements: 32 bits hold them, and a product of two is
+// one instruction.
+struct Pool {
+  const void* data;
+  uint32_t page_stride;
+  uint32_t token_stride;
+  uint32_t head_stride;
+
+  // Chunks before a token of a page.
+  __device__ __forceinline__ uint64_t at(uint32_t page, uint32_t token, uint32_t head) const {
+    return static_cast<uint64_t>(page) * page_stride + static_cast<uint64_t>(token) * token_stride +
+           static_cast<uint64_t>(head) * head_stride;
+  }
+};
+
+__device__ __forceinline__ Pool keys(const Batch& batch) {
+  return {batch.k, static_cast<uint32_t>(batch.k_page_stride >> 3),
+          static_cast<uint32_t>(batch.k_token_stride >> 3),
+          static_cast<uint32_t>(batch.k_head_stride >> 3)};
+}
+
+__device__ __forceinline__ Pool values(const Batch& batch) {
+  return {batch.v, static_cast<uint32_t>(batch.v_page_stride >> 3),
+          static_cast<uint32_t>(batch.v_token_stride >> 3),
+          static_cast<uint32_t>(batch.v_head_stride >> 3)};
+}
+
 // What a thread copies of each step: one chunk of `kLaneRows` consecutive tokens.
 template <class T>
 struct Copier {
   const AttendParams& params;
-  Stream stream;
-  int limit;  // tokens from here on are seen by no row and are zeros, for 0 * NaN is NaN
-  int row;    // of the step, the thread's first
-  bool copies;
-  bool one_box;  // the thread's rows of a step lie in one box
-  int entry;     // of the next step's first row, asked for a step ahead; -1 reads as zeros
+  int list_row;
   int kv_head;
+  int limit;  // tokens from here on are seen by no row and are zeros, for 0 * NaN is NaN
 
   __device__ __forceinline__ Copier(const AttendParams& params, const Piece& piece)
-      : params(params), stream(piece.stream) {
-    limit = stream.visible + piece.item.num_tokens - 1;
-    row = threadIdx.x / T::kRowLanes * T::kLaneRows;
-    copies = threadIdx.x % T::kRowLanes < T::kChunks;
-    one_box = 1 << params.log2_box_tokens >= T::kLaneRows;
-    kv_head = piece.item.kv_head;
+      : params(params), list_row(piece.item.list_row), kv_head(piece.item.kv_head) {
+    limit = piece.stream.visible + piece.item.num_tokens - 1;
   }
 
-  // The entry that holds `token` of the stream.
+  // The entry that holds `token` of the stream; -1 reads as zeros.
   __device__ __forceinline__ int entry_at(int token) const {
-    return token >= 0 && token < limit ? __ldg(stream.boxes + (token >> params.log2_box_tokens))
-                                       : -1;
+    if (token < 0 || token >= limit) return -1;
+    const Work& work = params.work;
+    return __ldg(work.boxes + static_cast<int64_t>(list_row) * work.max_boxes +
+                 (token >> params.log2_box_tokens));
   }
 
-  __device__ __forceinline__ void prefetch(int step) { entry = entry_at(step * T::kTokens + row); }
+  // That of the thread's first row.
+  __device__ __forceinline__ int entry_of(int step) const {
+    return entry_at(step * T::kTokens +
+                    static_cast<int>(threadIdx.x) / T::kRowLanes * T::kLaneRows);
+  }
 
-  // `rows` tokens from `token` on, all in the box of `entry`.
+  // `kRows` tokens from `token` on, all in the box of `entry`.
   template <int kRows>
-  __device__ __forceinline__ void copy_rows(uint32_t k_smem, uint32_t v_smem, int token,
+  __device__ __forceinline__ void copy_rows(const Pool& pool, uint32_t smem, int token,
                                             int entry) const {
-    const Batch& batch = params.batch;
     const int some = max(entry, 0);
-    const int64_t page = some >> params.log2_boxes_per_page;
+    const int page = some >> params.log2_boxes_per_page;
     const int part = some & ((1 << params.log2_boxes_per_page) - 1);
-    const int64_t within =
+    const int within =
         (part << params.log2_box_tokens) + (token & ((1 << params.log2_box_tokens) - 1));
-    const int64_t chunk = threadIdx.x % T::kRowLanes * 8;
-    const uint8_t* from_k = static_cast<const uint8_t*>(batch.k) +
-                            2 * (page * batch.k_page_stride + within * batch.k_token_stride +
-                                 kv_head * batch.k_head_stride + chunk);
-    const uint8_t* from_v = static_cast<const uint8_t*>(batch.v) +
-                            2 * (page * batch.v_page_stride + within * batch.v_token_stride +
-                                 kv_head * batch.v_head_stride + chunk);
+    const uint4* from = static_cast<const uint4*>(pool.data) + pool.at(page, within, kv_head) +
+                        threadIdx.x % T::kRowLanes;
     const int exist = entry < 0 ? 0 : limit - token;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      ptx::copy_async(k_smem + r * T::kRowBytes, from_k, r < exist);
-      from_k += 2 * batch.k_token_stride;
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      ptx::copy_async(v_smem + r * T::kRowBytes, from_v, r < exist);
-      from_v += 2 * batch.v_token_stride;
+      ptx::copy_async(smem + r * T::kRowBytes, from, r < exist);
+      from += pool.token_stride;
     }
   }
 
-  // K and V of one step, and the entry of the step before it in the stream.
-  __device__ __forceinline__ void copy(const uint8_t* k_tile, const uint8_t* v_tile, int step) {
+  // One step; `entry` is that of the thread's first row.
+  __device__ __forceinline__ void copy(const Pool& pool, const uint8_t* tile, int step,
+                                       int entry) const {
+    const int thread = ptx::not_before(threadIdx.x);
+    const int row = thread / T::kRowLanes * T::kLaneRows, chunk = thread % T::kRowLanes;
+    if (chunk >= T::kChunks) return;
     const int token = step * T::kTokens + row;
-    const int at = row * T::kRowBytes + threadIdx.x % T::kRowLanes * 16;
-    const uint32_t k_smem = ptx::shared_address(k_tile) + at;
-    const uint32_t v_smem = ptx::shared_address(v_tile) + at;
-    if (!copies) return;
-    if (one_box) {
-      copy_rows<T::kLaneRows>(k_smem, v_smem, token, entry);
+    const uint32_t smem = ptx::shared_address(tile) + row * T::kRowBytes + chunk * 16;
+    if (1 << params.log2_box_tokens >= T::kLaneRows) {  // the thread's rows lie in one box
+      copy_rows<T::kLaneRows>(pool, smem, token, entry);
     } else {
 #pragma unroll 1
       for (int r = 0; r < T::kLaneRows; ++r) {
-        const int to = r * T::kRowBytes;
-        copy_rows<1>(k_smem + to, v_smem + to, token + r, entry_at(token + r));
+        copy_rows<1>(pool, smem + r * T::kRowBytes, token + r, entry_at(token + r));
       }
     }
-    prefetch(step - 1);
   }
 };
 
@@ -124,26 +137,31 @@ __device__ __forceinline__ void copy_queries(const AttendParams& params, const W
 
 // ---- products ----
 
-// Where a thread's lane points for each operand; rows and columns of a step are constants further.
+// Where a thread points for each operand; rows and columns of a step are constants further.
+// Computed in each step: through the loop they would cost registers that O needs.
 template <class T>
 struct Operands {
   uint32_t q;  // left, 16 x 16
   uint32_t k;  // right, two of 8 tokens x 16
   uint32_t v;  // right and transposed, 16 tokens x two of 8
 
-  __device__ __forceinline__ explicit Operands(const SharedStorage<T>& smem) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  __device__ __forceinline__ Operands(const SharedStorage<T>& smem, int stage) {
+    const int thread = ptx::not_before(threadIdx.x);
+    const int lane = thread % 32, warp = thread / 32;
     const int straight = lane % 16 * T::kRowBytes + lane / 16 * 16;
     q = ptx::shared_address(smem.q) + warp * T::kWarpRows * T::kRowBytes + straight;
-    k = ptx::shared_address(smem.k) + (lane / 16 * 8 + lane % 8) * T::kRowBytes + lane / 8 % 2 * 16;
-    v = ptx::shared_address(smem.v) + straight;
+    k = ptx::shared_address(smem.k[stage]) + (lane / 16 * 8 + lane % 8) * T::kRowBytes +
+        lane / 8 % 2 * 16;
+    v = ptx::shared_address(smem.v[stage]) + straight;
   }
 };
 
+template <class T>
+using Scores = float[T::kBlocks][T::kTokens / 2];
+
 // S = Q K^T.
 template <class T>
-__device__ __forceinline__ void scores(float (&s)[T::kBlocks][T::kTokens / 2], uint32_t q,
-                                       uint32_t k) {
+__device__ __forceinline__ void multiply_keys(Scores<T>& s, uint32_t q, uint32_t k) {
 #pragma unroll
   for (int b = 0; b < T::kBlocks; ++b) {
 #pragma unroll
@@ -170,9 +188,9 @@ __device__ __forceinline__ void scores(float (&s)[T::kBlocks][T::kTokens / 2], u
 
 // O += P V.
 template <class T>
-__device__ __forceinline__ void values(float (&o)[T::kBlocks][T::kHeadDim / 2],
-                                       const uint32_t (&p)[T::kBlocks][T::kTokens / 16][4],
-                                       uint32_t v) {
+__device__ __forceinline__ void multiply_values(float (&o)[T::kBlocks][T::kHeadDim / 2],
+                                                const uint32_t (&p)[T::kBlocks][T::kTokens / 16][4],
+                                                uint32_t v) {
 #pragma unroll
   for (int step = 0; step < T::kTokens / 16; ++step) {
 #pragma unroll
@@ -196,82 +214,157 @@ struct Rows {
   RowState state[T::kBlocks];
 };
 
-// Scores of one block of 16 rows to P; moves O where the maxima rose.
-template <class T>
-__device__ __forceinline__ void soften(float (&s)[T::kTokens / 2], float scale, RowState& state,
-                                       float (&o)[T::kHeadDim / 2],
-                                       uint32_t (&p)[T::kTokens / 16][4]) {
-  float top[2], factor[2];
-  tile_max(s, top);
-  if (raise_max<T>(top, scale, state, factor)) rescale(o, factor);
-  exponentiate<true>(s, scale, state);
-  pack<typename T::Element>(s, p);
-}
+// Columns of a step that the tile's first and last query tokens see.
+struct Sight {
+  int first;
+  int last;
+  int heads_per_list;
+};
 
-// Drops what the rows of a block may not see of the step at `column`.
+// Drops what the rows of a block may not see.
 template <class T>
-__device__ __forceinline__ void mask_block(float (&s)[T::kTokens / 2], const Piece& piece,
-                                           int heads_per_list, int row, int column) {
-  int visible[2];
+__device__ __forceinline__ void mask_block(float (&s)[T::kTokens / 2], const Sight& sight,
+                                           int block) {
+  const int thread = threadIdx.x;
+  const int row = thread / 32 * T::kWarpRows + thread % 32 / 4 + 16 * block;
+  int mine[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const QueryRow mine = query_row(piece.item, heads_per_list, row + 8 * r);
-    const int token = min(mine.token, piece.item.num_tokens - 1);
-    visible[r] = piece.stream.visible + token - column - static_cast<int>(threadIdx.x % 4 * 2);
+    const int token = (row + 8 * r) / sight.heads_per_list;
+    mine[r] = min(sight.first + token, sight.last) - thread % 4 * 2;
   }
-  mask_scores(s, visible);
+  mask_scores(s, mine);
 }
 
-// `stage` is the buffer to fill next; all threads have left it.
+// Scores of one step to P, masked where rows differ in what they see; moves O where maxima rose.
 template <class T>
-__device__ __forceinline__ void attend_piece(const AttendParams& params, const Piece& piece,
-                                             SharedStorage<T>& smem, int& stage, Rows<T>& rows) {
-  constexpr int kSteps = kTileTokens / T::kTokens;  // a tile
-  const float scale = params.sm_scale * kLog2E;
-  const int row = threadIdx.x / 32 * T::kWarpRows + threadIdx.x % 32 / 4;
-  const Operands<T> at(smem);
-  Copier<T> copier(params, piece);
-  const int first = piece.begin * kSteps;
-  int step = min(piece.end * kSteps, (copier.limit + T::kTokens - 1) / T::kTokens) - 1;
-  copier.prefetch(step);
-  copy_queries<T>(params, piece.item, smem.q);
-  copier.copy(smem.k[stage], smem.v[stage], step);
-#pragma unroll 1
-  for (; step >= first; --step) {
-    const uint32_t tile = stage * T::kKvTileBytes;
-    stage ^= 1;
-    ptx::wait_copies();
-    __syncthreads();
-    if (step > first) copier.copy(smem.k[stage], smem.v[stage], step - 1);
-    float s[T::kBlocks][T::kTokens / 2];
-    uint32_t p[T::kBlocks][T::kTokens / 16][4];
-    scores<T>(s, at.q, at.k + tile);
-    const int column = step * T::kTokens;
+__device__ __forceinline__ void soften(float sm_scale, const Sight& sight, Scores<T>& s,
+                                       Rows<T>& rows,
+                                       uint32_t (&p)[T::kBlocks][T::kTokens / 16][4]) {
+  const float scale = sm_scale * kLog2E;
 #pragma unroll
-    for (int b = 0; b < T::kBlocks; ++b) {
-      if (column + T::kTokens > piece.stream.visible) {
-        mask_block<T>(s[b], piece, params.work.heads_per_list, row + 16 * b, column);
-      }
-      soften<T>(s[b], scale, rows.state[b], rows.o[b], p[b]);
-    }
-    values<T>(rows.o, p, at.v + tile);
+  for (int b = 0; b < T::kBlocks; ++b) {
+    if (sight.first < T::kTokens) mask_block<T>(s[b], sight, b);
+    float top[2], factor[2];
+    tile_max(s[b], top);
+    if (raise_max<T>(top, scale, rows.state[b], factor)) rescale(rows.o[b], factor);
+    exponentiate<true>(s[b], scale, rows.state[b]);
+    pack<typename T::Element>(s[b], p[b]);
   }
 }
+
+// Steps of one piece, last first. With two buffers each, K and V of the next step arrive during the
+// whole of this one. With one, V arrives during Q K^T and the exponentials, the next K from there.
+template <class T>
+struct Walk {
+  static constexpr bool kTwo = T::kStages == 2;
+  const AttendParams& params;
+  SharedStorage<T>& smem;
+  Copier<T> copier;
+  int visible;  // columns that the tile's first query token sees
+  int& stage;   // the buffer that is read
+  int first;
+  int step;
+  int entry;  // of the next step that is copied, asked for a step ahead
+
+  __device__ __forceinline__ Walk(const AttendParams& params, const Piece& piece,
+                                  SharedStorage<T>& smem, int& stage)
+      : params(params),
+        smem(smem),
+        copier(params, piece),
+        visible(piece.stream.visible),
+        stage(stage) {
+    constexpr int kSteps = kTileTokens / T::kTokens;  // a tile
+    first = piece.begin * kSteps;
+    step = min(piece.end * kSteps, (copier.limit + T::kTokens - 1) / T::kTokens) - 1;
+  }
+
+  __device__ __forceinline__ void copy_keys(int buffer, int of) const {
+    copier.copy(keys(params.batch), smem.k[buffer], of, entry);
+  }
+  __device__ __forceinline__ void copy_values(int buffer, int of) const {
+    copier.copy(values(params.batch), smem.v[buffer], of, entry);
+  }
+
+  // Other warps may still be at the last piece's last step: `stage`, with one buffer K, is not in
+  // it any more, and each warp copies its own queries.
+  __device__ __forceinline__ void begin(const WorkItem& item) {
+    entry = copier.entry_of(step);
+    copy_queries<T>(params, item, smem.q);
+    copy_keys(stage, step);
+    if constexpr (kTwo) {
+      copy_values(stage, step);
+      entry = copier.entry_of(step - 1);
+    }
+  }
+
+  // K of the step is there for all, and V too with two buffers; what others have left is filled.
+  __device__ __forceinline__ void arrive() {
+    ptx::wait_copies();
+    __syncthreads();
+    if constexpr (kTwo) {
+      if (step == first) return;
+      copy_keys(stage ^ 1, step - 1);
+      copy_values(stage ^ 1, step - 1);
+      entry = copier.entry_of(step - 2);
+    } else {
+      copy_values(0, step);
+      ptx::commit_copies();
+      entry = copier.entry_of(step - 1);
+    }
+  }
+
+  // K of the step is not needed any more.
+  __device__ __forceinline__ void leave_keys() const {
+    if constexpr (kTwo) return;
+    __syncthreads();
+    if (step > first) copy_keys(0, step - 1);
+    ptx::commit_copies();
+  }
+
+  __device__ __forceinline__ void await_values() const {
+    if constexpr (kTwo) return;
+    ptx::wait_copies_but_last();
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void run(const WorkItem& item, Rows<T>& rows) {
+    begin(item);
+#pragma unroll 1
+    for (; step >= first; --step) {
+      Scores<T> s;
+      uint32_t p[T::kBlocks][T::kTokens / 16][4];
+      arrive();
+      const Operands<T> at(smem, stage);
+      multiply_keys<T>(s, at.q, at.k);
+      leave_keys();
+      const int column = step * T::kTokens;
+      const Sight sight{visible - column, copier.limit - column, params.work.heads_per_list};
+      soften<T>(params.sm_scale, sight, s, rows, p);
+      await_values();
+      multiply_values<T>(rows.o, p, Operands<T>(smem, stage).v);
+      if constexpr (kTwo) stage ^= 1;
+    }
+  }
+};
 
 template <class T>
 __device__ __forceinline__ void attend(const AttendParams& params) {
   extern __shared__ __align__(16) uint8_t bytes[];
   SharedStorage<T>& smem = *reinterpret_cast<SharedStorage<T>*>(bytes);
   static_assert(sizeof(smem) == T::kSharedBytes);
-  const int row = threadIdx.x / 32 * T::kWarpRows + threadIdx.x % 32 / 4;
-  const Pieces pieces(params.work);
   int stage = 0;
-  for (int i = 0; i < pieces.count; ++i) {
-    const Piece piece = pieces.at(params.work, i);
+  // Cuts and items are read again after the walk: what holds them would cost O registers.
+  for (int i = 0; i < Pieces(params.work).count; ++i) {
     Rows<T> rows = {};
 #pragma unroll
     for (int b = 0; b < T::kBlocks; ++b) reset(rows.state[b]);
-    if (piece.end > piece.begin) attend_piece<T>(params, piece, smem, stage, rows);
+    {
+      const Piece piece = Pieces(params.work).at(params.work, i);
+      if (piece.end > piece.begin) Walk<T>(params, piece, smem, stage).run(piece.item, rows);
+    }
+    const Piece piece = Pieces(params.work).at(params.work, i);
+    const int row = threadIdx.x / 32 * T::kWarpRows + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int b = 0; b < T::kBlocks; ++b) {
       if (piece.slot < 0) {

@@ -10,7 +10,7 @@
 namespace compactattn::sm80 {
 
 // `kWarps` warps of `kBlocks` blocks of 16 query rows walk the stream `kTokens` at a time.
-template <class E, int kDim, int kWarps_, int kTokens_, int kCtasPerSm_>
+template <class E, int kDim, int kWarps_, int kTokens_, int kStages_>
 struct Tile {
   using Element = E;  // __nv_bfloat16 or __half
   static constexpr int kHeadDim = kDim;
@@ -20,9 +20,9 @@ struct Tile {
   static constexpr int kWarpRows = kRows / kWarps;
   static constexpr int kBlocks = kWarpRows / 16;
   static constexpr int kTokens = kTokens_;
-  static constexpr int kCtasPerSm = kCtasPerSm_;
-  static constexpr int kStages = 2;         // one is read while the other is filled
-  static constexpr int kChunks = kDim / 8;  // of 16 bytes, a row
+  static constexpr int kStages = kStages_;       // buffers of K and of V, 1 or 2
+  static constexpr int kCtasPerSm = 8 / kWarps;  // 255 registers a thread
+  static constexpr int kChunks = kDim / 8;       // of 16 bytes, a row
   // An odd number of chunks: eight rows below each other then lie in different banks, as with a
   // swizzle, and all addresses are a constant apart.
   static constexpr int kRowBytes = 16 * (kChunks + 1);
@@ -37,17 +37,35 @@ struct Tile {
   static_assert(kLaneRows >= 1 && (kLaneRows & (kLaneRows - 1)) == 0);
 };
 
+// A CTA may have 227 KB of shared memory on sm_90, where these tiles were measured; 163 KB on
+// sm_80, 99 KB on sm_86, sm_89 and sm_120: elsewhere the tiles fit the least of these.
+#ifndef COMPACTATTN_ROOMY
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 9
+#define COMPACTATTN_ROOMY 1
+#else
+#define COMPACTATTN_ROOMY 0
+#endif
+#endif
+constexpr bool kRoomy = COMPACTATTN_ROOMY;
+
 // 32 rows a warp where the registers hold them: K and V fragments then serve two products each, and
-// shared memory is read half as often.
+// shared memory is read half as often. Shorter steps, and Q K^T beside exponentials in one warp,
+// were slower (tests/bench/record/h100).
 template <class E, int kHeadDim>
 struct TileOf;
 template <class E>
-struct TileOf<E, 64> : Tile<E, 64, 4, 64, 2> {};
+struct TileOf<E, 64> : Tile<E, 64, 4, 128, kRoomy ? 2 : 1> {};
 template <class E>
-struct TileOf<E, 96> : Tile<E, 96, 4, 64, 2> {};
+struct TileOf<E, 96> : Tile<E, 96, 4, 64, kRoomy ? 2 : 1> {};
 template <class E>
-struct TileOf<E, 128> : Tile<E, 128, 4, 64, 2> {};
+struct TileOf<E, 128> : Tile<E, 128, 4, 64, kRoomy ? 2 : 1> {};
 template <class E>
-struct TileOf<E, 256> : Tile<E, 256, 8, 32, 1> {};
+struct TileOf<E, 256> : Tile<E, 256, 8, kRoomy ? 64 : 32, kRoomy ? 2 : 1> {};
+
+// What host code asks for at launch.
+static_assert(TileOf<__half, 64>::kSharedBytes == (kRoomy ? 92160 : 55296));
+static_assert(TileOf<__half, 96>::kSharedBytes == (kRoomy ? 79872 : 53248));
+static_assert(TileOf<__half, 128>::kSharedBytes == (kRoomy ? 104448 : 69632));
+static_assert(TileOf<__half, 256>::kSharedBytes == (kRoomy ? 202752 : 101376));
 
 }  // namespace compactattn::sm80
