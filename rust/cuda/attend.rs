@@ -34,6 +34,8 @@ pub(crate) struct Kernel {
     pub(crate) combine: &'static str,
     threads: u32,
     shared_bytes: u32,
+    /// The same in images for other GPUs than 9.0.
+    small_shared_bytes: u32,
     ctas_per_sm: usize,
     /// Takes three tensor maps before its parameters.
     copies_by_maps: bool,
@@ -58,7 +60,15 @@ impl Kernel {
 
     /// CTAs of a launch: as many as the device holds at once.
     pub(crate) fn num_ctas(&self, context: &Context) -> usize {
-        (context.num_sms() * self.ctas_per_sm).min(MAX_CTAS)
+        let properties = context.device().properties();
+        let bytes = self.shared_bytes_on(context) + CTA_SHARED_BYTES;
+        let fit = (properties.max_shared_bytes + CTA_SHARED_BYTES) / bytes;
+        (context.num_sms() * self.ctas_per_sm.min(fit.max(1) as usize)).min(MAX_CTAS)
+    }
+
+    fn shared_bytes_on(&self, context: &Context) -> u32 {
+        let is_hopper = context.device().properties().capability == (9, 0);
+        if is_hopper { self.shared_bytes } else { self.small_shared_bytes }
     }
 
     /// Launches attend over the lists in `scratch`, and combine.
@@ -68,7 +78,8 @@ impl Kernel {
     pub(crate) fn launch(&self, context: &Context, stream: Stream, call: &Call) -> Result<()> {
         let params = call.params();
         let num_ctas = call.scratch.stages.num_ctas.cast_unsigned();
-        let grid = Grid { blocks: [num_ctas, 1, 1], threads: self.threads, shared_bytes: self.shared_bytes };
+        let shared_bytes = self.shared_bytes_on(context);
+        let grid = Grid { blocks: [num_ctas, 1, 1], threads: self.threads, shared_bytes };
         if self.copies_by_maps {
             let maps = call.maps(context)?;
             let args = [Arg::of(&maps[0]), Arg::of(&maps[1]), Arg::of(&maps[2]), Arg::of(&params)];
@@ -185,6 +196,8 @@ const MAP_COLUMNS: usize = 64;
 const MAP_TOKENS: usize = 128;
 /// An atom of the swizzle.
 const MIN_MAP_TOKENS: usize = 8;
+/// What a CTA takes of its SM's shared memory beside its own.
+const CTA_SHARED_BYTES: u32 = 1024;
 /// What cuda/plan/work.cu cuts for.
 const MAX_CTAS: usize = 1024;
 
@@ -203,23 +216,34 @@ static KERNELS: &[(Dtype, usize, Kernel)] = &[
 ];
 
 const fn sm90(name: &'static str, combine: &'static str) -> Kernel {
-    Kernel { name, combine, threads: 384, shared_bytes: 232_448, ctas_per_sm: 1, copies_by_maps: true }
+    let (threads, shared_bytes) = (384, 232_448);
+    Kernel {
+        name,
+        combine,
+        threads,
+        shared_bytes,
+        small_shared_bytes: shared_bytes,
+        ctas_per_sm: 1,
+        copies_by_maps: true,
+    }
 }
 
 const fn sm80(name: &'static str, combine: &'static str, tile: Tile) -> Kernel {
-    let Tile { threads, shared_bytes, ctas_per_sm } = tile;
-    Kernel { name, combine, threads, shared_bytes, ctas_per_sm, copies_by_maps: false }
+    let Tile { threads, shared_bytes, small_shared_bytes, ctas_per_sm } = tile;
+    Kernel { name, combine, threads, shared_bytes, small_shared_bytes, ctas_per_sm, copies_by_maps: false }
 }
 
-/// What cuda/attend/sm80/traits.h says of one head_dim.
+/// What cuda/attend/sm80/traits.h says of one head_dim: of the image for 9.0, which buffers K and V twice, and of the
+/// others.
 #[derive(Clone, Copy)]
 struct Tile {
     threads: u32,
     shared_bytes: u32,
+    small_shared_bytes: u32,
     ctas_per_sm: usize,
 }
 
-const D64: Tile = Tile { threads: 128, shared_bytes: 55_296, ctas_per_sm: 2 };
-const D96: Tile = Tile { threads: 128, shared_bytes: 79_872, ctas_per_sm: 2 };
-const D128: Tile = Tile { threads: 128, shared_bytes: 104_448, ctas_per_sm: 2 };
-const D256: Tile = Tile { threads: 256, shared_bytes: 135_168, ctas_per_sm: 1 };
+const D64: Tile = Tile { threads: 128, shared_bytes: 92_160, small_shared_bytes: 55_296, ctas_per_sm: 2 };
+const D96: Tile = Tile { threads: 128, shared_bytes: 79_872, small_shared_bytes: 53_248, ctas_per_sm: 2 };
+const D128: Tile = Tile { threads: 128, shared_bytes: 104_448, small_shared_bytes: 69_632, ctas_per_sm: 2 };
+const D256: Tile = Tile { threads: 256, shared_bytes: 202_752, small_shared_bytes: 101_376, ctas_per_sm: 1 };
