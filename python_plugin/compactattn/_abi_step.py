@@ -21,6 +21,9 @@ class Batch(Versioned):
         ("cu_seqlens_q", Tensor),
         ("seq_lens", Tensor),
         ("block_table", Tensor),
+        ("stream", c_void_p),
+        ("workspace", c_void_p),
+        ("workspace_bytes", c_int64),
     ]
 
 
@@ -138,4 +141,5 @@ class Stats(Versioned):
         ("forced", c_int64),
         ("guarded", c_int64),
         ("dense", c_int64),
+        ("refused", c_int64),
     ]

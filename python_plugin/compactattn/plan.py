@@ -40,8 +40,9 @@ class PlanDesc:
     num_layers: int = 1
     # Settings of single layers: num_layers entries, None = settings.
     layer_settings: tuple[Settings | None, ...] = ()
-    # KV splits of every list, 1..64.
-    num_splits: int = 1
+    # KV splits of every list, 1..64 (CUDA: 1). 0: 1 on the CPU, and on CUDA equal shares for all processors, with which
+    # the last bits of a result may depend on the rest of the batch.
+    num_splits: int = 0
     # Safetensors file with the weights of selector attn_gate.
     gate_weights_path: str | None = None
     rope_inv_freq: tuple[float, ...] = ()
@@ -100,6 +101,7 @@ class Stats:
     forced: int = 0
     guarded: int = 0
     dense: int = 0
+    refused: int = 0
 
     @property
     def density(self) -> float | None:
@@ -211,6 +213,22 @@ class Plan:
             found = self._scratch[stream] = Borrowed(words)
         return found
 
+    def placed(
+        self, batch: Batch, stream: int | None, layer: int = 0, *, works: bool = True
+    ) -> tuple[_abi_step.Batch, Scratch | None]:
+        """The batch for a stage called by itself: on CUDA with stream and, if it ``works`` in one, a workspace.
+
+        The second is what the first points to.
+        """
+        if batch.home.on_cpu:
+            return batch.struct, None
+        struct = _abi_step.Batch.from_buffer_copy(batch.struct)
+        struct.stream = handle = batch.home.stream(stream)
+        memory = self.workspace(batch, handle, layer) if works else None
+        if memory:
+            struct.workspace, struct.workspace_bytes = memory.address, memory.num_bytes
+        return struct, memory
+
     def _workspace_bytes(self, layer: int, settings: Settings | None) -> int:
         # Threads may both ask and both write the same number.
         if (layer, settings) not in self._bytes:
@@ -238,4 +256,4 @@ _INTS = [
     "attention_sinks",
     "alibi",
 ]
-_STATS = ["calls", "lists", "candidates", "selected", "forced", "guarded", "dense"]
+_STATS = ["calls", "lists", "candidates", "selected", "forced", "guarded", "dense", "refused"]

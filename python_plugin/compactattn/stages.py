@@ -26,12 +26,19 @@ from .workspace import Scratch
 
 
 def update_summaries(
-    plan: Plan, batch: Batch, summaries: Summaries, *, layer: int = 0, which: str = "completed"
+    plan: Plan,
+    batch: Batch,
+    summaries: Summaries,
+    *,
+    layer: int = 0,
+    which: str = "completed",
+    stream: int | None = None,
 ) -> None:
     """Writes block means: of the blocks this step's tokens complete (``completed``), or of ``all`` whole blocks."""
     if which.upper() not in Which.__members__:
         raise invalid(E_VALUE, "which", "completed|all", repr(which))
-    where = (plan.handle, int32("layer", layer), byref(batch.struct))
+    struct, _ = plan.placed(batch, stream, layer, works=False)
+    where = (plan.handle, int32("layer", layer), byref(struct))
     call("compactattn_summaries_update", *where, Which[which.upper()], summaries.for_writing())
 
 
@@ -42,6 +49,7 @@ def select(
     layer: int = 0,
     summaries: Summaries | None = None,
     out: Selection | None = None,
+    stream: int | None = None,
 ) -> Selection:
     """Scores every past block; keeps blocks row by row into masks.
 
@@ -53,36 +61,51 @@ def select(
         scores = batch.home.zeros("selection.scores", (sizes.select_rows, heads, sizes.max_blocks), Dtype.F32)
         masks = batch.home.zeros("selection.masks", (sizes.select_rows, heads, sizes.mask_words), Dtype.U32)
         out = Selection(scores, masks)
-    means = _means(plan, batch, layer, summaries)
+    means = _means(plan, batch, (layer, stream), summaries)
+    struct, _memory = plan.placed(batch, stream, layer)
     call(
         "compactattn_select",
         plan.handle,
         int32("layer", layer),
-        byref(batch.struct),
+        byref(struct),
         byref(means.struct) if means else None,
         out.for_writing(),
     )
     return out
 
 
-def union(plan: Plan, batch: Batch, selection: Selection, *, layer: int = 0, out: Any = None) -> Lists:
-    """Unites scores (or, without them, masks) of the rows that share a list, the way the layer's settings say."""
+def union(
+    plan: Plan, batch: Batch, selection: Selection, *, layer: int = 0, out: Any = None, stream: int | None = None
+) -> Lists:
+    """Unites scores (or, without them, masks) of the rows that share a list, the way the layer's settings say.
+
+    On CUDA, where lengths are on the device, ``rows`` is the most that such a batch can have.
+    """
     sizes = plan.sizes(layer)
     bits = batch.home.zeros("lists", (sizes.list_rows, sizes.mask_words), Dtype.U32) if out is None else out
     # The library takes one of the two; from scores it goes the layer's own way.
     one = selection if selection.scores is None else Selection(scores=selection.scores)
     tensor, rows = view("lists", bits, writable=True).tensor, c_int64()
-    where = (plan.handle, int32("layer", layer), byref(batch.struct), byref(one.struct))
+    struct, _memory = plan.placed(batch, stream, layer)
+    where = (plan.handle, int32("layer", layer), byref(struct), byref(one.struct))
     call("compactattn_union", *where, byref(tensor), byref(rows))
     return Lists(_head(bits, rows.value) if out is None else bits, rows.value)
 
 
-def table(plan: Plan, batch: Batch, lists: Lists, *, layer: int = 0, out: Table | None = None) -> Table:
+def table(
+    plan: Plan,
+    batch: Batch,
+    lists: Lists,
+    *,
+    layer: int = 0,
+    out: Table | None = None,
+    stream: int | None = None,
+) -> Table:
     """Turns lists into rows of physical boxes, past boxes ascending, the open region last."""
     if out is None:
         ints, rows = _ints_of(batch), lists.rows
         out = Table(ints(rows), ints(rows), ints(rows, plan.sizes(layer).max_boxes))
-    _on_lists("compactattn_table_build", plan, batch, lists, layer, out.for_writing())
+    _on_lists("compactattn_table_build", plan, batch, lists, (layer, stream), out.for_writing())
     return out
 
 
@@ -91,7 +114,7 @@ def export_padded(plan: Plan, batch: Batch, lists: Lists, *, layer: int = 0, out
     if out is None:
         ints, rows = _ints_of(batch), lists.rows
         out = Padded(ints(rows), ints(rows), ints(rows, batch.block_table.shape[1]))
-    _on_lists("compactattn_table_export_padded", plan, batch, lists, layer, out.for_writing())
+    _on_lists("compactattn_table_export_padded", plan, batch, lists, (layer, None), out.for_writing())
     return out
 
 
@@ -106,7 +129,7 @@ def export_csr(plan: Plan, batch: Batch, lists: Lists, *, layer: int = 0, out: C
         plan,
         batch,
         lists,
-        layer,
+        (layer, None),
         out.for_writing(),
         byref(entries),
     )
@@ -159,17 +182,20 @@ def combine(
     call("compactattn_combine", plan.handle, byref(args))
 
 
-def _on_lists(function: str, plan: Plan, batch: Batch, lists: Lists, layer: int, *outputs: Any) -> None:
+def _on_lists(function: str, plan: Plan, batch: Batch, lists: Lists, at: tuple[int, int | None], *outputs: Any) -> None:
+    layer, stream = at
     tensor = view("lists", lists.bits).tensor
-    call(function, plan.handle, int32("layer", layer), byref(batch.struct), byref(tensor), *outputs)
+    struct, _memory = plan.placed(batch, stream, layer)
+    call(function, plan.handle, int32("layer", layer), byref(struct), byref(tensor), *outputs)
 
 
-def _means(plan: Plan, batch: Batch, layer: int, given: Summaries | None) -> Summaries | None:
+def _means(plan: Plan, batch: Batch, at: tuple[int, int | None], given: Summaries | None) -> Summaries | None:
+    layer, stream = at
     settings = plan.settings(layer)
     if given or settings.selector not in _READS_MEANS:
         return given
     made = Summaries.empty(plan, batch.k.shape[0], layer=layer, home=batch.home)
-    update_summaries(plan, batch, made, layer=layer, which="all")
+    update_summaries(plan, batch, made, layer=layer, which="all", stream=stream)
     return made
 
 
