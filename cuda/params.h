@@ -150,40 +150,50 @@ struct WorkItem {
   int32_t tokens_after;  // tokens of the list's span after `q_token`: it sees stream_len -
                          // tokens_after columns
   int32_t num_heads;     // 1 .. heads_per_list
-  int32_t reserved;
+  int32_t stream_len;    // KV tokens of the list, no more than its boxes hold
 };
 static_assert(sizeof(WorkItem) == 32, "");
 
-// Where one CTA's share of the items ends and the next one's starts: `tiles` of `item` are done
-// before the cut, counted from the stream's end. 0 <= tiles < tiles of the item; the last cut is
-// {num_items, 0}.
+// Where the shares of two CTAs of attend meet: `tiles` of `item` are done before the cut, counted
+// from the stream's end. 0 <= tiles < tiles of the item; the last cut is {num_items, 0}.
 struct Cut {
   int32_t item;
   int32_t tiles;
 };
 
+// One walk of one CTA of attend: tiles of an item, from the tile before `end` down to `begin`.
+struct Piece {
+  int32_t item;
+  int32_t begin;
+  int32_t end;
+  int32_t slot;  // of the partial results; -1: the piece is the whole item
+};
+static_assert(sizeof(Piece) == 16, "");
+
 // Buffers of one call, all but summaries and stats in its workspace.
 struct Stages {
   Counters* counters;
-  Request* requests;     // [num_reqs]
-  Span* list_spans;      // [max_list_spans]
-  Span* select_spans;    // [max_select_spans]
-  float* scores;         // [select spans, num_q_heads, max_blocks]; only past blocks of spans that
-                         // are not dense are written or read
-  float* cells;          // select's scratch
-  uint32_t* masks;       // [select spans, num_q_heads, mask_words]
-  uint32_t* lists;       // [list spans, lists per span, mask_words]; a list row is (list span, kv
-                         // head, part of the group)
-  int32_t* counts;       // [list rows] boxes
-  int32_t* stream_lens;  // [list rows] KV tokens of those boxes; the last may be partial
-  int32_t* boxes;        // [list rows, max_boxes], entry = page * boxes_per_page + part
-  WorkItem* items;       // [max_items]
-  Cut* cuts;             // [num_ctas + 1]
-  int32_t* costs;        // [max_items + 1], scratch of plan
-  const float* k_mean;   // [num_pages * slots, num_kv_heads, head_dim] (rust/summaries.rs); may be
-                         // null
-  Stats* stats;          // of the layer
-  Stats* stats_mirror;   // host memory
+  Request* requests;      // [num_reqs]
+  Span* list_spans;       // [max_list_spans]
+  Span* select_spans;     // [max_select_spans]
+  float* scores;          // [select spans, num_q_heads, max_blocks]; only past blocks of spans that
+                          // are not dense are written or read
+  float* cells;           // select's scratch
+  uint32_t* masks;        // [select spans, num_q_heads, mask_words]
+  uint32_t* lists;        // [list spans, lists per span, mask_words]; a list row is (list span, kv
+                          // head, part of the group)
+  int32_t* counts;        // [list rows] boxes
+  int32_t* stream_lens;   // [list rows] KV tokens of those boxes; the last may be partial
+  int32_t* boxes;         // [list rows, max_boxes], entry = page * boxes_per_page + part
+  WorkItem* items;        // [max_items]
+  Cut* cuts;              // [num_ctas + 1]
+  Piece* pieces;          // [max_items + num_ctas], CTA by CTA
+  int32_t* piece_starts;  // [num_ctas + 1] where a CTA's pieces start
+  int32_t* costs;         // [max_items + 1], scratch of plan
+  const float* k_mean;    // [num_pages * slots, num_kv_heads, head_dim] (rust/summaries.rs); may be
+                          // null
+  Stats* stats;           // of the layer
+  Stats* stats_mirror;    // host memory
   int32_t max_list_spans;
   int32_t max_select_spans;
   int32_t max_items;
@@ -191,7 +201,7 @@ struct Stages {
   int32_t whole_items;  // 1: cuts fall between items only, so bits do not depend on neighbours
   int32_t reserved;
 };
-static_assert(sizeof(Stages) == 160, "host code writes this layout");
+static_assert(sizeof(Stages) == 176, "host code writes this layout");
 
 // The one argument of every stage from batch to plan.
 struct Step {
@@ -200,24 +210,23 @@ struct Step {
   Settings settings;
   Stages stages;
 };
-static_assert(sizeof(Step) == 440, "host code writes this layout");
+static_assert(sizeof(Step) == 456, "host code writes this layout");
 
 // ---- attend and combine ----
 
 // The lists and the items that read them.
 struct Work {
-  const WorkItem* items;       // list row major, so that neighbours read the same boxes
-  const int32_t* num_items;    // one number
-  const int32_t* boxes;        // [rows, max_boxes]
-  const int32_t* counts;       // [rows]
-  const int32_t* stream_lens;  // [rows]
-  const Cut* cuts;             // [num_ctas + 1]
+  const WorkItem* items;
+  const Piece* pieces;
+  const int32_t* piece_starts;  // [num_ctas + 1]
+  const int32_t* boxes;         // [rows, max_boxes]
+  const Cut* cuts;              // [num_ctas + 1]
   int32_t num_ctas;
   int32_t max_boxes;
   int32_t heads_per_list;
-  int32_t reserved;
+  int32_t log2_box_tokens;
 };
-static_assert(sizeof(Work) == 64, "host code writes this layout");
+static_assert(sizeof(Work) == 56, "host code writes this layout");
 
 // Strides of `out` are multiples of 8 and `out` itself is 16-byte aligned.
 struct Results {
@@ -238,11 +247,11 @@ struct AttendParams {
   Results results;
   Batch batch;  // sm_90a kernels use num_pages alone, the first page id outside the pool: the copy
                 // engine fills it with zeros
-  int32_t log2_box_tokens;  // sm_90a: at least 3, an atom of the copy's swizzle; others: any
+  int32_t log2_box_tokens;  // as in work; sm_90a: at least 3, an atom of the copy's swizzle
   int32_t log2_boxes_per_page;
   float sm_scale;  // on q . k, before softmax
   int32_t reserved;
 };
-static_assert(sizeof(AttendParams) == 280, "host code writes this layout");
+static_assert(sizeof(AttendParams) == 272, "host code writes this layout");
 
 }  // namespace compactattn

@@ -1,8 +1,10 @@
 // plan: the items of a step, and their cut into one share of equal cost for each CTA of attend.
 //
-// One CTA; items and cuts depend on spans and on the lengths of the lists alone. Contiguous shares
-// in item order, at most one cut in each (stream-K, arXiv 2301.03598, with costs in place of
-// counts).
+// One CTA; items and cuts depend on spans and on the lengths of the lists alone. Where there are
+// many items, each CTA first does whole ones, a wave of neighbours at a time, so that the few lists
+// of a wave are read from device memory once for all their tiles. The last items are cut into
+// contiguous shares that even out the sums, at most one cut in each (stream-K, arXiv 2301.03598,
+// with costs in place of counts).
 #include "../common/work.cuh"
 
 namespace compactattn {
@@ -22,6 +24,8 @@ struct Plan {
   Work work;
   WorkItem* items;
   Cut* cuts;
+  Piece* pieces;
+  int* piece_starts;
   uint32_t* costs;
   int num_items;
 };
@@ -31,11 +35,12 @@ __device__ Plan plan_of(const Step& step) {
   Plan plan = {};
   plan.work.items = stages.items;
   plan.work.boxes = stages.boxes;
-  plan.work.counts = stages.counts;
-  plan.work.stream_lens = stages.stream_lens;
   plan.work.max_boxes = step.layout.max_boxes;
+  plan.work.log2_box_tokens = step.layout.log2_box_tokens;
   plan.items = stages.items;
   plan.cuts = stages.cuts;
+  plan.pieces = stages.pieces;
+  plan.piece_starts = stages.piece_starts;
   plan.costs = reinterpret_cast<uint32_t*>(stages.costs);
   plan.num_items = min(stages.counters->num_items, stages.max_items);
   return plan;
@@ -53,6 +58,12 @@ __device__ int span_of(const Stages& stages, int item) {
     }
   }
   return low;
+}
+
+// Tokens of a list; a caller's own table may claim more than its row holds.
+__device__ int stream_len_of(const Step& step, int list_row) {
+  const int count = min(max(step.stages.counts[list_row], 0), step.layout.max_boxes);
+  return min(step.stages.stream_lens[list_row], count << step.layout.log2_box_tokens);
 }
 
 // Items of a span: list by list, then tile by tile.
@@ -74,6 +85,7 @@ __device__ WorkItem item_at(const Step& step, int index) {
   item.q_head = kv_head * layout.group_size + first_head;
   item.tokens_after = span.len - 1 - first;
   item.num_heads = min(layout.heads_per_list, layout.group_size - first_head);
+  item.stream_len = stream_len_of(step, item.list_row);
   return item;
 }
 
@@ -146,6 +158,98 @@ __device__ Cut cut_at(const Plan& plan, uint32_t cost, bool whole_items) {
   return {low, done};
 }
 
+// Cost of one item.
+__device__ uint32_t cost_of(const Plan& plan, int item) {
+  return plan.costs[item + 1] - plan.costs[item];
+}
+
+// Each CTA's waves of whole items, and in `done` what they cost the CTA of this thread: as many as
+// leave at least half an item a CTA to even out the sums with, and no CTA over its fair share.
+__device__ int count_waves(const Plan& plan, int ctas, uint32_t fair, uint32_t& done) {
+  const int cta = threadIdx.x;
+  int waves = max(0, (2 * plan.num_items - ctas) / (2 * ctas));
+  done = 0;
+  for (int w = 0; cta < ctas && w < waves; ++w) done += cost_of(plan, w * ctas + cta);
+  while (__syncthreads_or(cta < ctas && done > fair)) {
+    --waves;
+    if (cta < ctas) done -= cost_of(plan, waves * ctas + cta);
+  }
+  return waves;
+}
+
+// Cuts for as many shares as there are CTAs; the waves before them.
+__device__ int cut_for_all(const Step& step, const Plan& plan, uint32_t total) {
+  const int cta = threadIdx.x, ctas = step.stages.num_ctas;
+  const auto until = [&](int c) {
+    return static_cast<uint32_t>(static_cast<uint64_t>(total) * c / ctas);
+  };
+  const uint32_t fair = cta < ctas ? until(cta + 1) - until(cta) : 0;
+  uint32_t done, left;
+  const int waves = count_waves(plan, ctas, fair, done);
+  const uint32_t before = exclusive_sum(cta < ctas ? fair - done : 0, left);
+  if (cta < ctas) {
+    const uint32_t cost = plan.costs[waves * ctas] + before;
+    plan.cuts[cta] = cut_at(plan, cost, step.stages.whole_items != 0);
+  }
+  if (cta == 0) {
+    plan.cuts[0] = {waves * ctas, 0};
+    plan.cuts[ctas] = {plan.num_items, 0};
+  }
+  return waves;
+}
+
+// Cuts for fewer: there is not enough to do.
+__device__ void cut_for_some(const Step& step, const Plan& plan, uint32_t total, uint32_t shares) {
+  for (uint32_t cta = threadIdx.x; cta <= step.stages.num_ctas; cta += kThreads) {
+    const uint64_t cost = static_cast<uint64_t>(total) * cta / shares;
+    plan.cuts[cta] = cta >= shares
+                         ? Cut{plan.num_items, 0}
+                         : cut_at(plan, static_cast<uint32_t>(cost), step.stages.whole_items != 0);
+  }
+}
+
+__device__ int tiles_of(const Plan& plan, int item) {
+  return static_cast<int>(cost_of(plan, item) - kItemCost) / kTileCost;
+}
+
+// One CTA's pieces: its whole items, then its share of the others. The piece that others finish
+// comes first among those: then all CTAs walk the lists from their ends in step, and each box is
+// read from device memory about once. Each CTA has two slots: the first for a piece that others
+// began, the second for one that others finish.
+__device__ void write_pieces(const Plan& plan, int cta, int ctas, int waves, Piece* to) {
+  const Cut first = plan.cuts[cta], last = plan.cuts[cta + 1];
+  for (int w = 0; w < waves; ++w) {
+    const int item = w * ctas + cta;
+    *to++ = {item, 0, tiles_of(plan, item), -1};
+  }
+  const int count = last.item - first.item + (last.tiles > 0), shift = last.tiles > 0;
+  for (int i = 0; i < count; ++i) {
+    const int item = shift && i == 0 ? last.item : first.item + i - shift;
+    const int tiles = tiles_of(plan, item), done = item == first.item ? first.tiles : 0;
+    const int begin = item == last.item ? tiles - last.tiles : 0;
+    const int slot = done > 0 ? 2 * cta : begin > 0 ? 2 * cta + 1 : -1;
+    *to++ = {item, begin, tiles - done, slot};
+  }
+}
+
+// Pieces from cuts, CTA by CTA.
+__device__ void piece_up(const Plan& plan, int ctas, int waves) {
+  __syncthreads();
+  const int cta = threadIdx.x;
+  int count = 0;
+  if (cta < ctas) {
+    const Cut first = plan.cuts[cta], last = plan.cuts[cta + 1];
+    count = waves + last.item - first.item + (last.tiles > 0);
+  }
+  uint32_t total;
+  const uint32_t start = exclusive_sum(count, total);
+  if (cta < ctas) {
+    plan.piece_starts[cta] = start;
+    write_pieces(plan, cta, ctas, waves, plan.pieces + start);
+  }
+  if (cta == 0) plan.piece_starts[ctas] = total;
+}
+
 // Eight numbers, one a thread; the host reads each whole, whenever it likes.
 __device__ void mirror_stats(const Stages& stages) {
   constexpr int kNumbers = sizeof(Stats) / sizeof(uint64_t);
@@ -159,20 +263,21 @@ __device__ void mirror_stats(const Stages& stages) {
 }  // namespace compactattn
 
 // One CTA of 1024 threads. Reads counters, list_spans and the lengths of the lists; writes items,
-// cuts and costs.
+// cuts, pieces and costs.
 extern "C" __global__ void __launch_bounds__(1024, 1)
     compactattn_plan_work(const __grid_constant__ compactattn::Step step) {
   using namespace compactattn;
   const Plan plan = plan_of(step);
   write_items(step, plan);
   const uint32_t total = sum_costs(plan);
-  const int ctas = step.stages.num_ctas;
+  const uint32_t ctas = step.stages.num_ctas;
   const uint32_t shares = max(1u, min(static_cast<uint32_t>(ctas), total / kLeastCost));
-  for (uint32_t cta = threadIdx.x; cta <= ctas; cta += kThreads) {
-    const uint64_t cost = static_cast<uint64_t>(total) * cta / shares;
-    plan.cuts[cta] = cta >= shares
-                         ? Cut{plan.num_items, 0}
-                         : cut_at(plan, static_cast<uint32_t>(cost), step.stages.whole_items != 0);
+  int waves = 0;
+  if (shares == ctas) {
+    waves = cut_for_all(step, plan, total);
+  } else {
+    cut_for_some(step, plan, total, shares);
   }
+  piece_up(plan, ctas, waves);
   mirror_stats(step.stages);
 }

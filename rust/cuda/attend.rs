@@ -112,16 +112,14 @@ impl Call<'_> {
         AttendParams {
             work: params::Work {
                 items: stages.items,
-                // The third number of `Counters`.
-                num_items: stages.counters + 8,
+                pieces: stages.pieces,
+                piece_starts: stages.piece_starts,
                 boxes: stages.boxes,
-                counts: stages.counts,
-                stream_lens: stages.stream_lens,
                 cuts: stages.cuts,
                 num_ctas: stages.num_ctas,
                 max_boxes: int32(self.layout.max_boxes()),
                 heads_per_list: int32(self.layout.heads_per_list()),
-                reserved: 0,
+                log2_box_tokens: log2(geometry.box_tokens()),
             },
             results: params::Results {
                 out: self.output.out.address,

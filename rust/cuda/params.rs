@@ -91,6 +91,8 @@ pub(crate) struct Stages {
     pub(crate) boxes: u64,
     pub(crate) items: u64,
     pub(crate) cuts: u64,
+    pub(crate) pieces: u64,
+    pub(crate) piece_starts: u64,
     pub(crate) costs: u64,
     pub(crate) k_mean: u64,
     pub(crate) stats: u64,
@@ -118,15 +120,14 @@ pub(crate) struct Step {
 #[repr(C)]
 pub(crate) struct Work {
     pub(crate) items: u64,
-    pub(crate) num_items: u64,
+    pub(crate) pieces: u64,
+    pub(crate) piece_starts: u64,
     pub(crate) boxes: u64,
-    pub(crate) counts: u64,
-    pub(crate) stream_lens: u64,
     pub(crate) cuts: u64,
     pub(crate) num_ctas: i32,
     pub(crate) max_boxes: i32,
     pub(crate) heads_per_list: i32,
-    pub(crate) reserved: i32,
+    pub(crate) log2_box_tokens: i32,
 }
 
 /// Where attend and combine write.
@@ -164,6 +165,8 @@ pub(crate) const REQUEST_BYTES: usize = 16;
 pub(crate) const SPAN_BYTES: usize = 48;
 /// Bytes of one `WorkItem`.
 pub(crate) const ITEM_BYTES: usize = 32;
+/// Bytes of one `Piece`.
+pub(crate) const PIECE_BYTES: usize = 16;
 /// Bytes of one `Cut`.
 pub(crate) const CUT_BYTES: usize = 8;
 /// Numbers of one `Stats`.
@@ -174,7 +177,7 @@ pub(crate) const TILE_ROWS: usize = 128;
 // What cuda/params.h asserts on its side.
 const _: () = {
     assert!(size_of::<Batch>() == 136 && size_of::<Layout>() == 64 && size_of::<Settings>() == 80);
-    assert!(size_of::<Stages>() == 160 && size_of::<Step>() == 440);
-    assert!(size_of::<Work>() == 64 && size_of::<Results>() == 64 && size_of::<AttendParams>() == 280);
-    assert!(std::mem::offset_of!(Step, stages) == 280 && std::mem::offset_of!(AttendParams, batch) == 128);
+    assert!(size_of::<Stages>() == 176 && size_of::<Step>() == 456);
+    assert!(size_of::<Work>() == 56 && size_of::<Results>() == 64 && size_of::<AttendParams>() == 272);
+    assert!(std::mem::offset_of!(Step, stages) == 280 && std::mem::offset_of!(AttendParams, batch) == 120);
 };

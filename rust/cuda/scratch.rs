@@ -1,7 +1,9 @@
 //! A call's workspace on the device, cut into the stage buffers.
 
 use super::batch::int32;
-use super::params::{COUNTERS_BYTES, CUT_BYTES, ITEM_BYTES, REQUEST_BYTES, SPAN_BYTES, Stages, TILE_ROWS};
+use super::params::{
+    COUNTERS_BYTES, CUT_BYTES, ITEM_BYTES, PIECE_BYTES, REQUEST_BYTES, SPAN_BYTES, Stages, TILE_ROWS,
+};
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::settings::{KeepAt, Selector};
@@ -59,6 +61,8 @@ impl Scratch {
         stages.boxes = cursor.take(&[rows, layout.max_boxes(), 4])?;
         stages.items = cursor.take(&[items, ITEM_BYTES])?;
         stages.cuts = cursor.take(&[num_ctas + 1, CUT_BYTES])?;
+        stages.pieces = cursor.take(&[items + num_ctas, PIECE_BYTES])?;
+        stages.piece_starts = cursor.take(&[num_ctas + 1, 4])?;
         stages.costs = cursor.take(&[items + 1, 4])?;
         let partials = Partials {
             out: cursor.take(&[2 * num_ctas, TILE_ROWS, layout.shape.head_dim, 4])?,

@@ -201,16 +201,17 @@ class Case:
 
     def expected_items(self) -> torch.Tensor:
         """Span by span, list by list, tokens ascending."""
+        lengths = self.stream_lens.tolist()
         s, per_tile, items = self.shape, ROWS // self.shape.list_heads, []
         for index, span in enumerate(self.spans):
             for head in range(s.kv_heads):
                 for part in range(s.parts):
                     row, first_head = (index * s.kv_heads + head) * s.parts + part, part * s.list_heads
-                    heads = min(s.list_heads, s.group - first_head)
+                    heads, length = min(s.list_heads, s.group - first_head), lengths[row]
                     for token in range(0, span.len, per_tile):
                         num, after = min(per_tile, span.len - token), span.len - 1 - token
                         items.append(
-                            [row, head, span.q_start + token, num, head * s.group + first_head, after, heads, 0]
+                            [row, head, span.q_start + token, num, head * s.group + first_head, after, heads, length]
                         )
         return torch.tensor(items, device="cuda", dtype=torch.int32)
 
@@ -221,6 +222,8 @@ class Case:
         poison = {"device": "cuda", "dtype": torch.int32}
         self.items = torch.full((self.num_items, ITEM_INTS), 2**30, **poison)
         self.cuts = torch.full((s.num_ctas + 1, 2), 2**30, **poison)
+        self.pieces = torch.full((self.num_items + s.num_ctas, 4), 2**30, **poison)
+        self.piece_starts = torch.full((s.num_ctas + 1,), 2**30, **poison)
         self.costs = torch.full((self.num_items + 1,), 2**30, **poison)
         self.counters = torch.tensor([len(self.spans), 0, self.num_items, 0, 0, 0, 0, 0], **poison)
         self.list_spans = self._span_table()
@@ -229,8 +232,9 @@ class Case:
         self.partial_out = torch.full((2 * s.num_ctas, ROWS, s.head_dim), math.nan, device="cuda")
         self.partial_lse = torch.full((2 * s.num_ctas, ROWS), math.nan, device="cuda")
         self.step = Step(self._batch(), self._layout(), Settings(), self._stages())
-        pointers = (self.items, self.counters[2:], self.boxes, self.counts, self.stream_lens, self.cuts)
-        work = Work(*[t.data_ptr() for t in pointers], s.num_ctas, self.max_boxes, s.list_heads)
+        pointers = (self.items, self.pieces, self.piece_starts, self.boxes, self.cuts)
+        log2_box = int(math.log2(s.box_tokens))
+        work = Work(*[t.data_ptr() for t in pointers], s.num_ctas, self.max_boxes, s.list_heads, log2_box)
         results = Results(
             *[t.data_ptr() for t in (self.out, self.lse, self.partial_out, self.partial_lse)],
             *(self.out.stride(0), self.out.stride(1), self.lse.stride(1), self.lse.stride(0)),
@@ -276,7 +280,8 @@ class Case:
 
     def _stages(self) -> Stages:
         stages = Stages(max_items=self.num_items, num_ctas=self.shape.num_ctas, whole_items=self.shape.whole_items)
-        for name in ("counters", "list_spans", "counts", "stream_lens", "boxes", "items", "cuts", "costs", "stats"):
+        buffers = "counters list_spans counts stream_lens boxes items cuts pieces piece_starts costs stats"
+        for name in buffers.split():
             setattr(stages, name, getattr(self, name).data_ptr())
         stages.stats_mirror = self.mirror.data_ptr()
         return stages
@@ -300,18 +305,31 @@ class Case:
         visible = self.stream_lens[self.items[:, 0].long()] - self.items[:, 5] + self.items[:, 3] - 1
         tiles = ((visible + TOKENS - 1) // TOKENS).clamp_min(0)
         before = torch.cat([tiles.new_zeros(1), (ITEM_COST + TILE_COST * tiles).cumsum(0)])
-        item, done = self.cuts[:, 0].long(), self.cuts[:, 1]
-        at = before[item] + torch.where(done > 0, ITEM_COST + TILE_COST * done, 0)
-        ordered = bool((at.diff() >= 0).all()) and at[0] == 0 and at[-1] == before[-1]
-        inside = bool((done < torch.cat([tiles, tiles.new_ones(1)])[item].clamp_min(1)).all() and (done >= 0).all())
-        if not (ordered and inside):
-            faults.append("cuts")
-        # A cut moves by less than the 4 tiles and the item's own cost that a piece must be worth, or by an item.
-        slack = int((ITEM_COST + TILE_COST * tiles).max()) if self.shape.whole_items else 4 * TILE_COST + ITEM_COST
+        starts = self.piece_starts.cpu()
+        pieces = self.pieces[: int(starts[-1])].cpu()
+        item, begin, end, slot = (pieces[:, i].long() for i in range(4))
+        # Each tile of each item is in one piece: pieces of an item, by where they begin, follow each other.
+        order = (item * 2**20 + begin * 2 + (end > begin)).argsort()
+        item, begin, end, slot = item[order], begin[order], end[order], slot[order]
+        of, same = tiles.cpu()[item], item[1:] == item[:-1]
+        joined = torch.where(same, begin[1:] == end[:-1], (end[:-1] == of[:-1]) & (begin[1:] == 0))
+        whole = (begin == 0) & (end == of)
+        every = torch.equal(item.unique(), torch.arange(self.num_items))
+        if not (every and bool(joined.all()) and bool(begin[:1].eq(0).all()) and bool(end[-1:].eq(of[-1:]).all())):
+            faults.append("pieces")
+        if bool((whole & (slot >= 0)).any()) or slot[slot >= 0].unique().numel() != int((slot >= 0).sum()):
+            faults.append("slots")
+        # A share differs from the fair one by what a cut may move at both its ends: less than the 4 tiles and the item's
+        # own cost that a piece must be worth, or an item.
+        most = int((ITEM_COST + TILE_COST * tiles).max())
+        slack = 2 * (most if self.shape.whole_items else 4 * TILE_COST + ITEM_COST)
         shares = max(1, min(self.shape.num_ctas, int(before[-1]) // (ITEM_COST + 4 * TILE_COST)))
-        ideal = torch.arange(len(at), device="cuda").clamp_max(shares) * before[-1] // shares
-        if not bool(((at - ideal).abs() <= slack).all()):
+        raw = self.pieces[: int(starts[-1])].cpu().long()
+        cost = TILE_COST * (raw[:, 2] - raw[:, 1]) + ITEM_COST * (raw[:, 2] == tiles.cpu()[raw[:, 0]])
+        sums = torch.cat([cost.new_zeros(1), cost.cumsum(0)])[starts.long()].diff()
+        if int(sums.max()) > int(before[-1]) // shares + slack:
             faults.append("shares")
+        done = self.cuts[:, 1]
         if self.shape.whole_items and bool(done.any()):
             faults.append("an item is cut")
         return faults

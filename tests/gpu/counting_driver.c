@@ -206,7 +206,7 @@ static Code copy(void* to, const void* from, size_t bytes, Address device) {
 }
 
 // Parameters of a kernel. "FAKE name:bytes,bytes; .." after a fatbin's header says them; for a real
-// image they are those of cuda/params.h: maps of 128 bytes, Step 440, AttendParams 280.
+// image they are those of cuda/params.h: maps of 128 bytes, Step 456, AttendParams 272.
 static int describe(struct Function* function, const char* image, const char* name) {
   const char* text = image + 16;
   if (strncmp(text, "FAKE ", 5)) {
@@ -214,7 +214,7 @@ static int describe(struct Function* function, const char* image, const char* na
     if (strstr(name, "_attend_sm90_")) {
       for (int i = 0; i < 3; ++i) function->param_bytes[function->num_params++] = 128;
     }
-    function->param_bytes[function->num_params++] = attends ? 280 : 440;
+    function->param_bytes[function->num_params++] = attends ? 272 : 456;
     return 1;
   }
   char key[98];

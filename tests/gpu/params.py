@@ -71,7 +71,7 @@ class Counters(ctypes.Structure):
 class WorkItem(ctypes.Structure):
     """One query tile over one list."""
 
-    _fields_ = _fields(c_int32, "list_row kv_head q_token num_tokens q_head tokens_after num_heads reserved")
+    _fields_ = _fields(c_int32, "list_row kv_head q_token num_tokens q_head tokens_after num_heads stream_len")
 
 
 class Stages(ctypes.Structure):
@@ -79,7 +79,7 @@ class Stages(ctypes.Structure):
 
     _fields_ = [
         *_fields(c_uint64, "counters requests list_spans select_spans scores cells masks lists counts stream_lens"),
-        *_fields(c_uint64, "boxes items cuts costs k_mean stats stats_mirror"),
+        *_fields(c_uint64, "boxes items cuts pieces piece_starts costs k_mean stats stats_mirror"),
         *_fields(c_int32, "max_list_spans max_select_spans max_items num_ctas whole_items reserved"),
     ]
 
@@ -94,8 +94,8 @@ class Work(ctypes.Structure):
     """The lists and the items that read them."""
 
     _fields_ = [
-        *_fields(c_uint64, "items num_items boxes counts stream_lens cuts"),
-        *_fields(c_int32, "num_ctas max_boxes heads_per_list reserved"),
+        *_fields(c_uint64, "items pieces piece_starts boxes cuts"),
+        *_fields(c_int32, "num_ctas max_boxes heads_per_list log2_box_tokens"),
     ]
 
 
@@ -129,8 +129,8 @@ for _type, _bytes in (
     (Span, 48),
     (Counters, 32),
     (WorkItem, 32),
-    (Stages, 160),
-    (Step, 440),
-    (AttendParams, 280),
+    (Stages, 176),
+    (Step, 456),
+    (AttendParams, 272),
 ):
     assert ctypes.sizeof(_type) == _bytes, _type

@@ -59,7 +59,7 @@ struct Copier {
   int kv_head;
   int limit;  // tokens from here on are seen by no row and are zeros, for 0 * NaN is NaN
 
-  __device__ __forceinline__ Copier(const AttendParams& params, const Piece& piece)
+  __device__ __forceinline__ Copier(const AttendParams& params, const Walkable& piece)
       : params(params), list_row(piece.item.list_row), kv_head(piece.item.kv_head) {
     limit = piece.stream.visible + piece.item.num_tokens - 1;
   }
@@ -83,7 +83,8 @@ struct Copier {
   __device__ __forceinline__ void copy_rows(const Pool& pool, uint32_t smem, int token,
                                             int entry) const {
     const int some = max(entry, 0);
-    const int page = some >> params.log2_boxes_per_page;
+    // Pages outside the pool, of a caller's own table, read as its last.
+    const int page = min(some >> params.log2_boxes_per_page, params.batch.num_pages - 1);
     const int part = some & ((1 << params.log2_boxes_per_page) - 1);
     const int within =
         (part << params.log2_box_tokens) + (token & ((1 << params.log2_box_tokens) - 1));
@@ -267,7 +268,7 @@ struct Walk {
   int step;
   int entry;  // of the next step that is copied, asked for a step ahead
 
-  __device__ __forceinline__ Walk(const AttendParams& params, const Piece& piece,
+  __device__ __forceinline__ Walk(const AttendParams& params, const Walkable& piece,
                                   SharedStorage<T>& smem, int& stage)
       : params(params),
         smem(smem),
@@ -290,6 +291,7 @@ struct Walk {
   // it any more, and each warp copies its own queries.
   __device__ __forceinline__ void begin(const WorkItem& item) {
     entry = copier.entry_of(step);
+    __syncwarp();
     copy_queries<T>(params, item, smem.q);
     copy_keys(stage, step);
     if constexpr (kTwo) {
@@ -360,10 +362,10 @@ __device__ __forceinline__ void attend(const AttendParams& params) {
 #pragma unroll
     for (int b = 0; b < T::kBlocks; ++b) reset(rows.state[b]);
     {
-      const Piece piece = Pieces(params.work).at(params.work, i);
+      const Walkable piece = Pieces(params.work).at(params.work, i);
       if (piece.end > piece.begin) Walk<T>(params, piece, smem, stage).run(piece.item, rows);
     }
-    const Piece piece = Pieces(params.work).at(params.work, i);
+    const Walkable piece = Pieces(params.work).at(params.work, i);
     const int row = threadIdx.x / 32 * T::kWarpRows + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int b = 0; b < T::kBlocks; ++b) {

@@ -77,7 +77,7 @@ __device__ __forceinline__ void produce_tiles(const CUtensorMap& map,
   ptx::Ring<T::kStages> ring;
   const Pieces pieces(params.work);
   for (int i = 0; i < pieces.count; ++i) {
-    const Piece piece = pieces.at(params.work, i);
+    const Walkable piece = pieces.at(params.work, i);
     int token = (piece.end - 1) * T::kTokens + mine.first;
     int entry = piece.end > piece.begin ? entry_at(params, piece.stream, token) : 0;
 #pragma unroll 1
@@ -108,7 +108,7 @@ __device__ __forceinline__ void produce_queries(const CUtensorMap& map, SharedSt
   const Pieces pieces(params.work);
   uint32_t phase = 0;
   for (int i = 0; i < pieces.count; ++i) {
-    const Piece piece = pieces.at(params.work, i);
+    const Walkable piece = pieces.at(params.work, i);
     if (piece.end == piece.begin) continue;
     smem.q_empty.wait(phase ^ 1);
     smem.q_full.arrive_and_expect_tx(bytes);
@@ -273,7 +273,7 @@ struct Consumer {
   }
 
   // O and row sums of one piece.
-  __device__ __forceinline__ void attend(const Piece& piece, int heads_per_list, float (&o)[64],
+  __device__ __forceinline__ void attend(const Walkable& piece, int heads_per_list, float (&o)[64],
                                          RowState& rows) {
     float s[64];
     uint32_t p[8][4];
@@ -315,7 +315,7 @@ __device__ __forceinline__ void consume(const AttendParams& params, SharedStorag
   uint32_t q_phase = 0;
   const Pieces pieces(params.work);
   for (int i = 0; i < pieces.count; ++i) {
-    const Piece piece = pieces.at(params.work, i);
+    const Walkable piece = pieces.at(params.work, i);
     RowState rows;
     reset(rows);
     float o[64] = {};
