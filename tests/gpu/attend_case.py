@@ -319,7 +319,7 @@ class Case:
             faults.append("pieces")
         if bool((whole & (slot >= 0)).any()) or slot[slot >= 0].unique().numel() != int((slot >= 0).sum()):
             faults.append("slots")
-        # A share differs from the fair one by what a cut may move at both its ends: less than the 4 tiles and the item's
+        # A share differs from the fair one by what a cut may move at both ends: less than the 4 tiles and the item's
         # own cost that a piece must be worth, or an item.
         most = int((ITEM_COST + TILE_COST * tiles).max())
         slack = 2 * (most if self.shape.whole_items else 4 * TILE_COST + ITEM_COST)
