@@ -380,7 +380,8 @@ typedef struct compactattn_plan_desc {
   int32_t rope_inv_freq_len;
   // 1 = rotary pairs are neighbours (2i, 2i+1); 0 = halves (i, i + head_dim/2).
   int32_t rope_interleaved;
-  // KV splits of every list, 1..64; 0 = 1.
+  // KV splits of every list, 1..64 (CUDA: 1, nothing is split); 0 = 1 on the CPU, and on CUDA equal shares for all
+  // processors, with which the last bits of a result may depend on the rest of the batch.
   int32_t num_splits;
   // Tokens of a sliding window; 0 = none. None is offered: other values are E_UNSUPPORTED.
   int32_t sliding_window;
@@ -446,6 +447,8 @@ typedef struct compactattn_stats {
   int64_t guarded;
   // Lists that were dense by policy.
   int64_t dense;
+  // CUDA: requests left out for a length or page id out of range, found on the device: out 0, lse -inf.
+  int64_t refused;
 } compactattn_stats;
 
 // A strided tensor in the caller's memory. One that is all zero means "none" where a tensor is optional.
@@ -492,6 +495,13 @@ typedef struct compactattn_batch {
   struct compactattn_tensor seq_lens;
   // [num_reqs, width] int32 page ids; entries after a row's ceil(seq_len / page_size) are never read.
   struct compactattn_tensor block_table;
+  // CUDA: the stream of a stage called by itself (forward and attend take theirs from their arguments). NULL on a
+  // CPU context.
+  void *stream;
+  // CUDA: workspace of select, union and table_build, as in compactattn_forward_args. Ignored on a CPU context.
+  void *workspace;
+  // Bytes of workspace.
+  int64_t workspace_bytes;
 } compactattn_batch;
 
 // Mean key (and value) of every whole block, kept by the caller beside the pool.
@@ -782,7 +792,8 @@ compactattn_status compactattn_select(const struct compactattn_plan *plan,
 
 // Unites scores or masks (one of them, not both) into lists [list rows or more, mask_words] u32, contiguous.
 //
-// out_rows, if not NULL, becomes the list rows of this batch.
+// out_rows, if not NULL, becomes the list rows of this batch; on CUDA, where lengths are on the device, the most that
+// such a batch can have, and rows after its own are left as they are.
 //
 // Memory:
 // As compactattn_summaries_update. lists: NULL, or readable. out_rows: NULL, or writable.
