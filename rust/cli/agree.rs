@@ -14,8 +14,10 @@ use crate::prefill::Prefill;
 pub(crate) struct Agreement {
     /// Forward passes compared.
     pub(crate) passes: usize,
-    /// Those whose lists were the CPU's own.
-    pub(crate) same_lists: usize,
+    /// Those whose lists were not the CPU's own.
+    pub(crate) other_lists: usize,
+    /// Blocks that only one side's lists hold: scores on either side of a threshold, a rounding apart.
+    pub(crate) other_blocks: u64,
     /// Largest `||a - b|| / ||b||` of a row (one token, one head).
     pub(crate) relative: f64,
     /// Largest difference of an element as a share of what rounding explains; NaN where an output was.
@@ -27,13 +29,20 @@ impl Agreement {
     pub(crate) fn and(self, other: Self) -> Self {
         Self {
             passes: self.passes + other.passes,
-            same_lists: self.same_lists + other.same_lists,
+            other_lists: self.other_lists + other.other_lists,
+            other_blocks: self.other_blocks + other.other_blocks,
             relative: larger(self.relative, other.relative),
             of_bound: larger(self.of_bound, other.of_bound),
         }
     }
 
-    /// Whether rounding explains every difference.
+    /// Adds how the lists compare.
+    pub(crate) fn with_lists(self, gpu: &[u32], cpu: &[u32]) -> Self {
+        let blocks = gpu.iter().zip(cpu).map(|(a, b)| u64::from((a ^ b).count_ones())).sum();
+        Self { other_lists: (gpu != cpu).into(), other_blocks: blocks, ..self }
+    }
+
+    /// Whether rounding explains every difference of the outputs.
     pub(crate) fn holds(&self) -> bool {
         self.of_bound <= 1.0
     }

@@ -175,11 +175,12 @@ fn print_gpu(sweep: &Sweep, rows: &[Row], out: &mut impl Write) -> Outcome {
         writeln!(out, "(CPU): not on the GPU: {reason}")?;
     }
     let agreement = sweep.agreement();
-    let Agreement { passes, same_lists, relative, of_bound } = agreement;
+    let Agreement { passes, other_lists, other_blocks, relative, of_bound } = agreement;
     writeln!(
         out,
         "check: {passes} forward passes on the GPU against the CPU over the same lists: largest relative error of a \
-         row {relative:.1e}, {of_bound:.2} of what rounding explains; {same_lists} had the very lists that the CPU made"
+         row {relative:.1e}, {of_bound:.2} of what rounding explains; {other_lists} of them read other lists than the \
+         CPU made, {other_blocks} blocks in all"
     )?;
     if !agreement.holds() {
         let text = "the GPU's outputs differ from the CPU's by more than rounding explains";

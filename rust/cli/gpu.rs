@@ -37,7 +37,7 @@ pub(crate) enum Path {
 #[derive(Clone, Debug)]
 pub(crate) struct Gpu {
     context: Arc<Context>,
-    /// What attends a layer such as the one it was opened for.
+    /// What attends a layer such as the one it was chosen for.
     kernel: &'static str,
 }
 
@@ -61,9 +61,14 @@ impl Path {
         if device == Device::Cpu {
             return Ok(Self::Cpu("--device cpu".to_owned()));
         }
-        match Gpu::open(prefill, settings) {
+        let opened = Context::open(0).map(Arc::new);
+        let (why, found) = match opened {
+            Ok(context) => ("not on the GPU", Gpu::on(context).serve(prefill, settings)),
+            Err(error) => ("no GPU", Err(error)),
+        };
+        match found {
             Ok(gpu) => Ok(Self::Cuda(gpu)),
-            Err(error) if device == Device::Auto => Ok(Self::Cpu(format!("no GPU: {error}"))),
+            Err(error) if device == Device::Auto => Ok(Self::Cpu(format!("{why}: {error}"))),
             Err(error) => Err(error),
         }
     }
@@ -100,16 +105,15 @@ impl Path {
 }
 
 impl Gpu {
-    fn open(prefill: &Prefill, settings: &Settings) -> Result<Self> {
-        let mut gpu = Self { context: Arc::new(Context::open(0)?), kernel: "" };
-        let call = gpu.call(prefill, settings, None)?;
-        gpu.kernel = call.kernel()?;
-        Ok(gpu)
-    }
-
     /// On a context that is open.
     pub(crate) fn on(context: Arc<Context>) -> Self {
         Self { context, kernel: "" }
+    }
+
+    /// For such a layer, if it is offered.
+    fn serve(self, prefill: &Prefill, settings: &Settings) -> Result<Self> {
+        let kernel = self.call(prefill, settings, None)?.kernel()?;
+        Ok(Self { kernel, ..self })
     }
 
     /// The forward pass of a layer, `masks` being the verdict for selector `external`.
@@ -130,7 +134,7 @@ impl Gpu {
         call.run(1)?;
         let stats = call.stats();
         if stats.counts.refused > 0 {
-            return Err(Error::plain(Status::Internal, "the GPU refused the request"));
+            return Err(Error::plain(Status::Internal, "the GPU refused a request that the CPU admits"));
         }
         let passes = timed(|| call.run(PASSES))?;
         call.out(&mut out.elements_mut())?;

@@ -98,8 +98,6 @@ impl<'a> Sweep<'a> {
                 dense.ms += ran.ms / prefills.len() as f64;
                 dense.error += mean_error(prefill, &out, &cpu.value) / prefills.len() as f64;
             }
-            // Dense attention selects nothing, on either side.
-            sweep.agreement.same_lists = prefills.len();
             sweep.on_gpu = Some(dense);
         }
         Ok(sweep)
@@ -205,14 +203,13 @@ impl<'a> Sweep<'a> {
             };
             let ran = gpu.forward(prefill, &settings, masks.as_deref())?;
             let out = ran.forward.out.to_f32();
-            let same = ran.lists == lists[i].bits;
-            let agreement = if same {
+            let agreement = if ran.lists == lists[i].bits {
                 agree::compare(prefill, &out, &outs[i].value)?
             } else {
                 let own = stages::attend(prefill, &prefill.layout(&settings)?, &ran.lists)?;
                 agree::compare(prefill, &out, &own.value)?
             };
-            all = all.and(Agreement { same_lists: same.into(), ..agreement });
+            all = all.and(agreement.with_lists(&ran.lists, &lists[i].bits));
             measured.ms += ran.ms / self.prefills.len() as f64;
             measured.error += mean_error(prefill, &out, &self.dense[i].value) / self.prefills.len() as f64;
             measured.lists.push(Lists { bits: ran.lists, counts: ran.forward.stats.counts });
