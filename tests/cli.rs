@@ -320,6 +320,42 @@ fn doctor_reports_settings_with_their_source_and_exits_by_health() {
     assert!(stdout(&run).contains("dense|compactattn|block_sparse") && stdout(&run).contains("self_test"));
 }
 
+/// The driver of tests/gpu/counting_driver.c, whose GPU computes nothing.
+#[test]
+fn a_gpu_that_these_kernels_cannot_use_is_told_from_none_and_one_that_computes_nothing_fails() {
+    let dir = scratch("fake_gpu");
+    let fake = dir.join("libcuda.so");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gpu/counting_driver.c");
+    let mut cc = Command::new("cc");
+    cc.args(["-std=gnu11", "-O1", "-shared", "-fPIC", "-pthread", "-o"]).arg(&fake);
+    assert!(cc.arg(source).arg("-ldl").status().unwrap().success());
+    let on_fake = |arguments: &[&str], mode: &str| {
+        command(arguments).env("COMPACTATTN_LIBCUDA", &fake).env("FAKE_CUDA", mode).output().unwrap()
+    };
+    let doctor = |mode: &str| {
+        let run = on_fake(&["doctor", "--json"], mode);
+        (run.status.code(), serde_json::from_slice::<Value>(&run.stdout).unwrap())
+    };
+    let trace = synthetic(&dir, [1600, 2], [256, 4]);
+    let demo = ["demo", "--trace", text(&trace), "--out", text(&dir), "--device", "cuda"];
+
+    let (code, report) = doctor("old");
+    assert_eq!((code, &report["cuda"]["status"]), (Some(0), &Value::from("E_DRIVER_OLD")));
+    let run = on_fake(&demo, "old");
+    assert!(run.status.code() == Some(1) && stderr(&run).contains("E_DRIVER_OLD"), "{}", stderr(&run));
+
+    let (code, report) = doctor("");
+    let run = on_fake(&demo, "");
+    assert_eq!(run.status.code(), Some(1));
+    if compactattn::cuda::architectures().contains(&"sm_90a") {
+        assert_eq!((code, &report["cuda"]["gpu"]), (Some(1), &Value::from("fake GPU")));
+        assert_eq!(report["gpu_self_test"]["result"], "failed");
+    } else if compactattn::cuda::architectures().is_empty() {
+        assert_eq!((code, &report["cuda"]["status"]), (Some(0), &Value::from("E_NOT_BUILT")));
+        assert!(stderr(&run).contains("E_NOT_BUILT"), "{}", stderr(&run));
+    }
+}
+
 #[test]
 fn version_and_help_are_no_errors() {
     let run = tool(&["version"]);
