@@ -165,6 +165,24 @@ impl<'a> Batch<'a> {
         &self.v
     }
 
+    /// `[num_reqs + 1]` first queries, and their end.
+    #[must_use]
+    pub fn cu_seqlens_q(&self) -> &'a [i32] {
+        self.cu_seqlens_q
+    }
+
+    /// `[num_reqs]` KV tokens.
+    #[must_use]
+    pub fn seq_lens(&self) -> &'a [i32] {
+        self.seq_lens
+    }
+
+    /// The engine's map.
+    #[must_use]
+    pub fn block_table(&self) -> &BlockTable<'a> {
+        &self.block_table
+    }
+
     /// Requests in the step.
     #[must_use]
     pub fn num_reqs(&self) -> usize {

@@ -214,9 +214,8 @@ impl Plan {
         output: &mut Output,
         workspace: &mut [u8],
     ) -> Result<()> {
-        let layout = self.layout_of(step, batch)?;
+        let layout = self.check_step(batch, step)?;
         check_output(batch, output)?;
-        check_external(&layout, batch, step)?;
         let gate = self.gate(step.layer, &layout)?;
         if let Some(given) = step.summaries {
             check_summaries(&layout, batch, given)?;
@@ -231,6 +230,13 @@ impl Plan {
         let counts = select_lists(&input, step.external, &mut buffers, self.parallel);
         self.stats[step.layer].add(&counts);
         self.attend_lists(&input, &mut buffers, output)
+    }
+
+    /// The layout of one call, whose batch and external verdict it has checked.
+    pub(crate) fn check_step(&self, batch: &Batch, step: &Step) -> Result<Layout> {
+        let layout = self.layout_of(step, batch)?;
+        check_external(&layout, batch, step)?;
+        Ok(layout)
     }
 
     /// The layout of one call: the layer's, or that of the call's own settings.

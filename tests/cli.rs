@@ -16,7 +16,8 @@ fn demo_writes_a_row_per_selector_scope_and_density_and_three_files() {
     let dir = scratch("demo");
     let trace = synthetic(&dir, [1600, 2], [256, 4]);
     let out = dir.join("out");
-    let run = tool(&["demo", "--trace", text(&trace), "--out", text(&out), "--threads", "1"]);
+    let run =
+        tool(&["demo", "--trace", text(&trace), "--out", text(&out), "--threads", "1", "--device", "cpu"]);
     let printed = stdout(&run);
     assert!(run.status.success(), "{}", stderr(&run));
     for needed in ["Density .10", "Density .20", "Density .30", "path: CPU, 1 thread,", "skipped: attn_gate"]
@@ -68,6 +69,7 @@ fn demo_on_real_tensors_finds_sampled_exact_ahead_of_the_union_at_equal_density(
     let trace = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/smollm2_layer26.safetensors");
     let run = tool(&["demo", "--trace", text(&trace), "--out", text(&out)]);
     assert!(run.status.success(), "{}", stderr(&run));
+    check_path(&stdout(&run));
     let summary = std::fs::read(out.join("summary.json")).unwrap();
     let rows: Vec<Value> = serde_json::from_slice(&summary).unwrap();
     let error = |selector: &str, scope: &str| {
@@ -157,6 +159,54 @@ fn attend_with_everything_kept_is_dense_attention() {
     let dense = run("dense", &["--selector", "dense"]);
     assert_eq!(run("all", &["--density", "1"]), dense);
     assert_ne!(run("some", &["--density", "0.2"]), dense);
+}
+
+/// A path, and if it is the CPU, why.
+fn check_path(printed: &str) {
+    let line = printed.lines().find(|line| line.starts_with("path: ")).unwrap();
+    match compactattn::cuda::Context::open(0) {
+        Ok(context) => assert!(line.contains("CUDA") && line.contains(context.name()), "{line}"),
+        Err(error) => {
+            assert!(
+                line.starts_with("path: CPU, ") && line.ends_with(&format!("(no GPU: {error})")),
+                "{line}"
+            );
+        }
+    }
+}
+
+#[test]
+fn attend_says_which_path_ran_and_why_and_fails_where_the_gpu_it_was_told_to_use_is_not_there() {
+    let dir = scratch("device");
+    let trace = synthetic(&dir, [700, 2], [100, 4]);
+    let attend = |input: &Path, device: &str| {
+        let output = dir.join(device);
+        tool(&["attend", "--input", text(input), "--output", text(&output), "--device", device])
+    };
+    let run = attend(&trace, "auto");
+    assert!(run.status.success(), "{}", stderr(&run));
+    check_path(&stdout(&run));
+    assert!(stdout(&attend(&trace, "cpu")).contains("(--device cpu)"));
+    let run = attend(&trace, "cuda");
+    match compactattn::cuda::Context::open(0) {
+        Ok(_) => assert!(stdout(&run).contains("path: CUDA"), "{}", stderr(&run)),
+        Err(error) => {
+            assert_eq!(run.status.code(), Some(1));
+            assert_eq!(stderr(&run), format!("error: {error}\n"));
+        }
+    }
+    check_refusal(&attend(&trace, "tpu"), "--device");
+
+    // No kernel takes f32, GPU or not: the CPU does, and says why.
+    let tensor = |name: &str, dims: &[usize]| {
+        let halves = Made::bf16(name, dims);
+        let wide = halves.data.chunks(2).flat_map(|half| [0, 0, half[0], half[1]]).collect();
+        Made { dtype: Dtype::F32, data: wide, ..halves }
+    };
+    let path = dir.join("f32.safetensors");
+    write(&path, &[tensor("q", &[100, 4, 64]), tensor("k", &[700, 2, 64]), tensor("v", &[700, 2, 64])]);
+    let printed = stdout(&attend(&path, "auto"));
+    assert!(printed.contains("path: CPU, ") && printed.contains(" GPU: E_"), "{printed}");
 }
 
 #[test]
@@ -253,11 +303,57 @@ fn doctor_reports_settings_with_their_source_and_exits_by_health() {
     let report: Value = serde_json::from_slice(&run.stdout).unwrap();
     assert_eq!(report["settings"]["mode"], "compactattn (COMPACTATTN_MODE)");
     assert_eq!(report["self_test"]["result"], "passed");
+    match compactattn::cuda::Context::open(0) {
+        Ok(context) => {
+            assert_eq!(report["cuda"]["gpu"], context.name());
+            assert_eq!(report["gpu_self_test"]["result"], "passed");
+        }
+        Err(error) => {
+            assert_eq!(report["cuda"]["status"], error.status().name());
+            assert_eq!(report["cuda"]["reason"], error.to_string());
+        }
+    }
     assert_eq!(report["build"]["version"], env!("CARGO_PKG_VERSION"));
 
     let run = command(&["doctor"]).env("COMPACTATTN_MODE", "fast").output().unwrap();
     assert_eq!(run.status.code(), Some(2));
     assert!(stdout(&run).contains("dense|compactattn|block_sparse") && stdout(&run).contains("self_test"));
+}
+
+/// The driver of tests/gpu/counting_driver.c, whose GPU computes nothing.
+#[test]
+fn a_gpu_that_these_kernels_cannot_use_is_told_from_none_and_one_that_computes_nothing_fails() {
+    let dir = scratch("fake_gpu");
+    let fake = dir.join("libcuda.so");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gpu/counting_driver.c");
+    let mut cc = Command::new("cc");
+    cc.args(["-std=gnu11", "-O1", "-shared", "-fPIC", "-pthread", "-o"]).arg(&fake);
+    assert!(cc.arg(source).arg("-ldl").status().unwrap().success());
+    let on_fake = |arguments: &[&str], mode: &str| {
+        command(arguments).env("COMPACTATTN_LIBCUDA", &fake).env("FAKE_CUDA", mode).output().unwrap()
+    };
+    let doctor = |mode: &str| {
+        let run = on_fake(&["doctor", "--json"], mode);
+        (run.status.code(), serde_json::from_slice::<Value>(&run.stdout).unwrap())
+    };
+    let trace = synthetic(&dir, [1600, 2], [256, 4]);
+    let demo = ["demo", "--trace", text(&trace), "--out", text(&dir), "--device", "cuda"];
+
+    let (code, report) = doctor("old");
+    assert_eq!((code, &report["cuda"]["status"]), (Some(0), &Value::from("E_DRIVER_OLD")));
+    let run = on_fake(&demo, "old");
+    assert!(run.status.code() == Some(1) && stderr(&run).contains("E_DRIVER_OLD"), "{}", stderr(&run));
+
+    let (code, report) = doctor("");
+    let run = on_fake(&demo, "");
+    assert_eq!(run.status.code(), Some(1));
+    if compactattn::cuda::architectures().contains(&"sm_90a") {
+        assert_eq!((code, &report["cuda"]["gpu"]), (Some(1), &Value::from("fake GPU")));
+        assert_eq!(report["gpu_self_test"]["result"], "failed");
+    } else if compactattn::cuda::architectures().is_empty() {
+        assert_eq!((code, &report["cuda"]["status"]), (Some(0), &Value::from("E_NOT_BUILT")));
+        assert!(stderr(&run).contains("E_NOT_BUILT"), "{}", stderr(&run));
+    }
 }
 
 #[test]

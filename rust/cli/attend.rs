@@ -7,14 +7,15 @@ use std::path::PathBuf;
 use compactattn::Result;
 use compactattn::settings::Selector;
 
-use crate::forward::{Forward, forward};
-use crate::options::{EngineArgs, SelectArgs};
+use crate::Outcome;
+use crate::forward::Forward;
+use crate::gpu::Path;
+use crate::options::{DeviceArgs, EngineArgs, SelectArgs};
 use crate::output::write_tensors;
 use crate::prefill::{Prefill, sparse};
 use crate::report::{self, Column, fraction};
 use crate::stages::Timed;
 use crate::trace::{Data, Trace};
-use crate::{Outcome, host};
 
 /// Options of `attend`.
 #[derive(Debug, clap::Args)]
@@ -28,6 +29,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     select: SelectArgs,
     #[command(flatten)]
+    device: DeviceArgs,
+    #[command(flatten)]
     engine: EngineArgs,
 }
 
@@ -39,15 +42,22 @@ pub(crate) fn run(args: &Args, out: &mut impl Write) -> Outcome {
     let settings = args.select.settings(&sparse(Selector::SampledExact))?;
     let trace = Trace::read(&args.input)?;
     let engine = args.engine.engine();
-    writeln!(out, "{}", host::path(engine.parallel))?;
     // Summaries are of blocks of 16 and more; token-level selectors read none.
     let sizes: Vec<_> = Some(settings.block_size).filter(|&size| size > 1).into_iter().collect();
-    let run = |layer| forward(&Prefill::run(&trace, layer, &engine, &sizes)?, &settings);
-    let results = trace.layers.iter().map(run).collect::<Result<Vec<_>>>()?;
+    let (mut path, mut results) = (None, Vec::new());
+    for layer in &trace.layers {
+        let prefill = Prefill::run(&trace, layer, &engine, &sizes)?;
+        if path.is_none() {
+            let chosen = Path::choose(args.device.device, &prefill, &settings)?;
+            writeln!(out, "{}", chosen.line(&prefill))?;
+            path = Some(chosen);
+        }
+        results.extend(path.as_ref().map(|path| path.forward(&prefill, &settings)).transpose()?);
+    }
     let cells = trace.layers.iter().zip(&results).map(|(layer, Timed { value, ms })| {
         let density = value.stats.density().map_or("dense".to_owned(), |x| fraction(x, 3));
         let selector = settings.selector.name().to_owned();
-        vec![layer.name(), selector, density, format!("{ms:.0}")]
+        vec![layer.name(), selector, density, format!("{ms:.3}")]
     });
     report::table(out, &COLUMNS, &cells.collect::<Vec<_>>())?;
     write(args, &trace, results)?;

@@ -1,21 +1,23 @@
 //! `demo`: chunked prefill over real tensors, dense against every selector.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::PathBuf;
 
-use compactattn::Result;
 use compactattn::settings::{Scope, Selector, Settings};
+use compactattn::{Error, Result, Status};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::contender::{self, BLOCK, Contender};
-use crate::forward::forward;
-use crate::options::EngineArgs;
+use crate::agree::Agreement;
+use crate::contender::{self, BLOCK, Contender, even};
+use crate::gpu::{PASSES, Path};
+use crate::options::{DeviceArgs, EngineArgs};
 use crate::plot_heat::Heat;
 use crate::prefill::Prefill;
 use crate::report::{self, Column, fraction};
 use crate::sweep::{Row, Sweep};
 use crate::trace::Trace;
-use crate::{Outcome, host, plot_error, plot_heat, prefill, summary};
+use crate::{Outcome, plot_error, plot_heat, prefill, summary};
 
 /// Options of `demo`.
 #[derive(Debug, clap::Args)]
@@ -27,32 +29,37 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DIR", default_value = "target/demo")]
     out: PathBuf,
     #[command(flatten)]
+    device: DeviceArgs,
+    #[command(flatten)]
     engine: EngineArgs,
 }
 
 /// Runs the comparison, prints it and writes summary.json, selected_blocks.png and error_density.png.
 ///
 /// # Errors
-/// Those of the trace, the engine's shape and the stages.
+/// Those of the trace, the engine's shape and the stages; [`Status::Internal`] where the GPU's outputs differ from the
+/// CPU's by more than rounding.
 pub(crate) fn run(args: &Args, out: &mut impl Write) -> Outcome {
     let trace = Trace::read(&args.trace)?;
     let engine = args.engine.engine();
     let fill = |layer| Prefill::run(&trace, layer, &engine, &[BLOCK, 64]);
     let prefills = trace.layers.iter().map(fill).collect::<Result<Vec<_>>>()?;
-    introduce(args, &trace, &prefills[0], out)?;
-    let mut sweep = Sweep::new(&prefills)?;
+    let path = Path::choose(args.device.device, &prefills[0], &even(Selector::Dense, Scope::GROUP_CHUNK))?;
+    introduce(args, &trace, (&prefills[0], &path), out)?;
+    let mut sweep = Sweep::new(&prefills, path.gpu())?;
     let past = trace.kv_len() - trace.q_len();
     let rows = measure(&mut sweep, &contender::all(past % BLOCK, args.engine.has_gate()))?;
     for target in DENSITIES {
-        print_table(&rows, target, out)?;
+        print_table(&rows, target, path.gpu().is_some(), out)?;
     }
-    writeln!(out, "\ndense: {:.0} ms a layer", sweep.dense_ms())?;
-    let ms = forward(&prefills[0], &prefill::sparse(Selector::SampledExact))?.ms;
-    writeln!(out, "one forward with the default settings (sampled_exact, head x chunk): {ms:.0} ms a layer")?;
+    print_dense(&sweep, out)?;
+    let ms = time(path.forward(&prefills[0], &prefill::sparse(Selector::SampledExact))?.ms);
+    writeln!(out, "one forward with the default settings (sampled_exact, head x chunk): {ms} ms a layer")?;
+    print_gpu(&sweep, &rows, out)?;
     if !args.engine.has_gate() {
         writeln!(out, "skipped: attn_gate (needs trained gate weights: --gate FILE --rope-theta BASE)")?;
     }
-    summary::write(&args.out.join("summary.json"), &summary::rows(&rows, sweep.dense_ms()))?;
+    summary::write(&args.out.join("summary.json"), &summary::rows(&rows, &sweep))?;
     draw(args, &trace, &prefills[0], &rows)?;
     for file in ["summary.json", HEAT_PNG, ERROR_PNG] {
         writeln!(out, "wrote {}", args.out.join(file).display())?;
@@ -60,7 +67,12 @@ pub(crate) fn run(args: &Args, out: &mut impl Write) -> Outcome {
     Ok(())
 }
 
-fn introduce(args: &Args, trace: &Trace, prefill: &Prefill, out: &mut impl Write) -> Outcome {
+fn introduce(
+    args: &Args,
+    trace: &Trace,
+    (prefill, path): (&Prefill, &Path),
+    out: &mut impl Write,
+) -> Outcome {
     let shape = prefill.shape;
     let layers: Vec<_> = trace.layers.iter().map(|layer| layer.name()).collect();
     writeln!(out, "trace: {}, layer {}", args.trace.display(), layers.join(", "))?;
@@ -76,7 +88,13 @@ fn introduce(args: &Args, trace: &Trace, prefill: &Prefill, out: &mut impl Write
         "chunk: the last {q_len} of {kv_len} tokens; {} past blocks of {BLOCK}",
         (kv_len - q_len) / BLOCK
     )?;
-    writeln!(out, "{}", host::path(prefill.parallel))?;
+    writeln!(out, "{}", path.line(prefill))?;
+    if path.gpu().is_some() {
+        writeln!(
+            out,
+            "GPU ms: select to combine, mean of {PASSES} forward passes; errors are of the GPU's own output"
+        )?;
+    }
     Ok(())
 }
 
@@ -99,7 +117,7 @@ fn measure(sweep: &mut Sweep, contenders: &[Contender]) -> Result<Vec<Row>> {
 }
 
 /// Ranked by error; `x union` compares with the paper's point, FlashPrefill masks under one list per group.
-fn print_table(rows: &[Row], target: f64, out: &mut impl Write) -> Outcome {
+fn print_table(rows: &[Row], target: f64, on_gpu: bool, out: &mut impl Write) -> Outcome {
     let mut here: Vec<_> = rows.iter().filter(|row| (row.target - target).abs() < 1e-9).collect();
     here.sort_by(|a, b| a.error.total_cmp(&b.error));
     let union = |c: &Contender| {
@@ -115,7 +133,7 @@ fn print_table(rows: &[Row], target: f64, out: &mut impl Write) -> Outcome {
             fraction(row.density, 3),
             fraction(row.error, 4),
             fraction(row.error / paper, 2),
-            format!("{:.0}", row.ms),
+            if row.off_gpu.is_some() { format!("{} (CPU)", time(row.ms)) } else { time(row.ms) },
         ]
     });
     writeln!(
@@ -123,12 +141,57 @@ fn print_table(rows: &[Row], target: f64, out: &mut impl Write) -> Outcome {
         "\nDensity {}, least error first (x union = error / flashprefill group x chunk)",
         fraction(target, 2)
     )?;
-    report::table(out, &COLUMNS, &cells.collect::<Vec<_>>())?;
+    let mut columns = COLUMNS;
+    columns[7].0 = if on_gpu { "GPU ms" } else { "ms" };
+    report::table(out, &columns, &cells.collect::<Vec<_>>())?;
     for row in here.iter().filter(|row| row.density > target + OFF_TARGET) {
         let (name, scope) = (row.contender.name(), row.contender.scope());
         writeln!(out, "note: {name} {scope} cannot be sparser than {}", fraction(row.density, 3))?;
     }
     Ok(())
+}
+
+fn print_dense(sweep: &Sweep, out: &mut impl Write) -> Outcome {
+    let cpu = time(sweep.dense_ms());
+    match sweep.dense_on_gpu() {
+        None => writeln!(out, "\ndense: {cpu} ms a layer")?,
+        Some(dense) => writeln!(
+            out,
+            "\ndense: {} ms a layer on the GPU, error {}; {cpu} ms on the CPU, in f32, which errors are measured against",
+            time(dense.ms),
+            fraction(dense.error, 4)
+        )?,
+    }
+    Ok(())
+}
+
+/// What the GPU did not run and why, and whether what it ran is right; nothing where the path is the CPU.
+fn print_gpu(sweep: &Sweep, rows: &[Row], out: &mut impl Write) -> Outcome {
+    if sweep.dense_on_gpu().is_none() {
+        return Ok(());
+    }
+    let reasons: BTreeSet<_> = rows.iter().filter_map(|row| row.off_gpu.as_ref()).collect();
+    for reason in reasons {
+        writeln!(out, "(CPU): not on the GPU: {reason}")?;
+    }
+    let agreement = sweep.agreement();
+    let Agreement { passes, other_lists, other_blocks, relative, of_bound } = agreement;
+    writeln!(
+        out,
+        "check: {passes} forward passes on the GPU against the CPU over the same lists: largest relative error of a \
+         row {relative:.1e}, {of_bound:.2} of what rounding explains; {other_lists} of them read other lists than the \
+         CPU made, {other_blocks} blocks in all"
+    )?;
+    if !agreement.holds() {
+        let text = "the GPU's outputs differ from the CPU's by more than rounding explains";
+        return Err(Error::plain(Status::Internal, text).into());
+    }
+    Ok(())
+}
+
+/// Milliseconds, with digits where there are few.
+fn time(ms: f64) -> String {
+    if ms < 10.0 { format!("{ms:.3}") } else { format!("{ms:.0}") }
 }
 
 fn draw(args: &Args, trace: &Trace, prefill: &Prefill, rows: &[Row]) -> Result<()> {

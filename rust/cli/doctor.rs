@@ -1,16 +1,19 @@
 //! `doctor`: what this build and machine can do, which settings are in force, and whether the arithmetic is right.
 //!
-//! Exit code 0: all is well. 1: the self-test failed. 2: the settings cannot be understood.
+//! Exit code 0: all is well, with or without a GPU. 1: a self-test failed. 2: the settings cannot be understood.
 
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use compactattn::config::{self, Config};
+use compactattn::cuda::Context;
 use compactattn::settings::{Keep, KeepAt, Settings};
-use compactattn::{Parallel, Result};
+use compactattn::{Error, Parallel, Result};
 use serde_json::{Map, Value, json};
 
+use crate::gpu::{self, Gpu};
 use crate::selftest::{self, SelfTest};
 use crate::{Failure, host};
 
@@ -28,18 +31,25 @@ pub(crate) struct Args {
 /// Those of `out`.
 pub(crate) fn run(args: &Args, out: &mut impl Write) -> std::result::Result<ExitCode, Failure> {
     let config = config::from_env();
+    let gpu = Context::open(0).map(Arc::new);
     let test = selftest::run();
-    let code = match (&config, &test) {
-        (Err(_), _) => 2,
-        (_, Ok(test)) if test.passed() => 0,
-        _ => 1,
+    let gpu_test = gpu.as_ref().ok().map(|context| selftest::run_on(&Gpu::on(Arc::clone(context))));
+    let passed = |test: &Result<SelfTest>| test.as_ref().is_ok_and(SelfTest::passed);
+    let code = match config {
+        Err(_) => 2,
+        Ok(_) if passed(&test) && gpu_test.as_ref().is_none_or(passed) => 0,
+        Ok(_) => 1,
     };
     let sections = [
         ("build", build()),
         ("cpu", cpu()),
-        ("cuda", cuda()),
+        ("cuda", cuda(gpu.as_deref())),
         ("settings", settings(&config)),
         ("self_test", self_test(&test)),
+        (
+            "gpu_self_test",
+            gpu_test.as_ref().map_or_else(|| json!({ "result": "not run: no GPU" }), self_test),
+        ),
     ];
     if args.json {
         let all: Map<_, _> = sections.into_iter().map(|(name, fields)| (name.to_owned(), fields)).collect();
@@ -69,15 +79,28 @@ fn cpu() -> Value {
     json!({ "threads": Parallel::new(0).threads(), "instruction_set": host::instruction_set() })
 }
 
-/// What can be seen of the driver without loading it.
-fn cuda() -> Value {
+/// What can be seen of the driver without loading it, and the GPU, or why there is none.
+fn cuda(gpu: std::result::Result<&Context, &Error>) -> Value {
     let version = std::fs::read_to_string("/proc/driver/nvidia/version");
     let version = version.ok().and_then(|text| text.lines().next().map(str::to_owned));
-    json!({
+    let mut all = json!({
         "kernel_module": version.unwrap_or_else(|| "not loaded".to_owned()),
         "libcuda.so.1": if driver_library() { "found" } else { "not found" },
         "gpu_kernels": compactattn::cuda::kernels(),
-    })
+    });
+    match gpu {
+        Ok(context) => {
+            all["gpu"] = json!(context.name());
+            all["sms"] = json!(context.num_sms());
+            all["driver"] = json!(format!("CUDA {}", gpu::driver(context)));
+        }
+        Err(error) => {
+            all["gpu"] = json!("none");
+            all["status"] = json!(error.status().name());
+            all["reason"] = json!(error.to_string());
+        }
+    }
+    all
 }
 
 /// Whether the dynamic loader would find the driver's library: in its cache or a default folder.

@@ -22,15 +22,20 @@ pub(crate) struct Forward {
     pub(crate) stats: Stats,
 }
 
+/// A plan for the layer under `settings`, and the layer's number in it.
+pub(crate) fn desc(prefill: &Prefill, settings: &Settings) -> (PlanDesc, usize) {
+    let (layer, gate) = prefill.gate.clone().map_or((0, None), |(layer, gate)| (layer, Some(gate)));
+    let layers = vec![*settings; layer + 1];
+    (PlanDesc { shape: prefill.shape, limits: prefill.limits, layers, splits: 1, gate }, layer)
+}
+
 /// One call of [`Plan::forward`]; the time is the call's alone, without plan and allocation.
 ///
 /// # Errors
 /// Those of [`Plan::new`] and [`Plan::forward`].
 pub(crate) fn forward(prefill: &Prefill, settings: &Settings) -> Result<Timed<Forward>> {
     let (batch, shape) = (prefill.batch()?, prefill.shape);
-    let (layer, gate) = prefill.gate.clone().map_or((0, None), |(layer, gate)| (layer, Some(gate)));
-    let layers = vec![*settings; layer + 1];
-    let desc = PlanDesc { shape, limits: prefill.limits, layers, splits: 1, gate };
+    let (desc, layer) = desc(prefill, settings);
     let plan = Plan::new(&desc, prefill.parallel)?;
     let mut memory = vec![0; plan.workspace_bytes()? + Sizes::ALIGNMENT];
     let aligned = memory.as_ptr().align_offset(Sizes::ALIGNMENT);

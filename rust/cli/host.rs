@@ -1,6 +1,6 @@
 //! What this machine is, as far as it decides which code runs.
 
-use compactattn::{Parallel, cuda};
+use compactattn::Parallel;
 
 /// The instruction set the CPU path's inner loops were dispatched to.
 pub(crate) fn instruction_set() -> &'static str {
@@ -24,9 +24,9 @@ pub(crate) fn instruction_set() -> &'static str {
     }
 }
 
-/// Which path runs here, and why: one line.
-pub(crate) fn path(parallel: Parallel) -> String {
+/// What the CPU path runs on.
+pub(crate) fn processors(parallel: Parallel) -> String {
     let threads = parallel.threads();
     let plural = if threads == 1 { "" } else { "s" };
-    format!("path: CPU, {threads} thread{plural}, {} (GPU kernels: {})", instruction_set(), cuda::kernels())
+    format!("{threads} thread{plural}, {}", instruction_set())
 }

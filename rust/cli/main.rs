@@ -1,5 +1,6 @@
 //! The `compactattn` command-line tool.
 
+mod agree;
 mod attend;
 mod bench;
 mod contender;
@@ -8,6 +9,7 @@ mod doctor;
 
 mod extract;
 mod forward;
+mod gpu;
 mod host;
 mod inspect;
 

@@ -7,6 +7,7 @@ use compactattn::select::Pairing;
 use compactattn::settings::{Keep, Scope, Selector, Settings};
 use compactattn::{Error, Parallel, Result, Status};
 
+use crate::gpu::Device;
 use crate::pool::KvLayout;
 use crate::prefill::{Engine, GateFile, sparse};
 
@@ -60,6 +61,14 @@ impl EngineArgs {
     pub(crate) fn has_gate(&self) -> bool {
         self.gate.is_some()
     }
+}
+
+/// Where to run.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct DeviceArgs {
+    /// auto: the GPU where there is one that serves the trace, else the CPU; cuda: the GPU or an error.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(crate) device: Device,
 }
 
 /// What to keep and how far to share it.

@@ -6,14 +6,17 @@ use compactattn::{Error, Result, Status};
 use serde_json::{Value, json};
 
 use crate::output::write_file;
-use crate::sweep::Row;
+use crate::sweep::{Row, Sweep};
 
-/// The summary's rows: dense first (density 1, error 0 by definition), then as measured.
-pub(crate) fn rows(measured: &[Row], dense_ms: f64) -> Vec<Value> {
+/// The summary's rows: dense first (density 1; on the CPU error 0 by definition), then as measured.
+pub(crate) fn rows(measured: &[Row], sweep: &Sweep) -> Vec<Value> {
+    let on_gpu = sweep.dense_on_gpu();
+    let (ms, error) = on_gpu.map_or((sweep.dense_ms(), 0.0), |dense| (dense.ms, dense.error));
     let dense = json!({
         "selector": "dense", "scope": "group x chunk", "block_size": 128,
-        "density": 1.0, "error": 0.0, "ms": dense_ms,
+        "density": 1.0, "error": error, "ms": ms, "device": device(on_gpu.is_some()),
     });
+    let row = |measured: &Row| row(measured, on_gpu.is_some() && measured.off_gpu.is_none());
     std::iter::once(dense).chain(measured.iter().map(row)).collect()
 }
 
@@ -27,7 +30,7 @@ pub(crate) fn write(path: &Path, rows: &[Value]) -> Result<()> {
     write_file(path, format!("{text}\n").as_bytes())
 }
 
-fn row(row: &Row) -> Value {
+fn row(row: &Row, on_gpu: bool) -> Value {
     json!({
         "selector": row.contender.name(),
         "scope": row.contender.scope(),
@@ -35,8 +38,14 @@ fn row(row: &Row) -> Value {
         "density": row.density,
         "error": row.error,
         "ms": row.ms,
+        "device": device(on_gpu),
         "target_density": row.target,
         "knob": format!("{:?}", row.contender.knob).to_lowercase(),
         "knob_value": row.knob,
     })
+}
+
+/// Where a row was measured.
+fn device(on_gpu: bool) -> &'static str {
+    if on_gpu { "cuda" } else { "cpu" }
 }

@@ -7,7 +7,9 @@ use compactattn::settings::{Keep, Scope, Selector, Settings};
 use compactattn::union::Counts;
 use compactattn::{Error, Result, Status};
 
+use crate::agree::{self, Agreement};
 use crate::contender::{BLOCK, Contender, Knob, even};
+use crate::gpu::Gpu;
 use crate::prefill::Prefill;
 use crate::stages::{self, Lists, Timed};
 
@@ -24,6 +26,8 @@ pub(crate) struct Row {
     pub(crate) error: f64,
     /// One forward of the chunk, select to combine, mean over layers.
     pub(crate) ms: f64,
+    /// Where a GPU runs the others, why this row's error, lists and time are the CPU's.
+    pub(crate) off_gpu: Option<String>,
     /// The knob's value.
     pub(crate) knob: f32,
     /// Of each layer, for plots.
@@ -36,35 +40,80 @@ pub(crate) struct Row {
 #[derive(Debug)]
 pub(crate) struct Sweep<'a> {
     prefills: &'a [Prefill],
+    gpu: Option<&'a Gpu>,
     dense: Vec<Timed<Vec<f32>>>,
+    on_gpu: Option<Dense>,
     scores: HashMap<Key, Vec<Timed<Vec<f32>>>>,
+    agreement: Agreement,
+}
+
+/// Dense attention on the GPU.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Dense {
+    /// Mean over layers.
+    pub(crate) ms: f64,
+    /// Against the CPU's in f32.
+    pub(crate) error: f64,
+}
+
+/// One contender under one setting, over all layers.
+struct Measured {
+    ms: f64,
+    error: f64,
+    lists: Vec<Lists>,
 }
 
 /// What scores depend on: selector, block size, select span, and, for `two_level`, its budget in permille.
 type Key = (Selector, usize, usize, u32);
 
 impl<'a> Sweep<'a> {
-    /// Attends densely once; the outputs are what errors are measured against.
+    /// Attends densely once on the CPU, in f32: what errors are measured against; and on the GPU, where one is to run
+    /// what it offers.
     ///
     /// # Errors
-    /// [`Status::Shape`] for a sequence without enough past; those of the stages.
-    pub(crate) fn new(prefills: &'a [Prefill]) -> Result<Self> {
+    /// [`Status::Shape`] for a sequence without enough past; those of the stages and of [`Gpu::forward`].
+    pub(crate) fn new(prefills: &'a [Prefill], gpu: Option<&'a Gpu>) -> Result<Self> {
         let batch = prefills[0].batch()?;
         let past_blocks = batch.past_len(0) / BLOCK;
         if past_blocks < MIN_PAST_BLOCKS {
             let wanted = format!("at least {} KV tokens before the queries", MIN_PAST_BLOCKS * BLOCK);
             return Err(Error::new(Status::Shape, "trace", wanted, batch.past_len(0)));
         }
+        let settings = even(Selector::Dense, Scope::GROUP_CHUNK);
         let dense = prefills.iter().map(|prefill| {
-            let layout = prefill.layout(&even(Selector::Dense, Scope::GROUP_CHUNK))?;
+            let layout = prefill.layout(&settings)?;
             let scores = stages::score(prefill, &layout)?;
             let lists = stages::unite(prefill, &layout, &scores.value)?;
             stages::attend(prefill, &layout, &lists.bits)
         });
-        Ok(Self { prefills, dense: dense.collect::<Result<_>>()?, scores: HashMap::new() })
+        let dense = dense.collect::<Result<_>>()?;
+        let (scores, agreement) = (HashMap::new(), Agreement::default());
+        let mut sweep = Self { prefills, gpu, dense, on_gpu: None, scores, agreement };
+        if let Some(gpu) = gpu {
+            let mut dense = Dense { ms: 0.0, error: 0.0 };
+            for (prefill, cpu) in prefills.iter().zip(&sweep.dense) {
+                let ran = gpu.forward(prefill, &settings, None)?;
+                let out = ran.forward.out.to_f32();
+                sweep.agreement = sweep.agreement.and(agree::compare(prefill, &out, &cpu.value)?);
+                dense.ms += ran.ms / prefills.len() as f64;
+                dense.error += mean_error(prefill, &out, &cpu.value) / prefills.len() as f64;
+            }
+            sweep.on_gpu = Some(dense);
+        }
+        Ok(sweep)
     }
 
-    /// Milliseconds of dense attention, mean over layers.
+    /// Dense attention on the GPU, if there is one.
+    pub(crate) fn dense_on_gpu(&self) -> Option<Dense> {
+        self.on_gpu
+    }
+
+    /// How the GPU's outputs so far compare with the CPU's.
+    pub(crate) fn agreement(&self) -> &Agreement {
+        &self.agreement
+    }
+
+    /// Milliseconds of dense attention on the CPU, mean over layers.
     pub(crate) fn dense_ms(&self) -> f64 {
         self.dense.iter().map(|timed| timed.ms).sum::<f64>() / self.dense.len() as f64
     }
@@ -90,26 +139,82 @@ impl<'a> Sweep<'a> {
         self.measure_at(contender, target, &scored, nearest.1)
     }
 
-    fn measure_at(&self, contender: &Contender, target: f64, scored: &Key, knob: f32) -> Result<Row> {
+    fn measure_at(&mut self, contender: &Contender, target: f64, scored: &Key, knob: f32) -> Result<Row> {
         let lists = self.lists(contender, scored, knob)?;
         let layout = self.prefills[0].layout(&contender.at(knob, self.past_blocks()))?;
-        let (mut ms, mut error) = (lists.ms, 0.0);
-        for (i, (prefill, lists)) in self.prefills.iter().zip(&lists.value).enumerate() {
-            let out = stages::attend(prefill, &layout, &lists.bits)?;
-            ms += out.ms + self.scores[scored][i].ms;
-            error += mean_error(prefill, &out.value, &self.dense[i].value);
-        }
-        let layers = self.prefills.len() as f64;
+        let outs = self.prefills.iter().zip(&lists.value);
+        let outs = outs.map(|(prefill, lists)| stages::attend(prefill, &layout, &lists.bits));
+        let outs = outs.collect::<Result<Vec<_>>>()?;
+        let (measured, off_gpu) = match self.on_gpu(contender, scored, knob, (&lists.value, &outs)) {
+            Ok(Some((measured, agreement))) => {
+                self.agreement = self.agreement.and(agreement);
+                (measured, None)
+            }
+            Ok(None) => (self.on_cpu(scored, lists, &outs), None),
+            Err(error) if error.status() == Status::Unsupported => {
+                (self.on_cpu(scored, lists, &outs), Some(error.to_string()))
+            }
+            Err(error) => return Err(error),
+        };
         Ok(Row {
             contender: *contender,
             target,
-            density: self.density(&lists.value, contender.settings.block_size),
-            error: error / layers,
-            ms: ms / layers,
+            density: self.density(&measured.lists, contender.settings.block_size),
+            error: measured.error,
+            ms: measured.ms,
+            off_gpu,
             knob,
-            lists: lists.value.into_iter().map(|lists| lists.bits).collect(),
+            lists: measured.lists.into_iter().map(|lists| lists.bits).collect(),
             layout,
         })
+    }
+
+    /// What the stages took and gave.
+    fn on_cpu(&self, scored: &Key, lists: Timed<Vec<Lists>>, outs: &[Timed<Vec<f32>>]) -> Measured {
+        let layers = self.prefills.len() as f64;
+        let (mut ms, mut error) = (lists.ms, 0.0);
+        for (i, out) in outs.iter().enumerate() {
+            ms += out.ms + self.scores[scored][i].ms;
+            error += mean_error(&self.prefills[i], &out.value, &self.dense[i].value);
+        }
+        Measured { ms: ms / layers, error: error / layers, lists: lists.value }
+    }
+
+    /// One forward pass a layer on the GPU, compared with the CPU's attention over the lists that the GPU made; `None`
+    /// without a GPU.
+    fn on_gpu(
+        &self,
+        contender: &Contender,
+        scored: &Key,
+        knob: f32,
+        (lists, outs): (&[Lists], &[Timed<Vec<f32>>]),
+    ) -> Result<Option<(Measured, Agreement)>> {
+        let Some(gpu) = self.gpu else { return Ok(None) };
+        let settings = contender.at(knob, self.past_blocks());
+        let mut all = Agreement::default();
+        let mut measured = Measured { ms: 0.0, error: 0.0, lists: Vec::new() };
+        for (i, prefill) in self.prefills.iter().enumerate() {
+            let masks = match contender.knob {
+                Knob::OracleMask => {
+                    let rows = prefill.layout(&oracle_rows(knob))?;
+                    Some(stages::masks(prefill, &rows, &self.scores[scored][i].value)?)
+                }
+                _ => None,
+            };
+            let ran = gpu.forward(prefill, &settings, masks.as_deref())?;
+            let out = ran.forward.out.to_f32();
+            let agreement = if ran.lists == lists[i].bits {
+                agree::compare(prefill, &out, &outs[i].value)?
+            } else {
+                let own = stages::attend(prefill, &prefill.layout(&settings)?, &ran.lists)?;
+                agree::compare(prefill, &out, &own.value)?
+            };
+            all = all.and(agreement.with_lists(&ran.lists, &lists[i].bits));
+            measured.ms += ran.ms / self.prefills.len() as f64;
+            measured.error += mean_error(prefill, &out, &self.dense[i].value) / self.prefills.len() as f64;
+            measured.lists.push(Lists { bits: ran.lists, counts: ran.forward.stats.counts });
+        }
+        Ok(Some((measured, all)))
     }
 
     /// Scores every layer, or finds that it was done; where they are.

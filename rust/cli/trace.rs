@@ -201,6 +201,15 @@ impl Tensor {
     }
 }
 
+impl Tensor {
+    /// The elements, widened.
+    pub(crate) fn to_f32(&self) -> Vec<f32> {
+        let mut wide = vec![0.0; self.dims.iter().product()];
+        self.data.elements(0).load(0, &mut wide);
+        wide
+    }
+}
+
 impl Data {
     /// `len` elements of `value`.
     pub(crate) fn filled(dtype: Dtype, len: usize, value: f32) -> Self {

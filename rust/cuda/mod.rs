@@ -20,6 +20,7 @@ mod gate;
 mod images;
 mod kernels;
 mod memory;
+mod owned;
 mod params;
 mod plan;
 mod scratch;
@@ -33,6 +34,7 @@ pub use attend::DeviceOutput;
 pub use batch::{DeviceBatch, DevicePool, DeviceTokens};
 pub use context::Context;
 pub use memory::DeviceBuffer;
+pub use owned::OwnedCall;
 pub use plan::{Call, DeviceTable, External, Plan};
 
 use crate::error::Result;
