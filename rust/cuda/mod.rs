@@ -7,7 +7,7 @@
 //!
 //! A call puts a handful of kernels on the stream and returns: no host sync, no allocation, nothing loaded, lengths
 //! read on the device, so it can be captured into a CUDA graph and replayed with other lengths. Nothing links against
-//! CUDA: a machine without a driver loads this library and gets [`Status::NoDriver`](crate::Status::NoDriver).
+//! CUDA: a machine without a driver loads this library and gets [`Status::NoDriver`].
 
 mod attend;
 mod batch;
@@ -18,6 +18,8 @@ mod driver;
 mod fake;
 mod gate;
 mod images;
+#[cfg(feature = "cudarc")]
+mod interop;
 mod kernels;
 mod memory;
 mod owned;
