@@ -213,22 +213,6 @@ class Plan:
             found = self._scratch[stream] = Borrowed(words)
         return found
 
-    def placed(
-        self, batch: Batch, stream: int | None, layer: int = 0, *, works: bool = True
-    ) -> tuple[_abi_step.Batch, Scratch | None]:
-        """The batch for a stage called by itself: on CUDA with stream and, if it ``works`` in one, a workspace.
-
-        The second is what the first points to.
-        """
-        if batch.home.on_cpu:
-            return batch.struct, None
-        struct = _abi_step.Batch.from_buffer_copy(batch.struct)
-        struct.stream = handle = batch.home.stream(stream)
-        memory = self.workspace(batch, handle, layer) if works else None
-        if memory:
-            struct.workspace, struct.workspace_bytes = memory.address, memory.num_bytes
-        return struct, memory
-
     def _workspace_bytes(self, layer: int, settings: Settings | None) -> int:
         # Threads may both ask and both write the same number.
         if (layer, settings) not in self._bytes:

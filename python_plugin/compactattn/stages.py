@@ -37,7 +37,7 @@ def update_summaries(
     """Writes block means: of the blocks this step's tokens complete (``completed``), or of ``all`` whole blocks."""
     if which.upper() not in Which.__members__:
         raise invalid(E_VALUE, "which", "completed|all", repr(which))
-    struct, _ = plan.placed(batch, stream, layer, works=False)
+    struct, _ = _placed(plan, batch, stream, layer, works=False)
     where = (plan.handle, int32("layer", layer), byref(struct))
     call("compactattn_summaries_update", *where, Which[which.upper()], summaries.for_writing())
 
@@ -62,7 +62,7 @@ def select(
         masks = batch.home.zeros("selection.masks", (sizes.select_rows, heads, sizes.mask_words), Dtype.U32)
         out = Selection(scores, masks)
     means = _means(plan, batch, (layer, stream), summaries)
-    struct, _memory = plan.placed(batch, stream, layer)
+    struct, _memory = _placed(plan, batch, stream, layer)
     call(
         "compactattn_select",
         plan.handle,
@@ -86,7 +86,7 @@ def union(
     # The library takes one of the two; from scores it goes the layer's own way.
     one = selection if selection.scores is None else Selection(scores=selection.scores)
     tensor, rows = view("lists", bits, writable=True).tensor, c_int64()
-    struct, _memory = plan.placed(batch, stream, layer)
+    struct, _memory = _placed(plan, batch, stream, layer)
     where = (plan.handle, int32("layer", layer), byref(struct), byref(one.struct))
     call("compactattn_union", *where, byref(tensor), byref(rows))
     return Lists(_head(bits, rows.value) if out is None else bits, rows.value)
@@ -185,8 +185,25 @@ def combine(
 def _on_lists(function: str, plan: Plan, batch: Batch, lists: Lists, at: tuple[int, int | None], *outputs: Any) -> None:
     layer, stream = at
     tensor = view("lists", lists.bits).tensor
-    struct, _memory = plan.placed(batch, stream, layer)
+    struct, _memory = _placed(plan, batch, stream, layer)
     call(function, plan.handle, int32("layer", layer), byref(struct), byref(tensor), *outputs)
+
+
+def _placed(
+    plan: Plan, batch: Batch, stream: int | None, layer: int, *, works: bool = True
+) -> tuple[_abi_step.Batch, Scratch | None]:
+    """The batch for a stage called by itself: on CUDA with stream and, if it ``works`` in one, a workspace.
+
+    The second is what the first points to.
+    """
+    if batch.home.on_cpu:
+        return batch.struct, None
+    struct = _abi_step.Batch.from_buffer_copy(batch.struct)
+    struct.stream = handle = batch.home.stream(stream)
+    memory = plan.workspace(batch, handle, layer) if works else None
+    if memory:
+        struct.workspace, struct.workspace_bytes = memory.address, memory.num_bytes
+    return struct, memory
 
 
 def _means(plan: Plan, batch: Batch, at: tuple[int, int | None], given: Summaries | None) -> Summaries | None:
