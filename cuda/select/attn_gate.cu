@@ -6,6 +6,7 @@
 // that the span's last token sees.
 #include "gate.h"
 #include "tiles.cuh"
+#include "turn.cuh"
 
 namespace compactattn {
 namespace {
@@ -30,10 +31,8 @@ __device__ __forceinline__ int2 pair_of(const Gate& gate, int i, int dim) {
 
 // A pair of a rotated head vector as it was before the rotation by `angle`.
 __device__ __forceinline__ float2 unrotated(const Gate& gate, float2 x, float angle) {
-  float sin, cos;
-  sincosf(angle, &sin, &cos);
-  cos /= gate.rope_scale;
-  sin /= -gate.rope_scale;
+  const Turn turn = turn_by(angle);
+  const float cos = turn.cos / gate.rope_scale, sin = turn.sin / -gate.rope_scale;
   return {x.x * cos - x.y * sin, x.y * cos + x.x * sin};
 }
 
@@ -48,10 +47,8 @@ __device__ void rotate(const Gate& gate, int position, int count, float* x) {
   for (int i = threadIdx.x; i < count * half; i += kThreads) {
     const int2 pair = pair_of(gate, i % half, gate.gate_dim);
     float* vector = x + i / half * gate.gate_dim;
-    float sin, cos;
-    sincosf(static_cast<float>(position) * gate.gate_inv_freq[i % half], &sin, &cos);
-    cos *= gate.rope_scale;
-    sin *= gate.rope_scale;
+    const Turn turn = turn_by(static_cast<float>(position) * gate.gate_inv_freq[i % half]);
+    const float cos = turn.cos * gate.rope_scale, sin = turn.sin * gate.rope_scale;
     const float a = vector[pair.x], b = vector[pair.y];
     vector[pair.x] = a * cos - b * sin;
     vector[pair.y] = b * cos + a * sin;
@@ -306,13 +303,13 @@ __device__ void score_span(const Step& step, const Gate& gate) {
 
 // Grid: (ceil(max_blocks / 16), num_kv_heads, max_select_spans) x 256; dynamic shared memory 192 *
 // head_dim bytes. `cells`: [num_reqs, max_blocks, k_heads, gate_dim].
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_attn_gate_keys_bf16(const __grid_constant__ compactattn::Step step,
                                     const __grid_constant__ compactattn::Gate gate) {
   compactattn::make_keys<__nv_bfloat16>(step, gate);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_attn_gate_keys_fp16(const __grid_constant__ compactattn::Step step,
                                     const __grid_constant__ compactattn::Gate gate) {
   compactattn::make_keys<__half>(step, gate);
@@ -320,13 +317,13 @@ extern "C" __global__ void __launch_bounds__(256)
 
 // After the kernel of the same type. Grid: (max_select_spans, num_q_heads) x 256; dynamic shared
 // memory 4 * ((by_group ? group_size : 1) + 3) * head_dim + 8 * gate_dim bytes.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_attn_gate_bf16(const __grid_constant__ compactattn::Step step,
                                const __grid_constant__ compactattn::Gate gate) {
   compactattn::score_span<__nv_bfloat16>(step, gate);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_attn_gate_fp16(const __grid_constant__ compactattn::Step step,
                                const __grid_constant__ compactattn::Gate gate) {
   compactattn::score_span<__half>(step, gate);

@@ -102,11 +102,15 @@ struct Cursor {
 
   const Element* keys[kRows];
   const Element* queries[kRows];
-  int rows[kRows];  // of the query group; 0: there is none
-  int token;        // of the first key group; the others follow at kStep groups
+  // Of the query group, and times kLeft those before the walk starts over; 0 or less: there is
+  // none.
+  int rows[kRows];
+  int token;  // of the first key group; the others follow at kStep groups
   int t;
 
   static constexpr int kStep = kGroups / kRows;
+  static constexpr int kLeft = 1 << 16;
+  static_assert(kMostQueryGroups < kLeft, "a group has no more rows than a span has groups of one");
 
   __device__ void start(const Step& step, const Strides& x, const Product& p, int first_column) {
     const int row = threadIdx.x / S::kPieces, piece = threadIdx.x % S::kPieces;
@@ -122,9 +126,10 @@ struct Cursor {
       if (column >= p.num_columns) continue;
       const Column at = column_of(step, x, p.first_span, p.kv_head, column);
       const Span span = step.stages.select_spans[at.span_index];
-      rows[i] = max(0, min(x.stride, span.len - at.u * x.stride));
-      if (rows[i] == 0) continue;
-      const int last = span.q_start + at.u * x.stride + rows[i] - 1;
+      const int count = max(0, min(x.stride, span.len - at.u * x.stride));
+      if (count == 0) continue;
+      rows[i] = count * (1 + kLeft);
+      const int last = span.q_start + at.u * x.stride + count - 1;
       queries[i] = query_at<Element>(step, last, at.q_head) + piece * 8;
     }
   }
@@ -151,9 +156,10 @@ struct Cursor {
       keys[i] += step.batch.k_token_stride;
       if (new_page) look_up(step, x, p, i);
       queries[i] -= step.batch.q_token_stride;
-      if (rows[i] < x.stride && rows[i] > 0 && t % rows[i] == 0) {
-        queries[i] += rows[i] * step.batch.q_token_stride;
-      }
+      rows[i] -= kLeft;
+      const int count = rows[i] < kLeft ? rows[i] & (kLeft - 1) : 0;
+      queries[i] += count * step.batch.q_token_stride;
+      rows[i] += count * kLeft;
     }
   }
 
