@@ -4,6 +4,7 @@
 // Two kernels. The first pools and projects every whole block of the requests that are not dense
 // into `cells`; the second makes a span's gate queries, and scores by a softmax over the blocks
 // that the span's last token sees.
+#include "../common/shared.h"
 #include "gate.h"
 #include "tiles.cuh"
 #include "turn.cuh"
@@ -13,6 +14,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kBlocks = 16;  // pooled together, so that weights are read once for so many
+static_assert(kBlocks * 3 * 64 * sizeof(float) == gate_keys_bytes(64), "a launch's");
 // At a time, so that latencies overlap: keys of one thread, dot products of one warp.
 constexpr int kLoads = 8;
 constexpr int kDots = 8;
@@ -301,8 +303,8 @@ __device__ void score_span(const Step& step, const Gate& gate) {
 }  // namespace
 }  // namespace compactattn
 
-// Grid: (ceil(max_blocks / 16), num_kv_heads, max_select_spans) x 256; dynamic shared memory 192 *
-// head_dim bytes. `cells`: [num_reqs, max_blocks, k_heads, gate_dim].
+// Grid: (ceil(max_blocks / 16), num_kv_heads, max_select_spans) x 256; dynamic shared memory
+// `gate_keys_bytes`. `cells`: [num_reqs, max_blocks, k_heads, gate_dim].
 extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_attn_gate_keys_bf16(const __grid_constant__ compactattn::Step step,
                                     const __grid_constant__ compactattn::Gate gate) {
@@ -316,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 }
 
 // After the kernel of the same type. Grid: (max_select_spans, num_q_heads) x 256; dynamic shared
-// memory 4 * ((by_group ? group_size : 1) + 3) * head_dim + 8 * gate_dim bytes.
+// memory `gate_bytes` of the group's heads under `by_group`, else of one.
 extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_attn_gate_bf16(const __grid_constant__ compactattn::Step step,
                                const __grid_constant__ compactattn::Gate gate) {

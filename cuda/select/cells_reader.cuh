@@ -8,6 +8,7 @@ namespace compactattn::select {
 constexpr int kWarpRows = 32;
 constexpr int kTileKeys = 64;
 constexpr int kStages = 2;  // tiles of keys in shared memory; three CTAs on an SM hide the rest
+static_assert((kMaxRows + kStages * kTileKeys) * row_bytes(64) == cells_bytes(64), "a launch's");
 
 // Row of the tile that element pair `r` (0..3) of this lane's fragments belongs to.
 __device__ __forceinline__ int fragment_row(int r) {

@@ -2,17 +2,15 @@
 #pragma once
 
 #include "../common/math.cuh"
+#include "../common/shared.h"
 #include "../params.h"
 #include "../ptx/select_mma.cuh"
 
 namespace compactattn::select {
 
-// Bytes between rows of a tile in shared memory: 16 more than a vector, an odd number of 16-byte
-// units, so that 8 rows at one column lie in different banks.
-__host__ __device__ constexpr uint32_t pitch_of(int head_dim) { return 2 * head_dim + 16; }
-
+// Bytes between rows of a tile in shared memory.
 __device__ __forceinline__ uint32_t pitch_of(const Layout& layout) {
-  return pitch_of(layout.head_dim);
+  return row_bytes(layout.head_dim);
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
@@ -69,7 +67,7 @@ __device__ __forceinline__ void copy_vector(uint32_t tile, int row, const char* 
 // As `multiply`, with every address but two known at compile time.
 template <class Element, int kTiles, int kHeadDim>
 __device__ __forceinline__ void multiply_dim(float (&sums)[2][kTiles][4], uint32_t q, uint32_t k) {
-  constexpr uint32_t kPitch = pitch_of(kHeadDim);
+  constexpr uint32_t kPitch = row_bytes(kHeadDim);
   const int lane = threadIdx.x % 32;
   q += lane % 16 * kPitch + lane / 16 * 16;
   k += (lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 16;

@@ -5,6 +5,7 @@
 // are a query group's rows in the order the keys meet them: logits are a matrix product. It leaves
 // log2 of the summed weights of each cell, a block's key groups or 128 of them, in `cells`. The
 // second turns cells into masses.
+#include "../common/shared.h"
 #include "tiles.cuh"
 
 namespace compactattn {
@@ -23,6 +24,7 @@ struct Stage {
   static constexpr int kThreadRows = kGroups * kPieces / kThreads;
 };
 constexpr int kSharedBytes = Stage<64>::kCount * Stage<64>::kBytes;
+static_assert(kSharedBytes == xattention_bytes(), "a launch's");
 static_assert(Stage<32>::kCount * Stage<32>::kBytes <= kSharedBytes, "");
 constexpr int kLogitStride = kGroups + 1;  // so that neighbouring columns lie in different banks
 constexpr int kMostQueryGroups = 256;      // of a span: 256 rows at stride 1
@@ -366,8 +368,8 @@ __device__ void sum_masses(const Step& step) {
 }  // namespace compactattn
 
 // Grid: (max_select_spans, ceil(ceil(max_kv_len / S) / 128), num_kv_heads) x 256; dynamic shared
-// memory 110592 bytes. `cells`: [max_select_spans, num_q_heads, ceil(select_span / S), max_blocks *
-// max(1, block / S / 128)]. select_span is 1..256.
+// memory `xattention_bytes`. `cells`: [max_select_spans, num_q_heads, ceil(select_span / S),
+// max_blocks * max(1, block / S / 128)]. select_span is 1..256.
 extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_xattention_bf16(const __grid_constant__ compactattn::Step step) {
   compactattn::weigh_cells<__nv_bfloat16>(step);
