@@ -84,20 +84,20 @@ struct Reader {
   __device__ __forceinline__ void run() {
     const int tiles = ((source.count << log2_block()) + kTileKeys - 1) / kTileKeys;
     if (tiles > 0) load(0);
-    ptx::copy_async_commit();
+    ptx::commit_copies();
     Partial partial;
     partial.clear();
     Held held;
     held.count = 0;
     for (int t = 0; t < tiles; ++t) {
-      ptx::copy_async_wait<0>();
+      ptx::wait_copies_but<0>();
       __syncthreads();
       if (t + 1 < tiles) load(t + 1);
-      ptx::copy_async_commit();
+      ptx::commit_copies();
       if (static_cast<int>(threadIdx.x) / 32 * kWarpRows < tile.rows) fold_tile(t, partial, held);
     }
     write(held);
-    ptx::copy_async_wait<0>();
+    ptx::wait_copies_but<0>();
     __syncthreads();
   }
 

@@ -4,7 +4,7 @@
 #include "../common/math.cuh"
 #include "../common/shared.h"
 #include "../params.h"
-#include "../ptx/select_mma.cuh"
+#include "../ptx/mma.cuh"
 
 namespace compactattn::select {
 
@@ -13,9 +13,7 @@ __device__ __forceinline__ uint32_t pitch_of(const Layout& layout) {
   return row_bytes(layout.head_dim);
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* shared) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
+using ptx::shared_address;
 
 // Past blocks of a span: those that have a score.
 __device__ __forceinline__ int past_blocks(const Layout& layout, const Span& span) {
@@ -60,7 +58,7 @@ __device__ __forceinline__ void copy_vector(uint32_t tile, int row, const char* 
   const int unit = threadIdx.x % kLanesPerVector;
   const uint32_t to = tile + row * pitch_of(layout) + 16 * unit;
   for (int i = 0; i < layout.head_dim / 8; i += kLanesPerVector) {
-    ptx::copy_async_16(to + 16 * i, source + 16 * (unit + i), wanted);
+    ptx::copy_async_alone(to + 16 * i, source + 16 * (unit + i), wanted);
   }
 }
 
@@ -82,8 +80,8 @@ __device__ __forceinline__ void multiply_dim(float (&sums)[2][kTiles][4], uint32
       ptx::load_matrices(b, k + d + 8 * n * kPitch);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        ptx::multiply_add<Element>(sums[m][n], a[m], b[0], b[1]);
-        ptx::multiply_add<Element>(sums[m][n + 1], a[m], b[2], b[3]);
+        ptx::mma<Element>(sums[m][n], a[m], b[0], b[1]);
+        ptx::mma<Element>(sums[m][n + 1], a[m], b[2], b[3]);
       }
     }
   }

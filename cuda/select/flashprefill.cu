@@ -101,10 +101,10 @@ __device__ void load_rows(const Step& step, const Tile& tile, int head, int firs
     const int token = tile.span.q_start + (valid ? first + row : 0);
     const Element* from = query_at<Element>(step, token, head);
     for (int i = piece; i < pieces; i += 4) {
-      ptx::copy_async(to + row * tile.row_bytes + i * 16, from + i * 8, valid);
+      ptx::copy_async_alone(to + row * tile.row_bytes + i * 16, from + i * 8, valid);
     }
   }
-  ptx::copy_async_commit();
+  ptx::commit_copies();
 }
 
 using Logits = float[2][kRows / 8][4];
@@ -242,9 +242,9 @@ __device__ void sum_weights(const Step& step) {
     if (i + 1 < tiles * group) {
       load_rows<Element>(step, tile, next_n ? head : head + 1, next_n * kRows,
                          rows + (i + 1) % 2 * kRows * tile.row_bytes);
-      ptx::copy_async_wait<1>();
+      ptx::wait_copies_but<1>();
     } else {
-      ptx::copy_async_wait<0>();
+      ptx::wait_copies_but<0>();
     }
     __syncthreads();
     if (tile.first + warp * kWarpBlocks < tile.end) {

@@ -171,8 +171,8 @@ struct Cursor {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const uint32_t at = to + i * kStep * S::kRowBytes;
-      ptx::copy_async(at, keys[i] + from, has_key(x, p, i));
-      ptx::copy_async(at + kGroups * S::kRowBytes, queries[i] + from, rows[i] > 0);
+      ptx::copy_async_alone(at, keys[i] + from, has_key(x, p, i));
+      ptx::copy_async_alone(at + kGroups * S::kRowBytes, queries[i] + from, rows[i] > 0);
     }
   }
 };
@@ -200,14 +200,14 @@ __device__ void multiply_tile(const Step& step, const Strides& x, const Product&
         from = 0;
       }
     }
-    ptx::copy_async_commit();
+    ptx::commit_copies();
   };
   for (int i = 0; i < S::kCount - 1; ++i) load(i);
   const uint32_t a = shared + warp % 4 * 32 * S::kRowBytes + offset_a(lane, S::kRowBytes);
   const uint32_t b =
       shared + (kGroups + warp / 4 * 64) * S::kRowBytes + offset_b(lane, S::kRowBytes);
   for (int i = 0; i < steps; ++i) {
-    ptx::copy_async_wait<S::kCount - 2>();
+    ptx::wait_copies_but<S::kCount - 2>();
     __syncthreads();  // stage i is here, and stage i - 1 has been read
     load(i + S::kCount - 1);
     const uint32_t stage = i % S::kCount * S::kBytes;
@@ -218,7 +218,7 @@ __device__ void multiply_tile(const Step& step, const Strides& x, const Product&
       multiply_32<Element>(c, a + stage + 2 * deep, S::kRowBytes, columns);
     }
   }
-  ptx::copy_async_wait<0>();
+  ptx::wait_copies_but<0>();
   __syncthreads();
 }
 

@@ -144,6 +144,7 @@ struct World {
 }
 
 impl World {
+    #[expect(clippy::needless_pass_by_value, reason = "each caller makes one for it")]
     fn new(mode: &str, desc: PlanDesc) -> Result<Self> {
         let fake = Fake::in_mode(mode);
         let context = context(&fake);

@@ -1,5 +1,5 @@
 // The angles of rotary embeddings against f64, on the host:
-//   g++ -O2 -std=c++17 -mfma -ffp-contract=off -D__host__= -D__device__= turns_host.cpp && ./a.out
+//   g++ -O2 -std=c++17 -ffp-contract=off -D__host__= -D__device__= turns_host.cpp && ./a.out
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
