@@ -26,12 +26,15 @@ demo: toolkit
 
 test: test-rust test-cpp test-python
 
-# The library with its GPU kernels, and what their machine code must hold; needs no GPU.
+# The library with its GPU kernels, what their machine code must hold, and their arithmetic on the host; needs no GPU.
 kernels: export COMPACTATTN_CUDA = require
 kernels: toolkit
 	mkdir -p $(BUILD)
 	$(CARGO) build --release --locked --features cli --message-format=json-render-diagnostics > $(BUILD)/kernels.json
 	$(PYTHON) tests/gpu/check_sass.py $(BUILD)/kernels.json
+	for name in lists turns; do \
+	  c++ -O2 -std=c++17 -ffp-contract=off -D__host__= -D__device__= -o $(BUILD)/$${name}_host tests/gpu/$${name}_host.cpp && \
+	  $(BUILD)/$${name}_host || exit 1; done
 
 # A compiler for the kernels, where they are to be built and there is none. Under auto the CPU's build will do as well.
 toolkit:

@@ -62,17 +62,26 @@ __device__ __forceinline__ void copy_async(uint32_t smem, const void* global, bo
                : "memory");
 }
 
+// The same without asking for the rest of the line: its neighbours are read by others.
+__device__ __forceinline__ void copy_async_alone(uint32_t smem, const void* global, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(smem), "l"(global), "r"(exists ? 16 : 0)
+               : "memory");
+}
+
 // Closes a group of the thread's copies.
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits for the thread's copies, all or those before the last group; others see them after a
-// barrier.
+// Waits for the thread's copies, all or those before the last kPending groups; others see them
+// after a barrier.
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-__device__ __forceinline__ void wait_copies_but_last() {
-  asm volatile("cp.async.wait_group 1;" ::: "memory");
+template <int kPending>
+__device__ __forceinline__ void wait_copies_but() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");
 }
 
 }  // namespace compactattn::ptx

@@ -4,14 +4,17 @@
 // Two kernels. The first pools and projects every whole block of the requests that are not dense
 // into `cells`; the second makes a span's gate queries, and scores by a softmax over the blocks
 // that the span's last token sees.
+#include "../common/shared.h"
 #include "gate.h"
 #include "tiles.cuh"
+#include "turn.cuh"
 
 namespace compactattn {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kBlocks = 16;  // pooled together, so that weights are read once for so many
+static_assert(kBlocks * 3 * 64 * sizeof(float) == gate_keys_bytes(64), "a launch's");
 // At a time, so that latencies overlap: keys of one thread, dot products of one warp.
 constexpr int kLoads = 8;
 constexpr int kDots = 8;
@@ -30,10 +33,8 @@ __device__ __forceinline__ int2 pair_of(const Gate& gate, int i, int dim) {
 
 // A pair of a rotated head vector as it was before the rotation by `angle`.
 __device__ __forceinline__ float2 unrotated(const Gate& gate, float2 x, float angle) {
-  float sin, cos;
-  sincosf(angle, &sin, &cos);
-  cos /= gate.rope_scale;
-  sin /= -gate.rope_scale;
+  const Turn turn = turn_by(angle);
+  const float cos = turn.cos / gate.rope_scale, sin = turn.sin / -gate.rope_scale;
   return {x.x * cos - x.y * sin, x.y * cos + x.x * sin};
 }
 
@@ -48,10 +49,8 @@ __device__ void rotate(const Gate& gate, int position, int count, float* x) {
   for (int i = threadIdx.x; i < count * half; i += kThreads) {
     const int2 pair = pair_of(gate, i % half, gate.gate_dim);
     float* vector = x + i / half * gate.gate_dim;
-    float sin, cos;
-    sincosf(static_cast<float>(position) * gate.gate_inv_freq[i % half], &sin, &cos);
-    cos *= gate.rope_scale;
-    sin *= gate.rope_scale;
+    const Turn turn = turn_by(static_cast<float>(position) * gate.gate_inv_freq[i % half]);
+    const float cos = turn.cos * gate.rope_scale, sin = turn.sin * gate.rope_scale;
     const float a = vector[pair.x], b = vector[pair.y];
     vector[pair.x] = a * cos - b * sin;
     vector[pair.y] = b * cos + a * sin;
@@ -304,29 +303,29 @@ __device__ void score_span(const Step& step, const Gate& gate) {
 }  // namespace
 }  // namespace compactattn
 
-// Grid: (ceil(max_blocks / 16), num_kv_heads, max_select_spans) x 256; dynamic shared memory 192 *
-// head_dim bytes. `cells`: [num_reqs, max_blocks, k_heads, gate_dim].
-extern "C" __global__ void __launch_bounds__(256)
+// Grid: (ceil(max_blocks / 16), num_kv_heads, max_select_spans) x 256; dynamic shared memory
+// `gate_keys_bytes`. `cells`: [num_reqs, max_blocks, k_heads, gate_dim].
+extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_attn_gate_keys_bf16(const __grid_constant__ compactattn::Step step,
                                     const __grid_constant__ compactattn::Gate gate) {
   compactattn::make_keys<__nv_bfloat16>(step, gate);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_attn_gate_keys_fp16(const __grid_constant__ compactattn::Step step,
                                     const __grid_constant__ compactattn::Gate gate) {
   compactattn::make_keys<__half>(step, gate);
 }
 
 // After the kernel of the same type. Grid: (max_select_spans, num_q_heads) x 256; dynamic shared
-// memory 4 * ((by_group ? group_size : 1) + 3) * head_dim + 8 * gate_dim bytes.
-extern "C" __global__ void __launch_bounds__(256)
+// memory `gate_bytes` of the group's heads under `by_group`, else of one.
+extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_attn_gate_bf16(const __grid_constant__ compactattn::Step step,
                                const __grid_constant__ compactattn::Gate gate) {
   compactattn::score_span<__nv_bfloat16>(step, gate);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_attn_gate_fp16(const __grid_constant__ compactattn::Step step,
                                const __grid_constant__ compactattn::Gate gate) {
   compactattn::score_span<__half>(step, gate);

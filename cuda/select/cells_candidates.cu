@@ -12,7 +12,7 @@ namespace {
 constexpr int kSelectThreads = 1024;
 constexpr int kHeads = 8;  // selected at once, by one pass over their scores
 constexpr int kBins = 256;
-constexpr int kBatch = 8;  // loads under way of a thread
+constexpr int kBatch = 6;  // loads under way of a thread; eight spill from the 64 registers of 1024
 
 // Where one head's best blocks end: taken are those of a greater score, and those of the same score
 // whose ~block is not less than `block`.

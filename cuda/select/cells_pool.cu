@@ -133,10 +133,10 @@ __device__ __forceinline__ void pool(const Step& step, int index, char* shared) 
   if (tail < 0) {
     if (first >= tile.blocks) return;
     load_rows(step, tile, queries, seen);
-    ptx::copy_async_commit();
+    ptx::commit_copies();
     const uint32_t stages = kMaxRows * pitch_of(step.layout);
     load_means<Element>(step, tile, first, shared + stages);
-    ptx::copy_async_wait<0>();
+    ptx::wait_copies_but<0>();
     __syncthreads();
     float logits[2][kPoolBlocks / 8][4] = {};
     const int warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;

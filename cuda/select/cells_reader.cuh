@@ -8,6 +8,7 @@ namespace compactattn::select {
 constexpr int kWarpRows = 32;
 constexpr int kTileKeys = 64;
 constexpr int kStages = 2;  // tiles of keys in shared memory; three CTAs on an SM hide the rest
+static_assert((kMaxRows + kStages * kTileKeys) * row_bytes(64) == cells_bytes(64), "a launch's");
 
 // Row of the tile that element pair `r` (0..3) of this lane's fragments belongs to.
 __device__ __forceinline__ int fragment_row(int r) {
@@ -83,20 +84,20 @@ struct Reader {
   __device__ __forceinline__ void run() {
     const int tiles = ((source.count << log2_block()) + kTileKeys - 1) / kTileKeys;
     if (tiles > 0) load(0);
-    ptx::copy_async_commit();
+    ptx::commit_copies();
     Partial partial;
     partial.clear();
     Held held;
     held.count = 0;
     for (int t = 0; t < tiles; ++t) {
-      ptx::copy_async_wait<0>();
+      ptx::wait_copies_but<0>();
       __syncthreads();
       if (t + 1 < tiles) load(t + 1);
-      ptx::copy_async_commit();
+      ptx::commit_copies();
       if (static_cast<int>(threadIdx.x) / 32 * kWarpRows < tile.rows) fold_tile(t, partial, held);
     }
     write(held);
-    ptx::copy_async_wait<0>();
+    ptx::wait_copies_but<0>();
     __syncthreads();
   }
 

@@ -2,22 +2,18 @@
 #pragma once
 
 #include "../common/math.cuh"
+#include "../common/shared.h"
 #include "../params.h"
-#include "../ptx/select_mma.cuh"
+#include "../ptx/mma.cuh"
 
 namespace compactattn::select {
 
-// Bytes between rows of a tile in shared memory: 16 more than a vector, an odd number of 16-byte
-// units, so that 8 rows at one column lie in different banks.
-__host__ __device__ constexpr uint32_t pitch_of(int head_dim) { return 2 * head_dim + 16; }
-
+// Bytes between rows of a tile in shared memory.
 __device__ __forceinline__ uint32_t pitch_of(const Layout& layout) {
-  return pitch_of(layout.head_dim);
+  return row_bytes(layout.head_dim);
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* shared) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
+using ptx::shared_address;
 
 // Past blocks of a span: those that have a score.
 __device__ __forceinline__ int past_blocks(const Layout& layout, const Span& span) {
@@ -62,14 +58,14 @@ __device__ __forceinline__ void copy_vector(uint32_t tile, int row, const char* 
   const int unit = threadIdx.x % kLanesPerVector;
   const uint32_t to = tile + row * pitch_of(layout) + 16 * unit;
   for (int i = 0; i < layout.head_dim / 8; i += kLanesPerVector) {
-    ptx::copy_async_16(to + 16 * i, source + 16 * (unit + i), wanted);
+    ptx::copy_async_alone(to + 16 * i, source + 16 * (unit + i), wanted);
   }
 }
 
 // As `multiply`, with every address but two known at compile time.
 template <class Element, int kTiles, int kHeadDim>
 __device__ __forceinline__ void multiply_dim(float (&sums)[2][kTiles][4], uint32_t q, uint32_t k) {
-  constexpr uint32_t kPitch = pitch_of(kHeadDim);
+  constexpr uint32_t kPitch = row_bytes(kHeadDim);
   const int lane = threadIdx.x % 32;
   q += lane % 16 * kPitch + lane / 16 * 16;
   k += (lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 16;
@@ -84,8 +80,8 @@ __device__ __forceinline__ void multiply_dim(float (&sums)[2][kTiles][4], uint32
       ptx::load_matrices(b, k + d + 8 * n * kPitch);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        ptx::multiply_add<Element>(sums[m][n], a[m], b[0], b[1]);
-        ptx::multiply_add<Element>(sums[m][n + 1], a[m], b[2], b[3]);
+        ptx::mma<Element>(sums[m][n], a[m], b[0], b[1]);
+        ptx::mma<Element>(sums[m][n + 1], a[m], b[2], b[3]);
       }
     }
   }

@@ -3,6 +3,7 @@
 //
 // Two kernels. The first leaves L_j = log2 of the summed weights of block j in the scores and the
 // largest L of each 32 blocks, open ones too, in `cells`; the second turns them into scores.
+#include "../common/shared.h"
 #include "tiles.cuh"
 
 namespace compactattn {
@@ -13,6 +14,7 @@ constexpr int kThreads = 128;
 constexpr int kBlocks = 128;
 constexpr int kRows = 64;
 constexpr int kWarpBlocks = 32;
+static_assert(2 * (kBlocks + kRows) * row_bytes(64) == flashprefill_bytes(64), "a launch's");
 
 // Numbers in `cells` per (span, query head).
 __device__ __forceinline__ int peaks_stride(const Step& step) {
@@ -99,10 +101,10 @@ __device__ void load_rows(const Step& step, const Tile& tile, int head, int firs
     const int token = tile.span.q_start + (valid ? first + row : 0);
     const Element* from = query_at<Element>(step, token, head);
     for (int i = piece; i < pieces; i += 4) {
-      ptx::copy_async(to + row * tile.row_bytes + i * 16, from + i * 8, valid);
+      ptx::copy_async_alone(to + row * tile.row_bytes + i * 16, from + i * 8, valid);
     }
   }
-  ptx::copy_async_commit();
+  ptx::commit_copies();
 }
 
 using Logits = float[2][kRows / 8][4];
@@ -219,7 +221,7 @@ __device__ void sum_weights(const Step& step) {
   tile.kv_head = blockIdx.y;
   tile.first = blockIdx.z * kBlocks;
   tile.end = blocks_of(step, tile.span);
-  tile.row_bytes = 2 * layout.head_dim + kPadBytes;
+  tile.row_bytes = row_bytes(layout.head_dim);
   if (tile.first >= tile.end) return;
   const int group = layout.group_size;
   if (!step.stages.k_mean) return give_up(step, tile, group);
@@ -240,9 +242,9 @@ __device__ void sum_weights(const Step& step) {
     if (i + 1 < tiles * group) {
       load_rows<Element>(step, tile, next_n ? head : head + 1, next_n * kRows,
                          rows + (i + 1) % 2 * kRows * tile.row_bytes);
-      ptx::copy_async_wait<1>();
+      ptx::wait_copies_but<1>();
     } else {
-      ptx::copy_async_wait<0>();
+      ptx::wait_copies_but<0>();
     }
     __syncthreads();
     if (tile.first + warp * kWarpBlocks < tile.end) {
@@ -263,7 +265,7 @@ __device__ void sum_weights(const Step& step) {
 }  // namespace compactattn
 
 // Grid: (max_select_spans, num_kv_heads, ceil(max_blocks / 128)) x 128; dynamic shared memory
-// 384 * (2 * head_dim + 16) bytes. `cells`: [max_select_spans, num_q_heads,
+// `flashprefill_bytes`. `cells`: [max_select_spans, num_q_heads,
 // 4 * ceil(max_blocks / 128)].
 extern "C" __global__ void __launch_bounds__(128, 2)
     compactattn_flashprefill_bf16(const __grid_constant__ compactattn::Step step) {

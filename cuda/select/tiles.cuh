@@ -5,7 +5,7 @@
 
 #include "../common/math.cuh"
 #include "../params.h"
-#include "../ptx/mma_sync.cuh"
+#include "../ptx/mma.cuh"
 
 namespace compactattn {
 
@@ -141,8 +141,8 @@ __device__ __forceinline__ void multiply_32(float (&c)[2][2 * kPairs][4], uint32
     ptx::load_matrices(rows, a + m * 16 * row_bytes);
 #pragma unroll
     for (int n = 0; n < kPairs; ++n) {
-      ptx::multiply<Element>(c[m][2 * n], rows, b[n][0], b[n][1]);
-      ptx::multiply<Element>(c[m][2 * n + 1], rows, b[n][2], b[n][3]);
+      ptx::mma<Element>(c[m][2 * n], rows, b[n][0], b[n][1]);
+      ptx::mma<Element>(c[m][2 * n + 1], rows, b[n][2], b[n][3]);
     }
   }
 }

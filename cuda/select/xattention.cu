@@ -5,6 +5,7 @@
 // are a query group's rows in the order the keys meet them: logits are a matrix product. It leaves
 // log2 of the summed weights of each cell, a block's key groups or 128 of them, in `cells`. The
 // second turns cells into masses.
+#include "../common/shared.h"
 #include "tiles.cuh"
 
 namespace compactattn {
@@ -23,6 +24,7 @@ struct Stage {
   static constexpr int kThreadRows = kGroups * kPieces / kThreads;
 };
 constexpr int kSharedBytes = Stage<64>::kCount * Stage<64>::kBytes;
+static_assert(kSharedBytes == xattention_bytes(), "a launch's");
 static_assert(Stage<32>::kCount * Stage<32>::kBytes <= kSharedBytes, "");
 constexpr int kLogitStride = kGroups + 1;  // so that neighbouring columns lie in different banks
 constexpr int kMostQueryGroups = 256;      // of a span: 256 rows at stride 1
@@ -102,11 +104,15 @@ struct Cursor {
 
   const Element* keys[kRows];
   const Element* queries[kRows];
-  int rows[kRows];  // of the query group; 0: there is none
-  int token;        // of the first key group; the others follow at kStep groups
+  // Of the query group, and times kLeft those before the walk starts over; 0 or less: there is
+  // none.
+  int rows[kRows];
+  int token;  // of the first key group; the others follow at kStep groups
   int t;
 
   static constexpr int kStep = kGroups / kRows;
+  static constexpr int kLeft = 1 << 16;
+  static_assert(kMostQueryGroups < kLeft, "a group has no more rows than a span has groups of one");
 
   __device__ void start(const Step& step, const Strides& x, const Product& p, int first_column) {
     const int row = threadIdx.x / S::kPieces, piece = threadIdx.x % S::kPieces;
@@ -122,9 +128,10 @@ struct Cursor {
       if (column >= p.num_columns) continue;
       const Column at = column_of(step, x, p.first_span, p.kv_head, column);
       const Span span = step.stages.select_spans[at.span_index];
-      rows[i] = max(0, min(x.stride, span.len - at.u * x.stride));
-      if (rows[i] == 0) continue;
-      const int last = span.q_start + at.u * x.stride + rows[i] - 1;
+      const int count = max(0, min(x.stride, span.len - at.u * x.stride));
+      if (count == 0) continue;
+      rows[i] = count * (1 + kLeft);
+      const int last = span.q_start + at.u * x.stride + count - 1;
       queries[i] = query_at<Element>(step, last, at.q_head) + piece * 8;
     }
   }
@@ -151,9 +158,10 @@ struct Cursor {
       keys[i] += step.batch.k_token_stride;
       if (new_page) look_up(step, x, p, i);
       queries[i] -= step.batch.q_token_stride;
-      if (rows[i] < x.stride && rows[i] > 0 && t % rows[i] == 0) {
-        queries[i] += rows[i] * step.batch.q_token_stride;
-      }
+      rows[i] -= kLeft;
+      const int count = rows[i] < kLeft ? rows[i] & (kLeft - 1) : 0;
+      queries[i] += count * step.batch.q_token_stride;
+      rows[i] += count * kLeft;
     }
   }
 
@@ -163,8 +171,8 @@ struct Cursor {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const uint32_t at = to + i * kStep * S::kRowBytes;
-      ptx::copy_async(at, keys[i] + from, has_key(x, p, i));
-      ptx::copy_async(at + kGroups * S::kRowBytes, queries[i] + from, rows[i] > 0);
+      ptx::copy_async_alone(at, keys[i] + from, has_key(x, p, i));
+      ptx::copy_async_alone(at + kGroups * S::kRowBytes, queries[i] + from, rows[i] > 0);
     }
   }
 };
@@ -192,14 +200,14 @@ __device__ void multiply_tile(const Step& step, const Strides& x, const Product&
         from = 0;
       }
     }
-    ptx::copy_async_commit();
+    ptx::commit_copies();
   };
   for (int i = 0; i < S::kCount - 1; ++i) load(i);
   const uint32_t a = shared + warp % 4 * 32 * S::kRowBytes + offset_a(lane, S::kRowBytes);
   const uint32_t b =
       shared + (kGroups + warp / 4 * 64) * S::kRowBytes + offset_b(lane, S::kRowBytes);
   for (int i = 0; i < steps; ++i) {
-    ptx::copy_async_wait<S::kCount - 2>();
+    ptx::wait_copies_but<S::kCount - 2>();
     __syncthreads();  // stage i is here, and stage i - 1 has been read
     load(i + S::kCount - 1);
     const uint32_t stage = i % S::kCount * S::kBytes;
@@ -210,7 +218,7 @@ __device__ void multiply_tile(const Step& step, const Strides& x, const Product&
       multiply_32<Element>(c, a + stage + 2 * deep, S::kRowBytes, columns);
     }
   }
-  ptx::copy_async_wait<0>();
+  ptx::wait_copies_but<0>();
   __syncthreads();
 }
 
@@ -360,8 +368,8 @@ __device__ void sum_masses(const Step& step) {
 }  // namespace compactattn
 
 // Grid: (max_select_spans, ceil(ceil(max_kv_len / S) / 128), num_kv_heads) x 256; dynamic shared
-// memory 110592 bytes. `cells`: [max_select_spans, num_q_heads, ceil(select_span / S), max_blocks *
-// max(1, block / S / 128)]. select_span is 1..256.
+// memory `xattention_bytes`. `cells`: [max_select_spans, num_q_heads, ceil(select_span / S),
+// max_blocks * max(1, block / S / 128)]. select_span is 1..256.
 extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_xattention_bf16(const __grid_constant__ compactattn::Step step) {
   compactattn::weigh_cells<__nv_bfloat16>(step);

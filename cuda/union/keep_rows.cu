@@ -38,7 +38,7 @@ __device__ void keep_row(const Step& step, const Span& span, int64_t row, uint32
 
 // Grid max_select_spans * num_q_heads x 256; dynamic shared memory 4 * mask_words bytes, and
 // 4 * max_blocks more where max_blocks <= 8192.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
     compactattn_keep_rows(const __grid_constant__ compactattn::Step step) {
   using namespace compactattn;
   extern __shared__ uint32_t dynamic[];

@@ -3,15 +3,14 @@
 
 #include "../common/bits.cuh"
 #include "../common/cta.cuh"
+#include "../common/shared.h"
 #include "../common/spans.cuh"
 #include "keep.cuh"
 
 namespace compactattn {
 
-// Rows up to this many blocks are held in shared memory while they are ranked.
-constexpr int kSharedRowBlocks = 8192;
-
-// Dynamic shared memory of a kernel that keeps: words of bits, then the row where it fits.
+// Dynamic shared memory of a kernel that keeps (`keep_bytes`): words of bits, then the row where it
+// fits.
 __host__ __device__ inline bool row_is_shared(const Layout& layout) {
   return layout.max_blocks <= kSharedRowBlocks;
 }

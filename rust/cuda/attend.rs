@@ -66,6 +66,11 @@ impl Kernel {
         (context.num_sms() * self.ctas_per_sm.min(fit.max(1) as usize)).min(MAX_CTAS)
     }
 
+    /// Its name, and the dynamic shared memory that a launch gives it.
+    pub(crate) fn shared(&self, context: &Context) -> (&'static str, u32) {
+        (self.name, self.shared_bytes_on(context))
+    }
+
     fn shared_bytes_on(&self, context: &Context) -> u32 {
         let is_hopper = context.device().properties().capability == (9, 0);
         if is_hopper { self.shared_bytes } else { self.small_shared_bytes }
@@ -245,3 +250,13 @@ const D64: Tile = Tile { threads: 128, shared_bytes: 92_160, small_shared_bytes:
 const D96: Tile = Tile { threads: 128, shared_bytes: 79_872, small_shared_bytes: 53_248, ctas_per_sm: 2 };
 const D128: Tile = Tile { threads: 128, shared_bytes: 104_448, small_shared_bytes: 69_632, ctas_per_sm: 2 };
 const D256: Tile = Tile { threads: 256, shared_bytes: 202_752, small_shared_bytes: 101_376, ctas_per_sm: 1 };
+
+/// Threads, shared memory and CTAs an SM of every sm_80 kernel, of the image for 9.0 or the others.
+#[cfg(test)]
+pub(super) fn sm80_tiles(is_hopper: bool) -> Vec<(Dtype, usize, [usize; 3])> {
+    let tile = |(dtype, head_dim, kernel): &(Dtype, usize, Kernel)| {
+        let bytes = if is_hopper { kernel.shared_bytes } else { kernel.small_shared_bytes };
+        (*dtype, *head_dim, [kernel.threads as usize, bytes as usize, kernel.ctas_per_sm])
+    };
+    KERNELS.iter().filter(|(_, _, kernel)| !kernel.copies_by_maps).map(tile).collect()
+}

@@ -4,6 +4,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use super::device::{Device, Entered};
+use super::images::Image;
 use super::kernels::Kernels;
 use super::memory::{DeviceBuffer, PointerKind, pointer_kind};
 use super::stream::Stream;
@@ -23,8 +24,15 @@ impl Context {
     /// [`Status::NotBuilt`], [`Status::NoDriver`], [`Status::DriverOld`], [`Status::NoDevice`], [`Status::Arch`],
     /// [`Status::Image`], [`Status::OutOfMemory`].
     pub fn open(ordinal: usize) -> Result<Self> {
-        let device = Device::open(ordinal)?;
-        let kernels = Kernels::load(&device, super::images::IMAGES)?;
+        Self::on(Device::open(ordinal)?, super::images::IMAGES)
+    }
+
+    /// [`Context::open`] with given kernels.
+    ///
+    /// # Errors
+    /// As [`Context::open`].
+    pub(crate) fn on(device: Arc<Device>, images: &[Image]) -> Result<Self> {
+        let kernels = Kernels::load(&device, images)?;
         let properties = device.properties();
         tracing::info!(gpu = %properties.name, sms = properties.num_sms, "CUDA context: kernels loaded");
         Ok(Self { device, kernels })

@@ -4,9 +4,12 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::io::Write;
 use std::os::fd::{FromRawFd, IntoRawFd};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
+use super::context::Context;
+use super::device::Device;
 use super::driver::Driver;
+use super::images::Image;
 use super::symbols;
 
 /// One copy of the library: its state is shared with no other test.
@@ -26,12 +29,17 @@ impl Fake {
         let library = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
         assert!(!library.is_null(), "the fake driver does not load");
         let this = Self { path, library, driver: OnceLock::new() };
+        this.set_mode(mode);
+        this
+    }
+
+    /// From now on it misbehaves so.
+    pub(crate) fn set_mode(&self, mode: &str) {
         let mode = CString::new(mode).unwrap();
-        let set = this.find(c"fake_set_mode");
+        let set = self.find(c"fake_set_mode");
         // SAFETY: the signature in counting_driver.c.
         let set = unsafe { std::mem::transmute::<*mut c_void, extern "C" fn(*const c_char)>(set) };
         set(mode.as_ptr());
-        this
     }
 
     /// The driver, loaded.
@@ -77,6 +85,61 @@ impl Fake {
         unsafe { symbols::find(self.library, symbol) }.unwrap()
     }
 }
+
+/// A fatbin as far as its header goes; the fake driver reads `contents`: kernels and the sizes of their parameters.
+pub(crate) fn fatbin(contents: &str) -> &'static [u8] {
+    let mut bytes = [0x50, 0xED, 0x55, 0xBA, 1, 0, 16, 0].to_vec();
+    bytes.extend((contents.len() as u64 + 1).to_le_bytes());
+    bytes.extend(contents.as_bytes());
+    bytes.push(0);
+    bytes.leak()
+}
+
+/// A context of that driver, with every kernel of a build for its GPU.
+pub(crate) fn context(fake: &Fake) -> Arc<Context> {
+    let device = Device::open_on(fake.driver(), 0).unwrap();
+    let arch = if device.properties().capability == (9, 0) { "sm_90a" } else { "sm_80" };
+    let maps = (arch == "sm_90a").then_some("128,128,128,280");
+    let mut kernels: Vec<(String, &str)> = ALONE.map(|(name, params)| (name.to_owned(), params)).to_vec();
+    for dtype in ["bf16", "fp16"] {
+        kernels.extend(TYPED.map(|(name, params)| (format!("{name}_{dtype}"), params)));
+        kernels.extend(maps.map(|params| (format!("attend_sm90_{dtype}_d128"), params)));
+        for dim in [64, 96, 128, 256] {
+            kernels.extend(["attend_sm80", "combine"].map(|name| (format!("{name}_{dtype}_d{dim}"), "280")));
+        }
+    }
+    let described = kernels.iter().map(|(name, params)| format!(" compactattn_{name}:{params};"));
+    let fatbin = fatbin(&format!("FAKE{}", described.collect::<String>()));
+    let names = kernels.iter().map(|(name, _)| &*format!("compactattn_{name}").leak());
+    let image = Image { unit: "all.cu", arch, kernels: names.collect::<Vec<_>>().leak(), fatbin };
+    Arc::new(Context::on(device, &[image]).unwrap())
+}
+
+/// Kernels with the bytes of their parameters: `Step` 440, `GateParams` 56, `AttendParams` 280, maps 128.
+const ALONE: [(&str, &str); 10] = [
+    ("plan_spans", "440"),
+    ("keep_rows", "440"),
+    ("union_table", "440,4"),
+    ("table", "440"),
+    ("plan_work", "440"),
+    ("fill_scores", "440,4"),
+    ("cells_mass", "440,4"),
+    ("two_level_mass", "440,4"),
+    ("two_level_candidates", "440"),
+    ("flashprefill_relate", "440"),
+];
+/// One for each 16-bit type.
+const TYPED: [(&str, &str); 9] = [
+    ("cells_read", "440,4"),
+    ("cells_read_candidates", "440,4"),
+    ("cells_pool", "440,4"),
+    ("flashprefill", "440"),
+    ("xattention", "440"),
+    ("xattention_mass", "440"),
+    ("attn_gate_keys", "440,56"),
+    ("attn_gate", "440,56"),
+    ("summaries", "440,8,8,4"),
+];
 
 /// A file of its own for each copy, because the loader opens one file only once; it stays open, so that its name
 /// stays taken.

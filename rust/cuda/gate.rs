@@ -3,6 +3,7 @@
 use super::batch::int32;
 use super::context::Context;
 use super::memory::DeviceBuffer;
+use super::shared::GateShape;
 use crate::error::Result;
 use crate::select::{GateLayer, Pairing};
 
@@ -66,6 +67,12 @@ impl DeviceGate {
     /// Elements of the gate keys of one block.
     pub(crate) fn len(&self) -> usize {
         (self.params.k_heads * self.params.gate_dim).unsigned_abs() as usize
+    }
+
+    /// What of it decides how much shared memory scoring takes.
+    pub(crate) fn shape(&self) -> GateShape {
+        let gate_dim = self.params.gate_dim.unsigned_abs() as usize;
+        GateShape { gate_dim, by_group: self.params.by_group == 1 }
     }
 
     /// As kernels take it; good while this lives.

@@ -77,6 +77,15 @@ impl Kernels {
         self.functions.contains_key(name)
     }
 
+    /// Whether a launch may give the kernel `shared_bytes` of dynamic shared memory.
+    ///
+    /// # Errors
+    /// The bytes it may be given; 0 if there is no such kernel.
+    pub(crate) fn fits(&self, name: &str, shared_bytes: u32) -> std::result::Result<(), u32> {
+        let available = self.functions.get(name).map_or(0, |function| function.max_dynamic_bytes);
+        if shared_bytes <= available { Ok(()) } else { Err(available) }
+    }
+
     /// Puts one launch on `stream`: no allocation, no lock of ours, no wait. The device is entered.
     ///
     /// Addresses inside `args` are the caller's to have checked; the kernel writes through them when it runs.

@@ -1,16 +1,7 @@
 //! Tests of loading and launching on the fake driver.
 
 use super::*;
-use crate::cuda::fake::Fake;
-
-/// A fatbin as far as its header goes; the fake driver reads `contents`: kernels and the sizes of their parameters.
-fn fatbin(contents: &str) -> &'static [u8] {
-    let mut bytes = [0x50, 0xED, 0x55, 0xBA, 1, 0, 16, 0].to_vec();
-    bytes.extend((contents.len() as u64 + 1).to_le_bytes());
-    bytes.extend(contents.as_bytes());
-    bytes.push(0);
-    bytes.leak()
-}
+use crate::cuda::fake::{Fake, fatbin};
 
 fn image(arch: &'static str) -> Image {
     let contents = "FAKE one:440; two:128,128,8;";

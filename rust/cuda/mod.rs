@@ -27,6 +27,7 @@ mod params;
 mod plan;
 mod scratch;
 mod select;
+mod shared;
 mod step;
 mod stream;
 mod symbols;

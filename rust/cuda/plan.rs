@@ -13,11 +13,13 @@ use super::memory::{DeviceBuffer, MappedHost};
 use super::params::{self, COUNTERS_BYTES, STATS_WORDS};
 use super::scratch::Scratch;
 use super::select::{self, Scoring};
+use super::shared::{self, GateShape};
 use super::step;
 use super::stream::{Stream, memset_u32};
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::run;
+use crate::select::needs_summaries;
 use crate::settings::Selector;
 use crate::stats::Stats;
 use crate::summaries::Which;
@@ -76,7 +78,12 @@ impl Plan {
             return Err(Error::new(Status::Unsupported, "num_splits", wanted, splits));
         }
         let layers = plan.layouts();
-        layers.iter().try_for_each(|layout| check_layer(&context, layout))?;
+        for (layer, layout) in layers.iter().enumerate() {
+            let gate = plan.gate(layer, layout)?;
+            let shape =
+                gate.map(|gate| GateShape { gate_dim: gate.gate_dim(), by_group: gate.is_by_group() });
+            check_layer(&context, layout, shape)?;
+        }
         let gate = |(layer, layout)| {
             plan.gate(layer, layout)?.map(|gate| DeviceGate::new(&context, gate)).transpose()
         };
@@ -98,7 +105,7 @@ impl Plan {
     /// # Errors
     /// [`Status::Overflow`], [`Status::Unsupported`].
     pub fn workspace_bytes(&self, layer: usize, layout: &Layout) -> Result<usize> {
-        check_layer(&self.context, layout)?;
+        check_layer(&self.context, layout, self.gate(layer).map(DeviceGate::shape))?;
         self.scratch(0, layer, layout).map(|(_, scratch)| scratch.bytes)
     }
 
@@ -142,6 +149,7 @@ impl Plan {
     /// one another and from what is read; `call.stream` is one of this GPU's. All of it stays alive until the stream
     /// has passed the call.
     pub unsafe fn forward(&self, call: &Call, output: &DeviceOutput) -> Result<()> {
+        check_summaries(call)?;
         // SAFETY: this function's contract.
         let run = unsafe { self.begin(call) }?;
         run.plan_spans()?;
@@ -161,6 +169,7 @@ impl Plan {
     /// # Safety
     /// As [`Plan::forward`].
     pub unsafe fn select(&self, call: &Call, scores: u64, masks: u64) -> Result<()> {
+        check_summaries(call)?;
         // SAFETY: this function's contract.
         let mut run = unsafe { self.begin(call) }?;
         run.step.stages.scores = scores;
@@ -324,7 +333,7 @@ impl Run<'_> {
             return Ok(());
         }
         let blocks = self.step.stages.max_select_spans * self.step.layout.num_q_heads;
-        self.launch("compactattn_keep_rows", grid_i(blocks, 256, select::keep_bytes(&self.step)))
+        self.launch("compactattn_keep_rows", grid_i(blocks, 256, self.keep_bytes()))
     }
 
     fn union_table(&self) -> Result<()> {
@@ -332,7 +341,7 @@ impl Run<'_> {
         let blocks = self.step.stages.max_list_spans * lists;
         let from_masks = matches!(self.call.external, Some(External::Masks(_)));
         let masks = i32::from(from_masks);
-        let grid = grid_i(blocks, 256, select::keep_bytes(&self.step));
+        let grid = grid_i(blocks, 256, self.keep_bytes());
         let args = [Arg::of(&self.step), Arg::of(&masks)];
         self.plan.context.kernels().launch(self.stream, "compactattn_union_table", grid, &args)
     }
@@ -340,7 +349,12 @@ impl Run<'_> {
     fn table(&self) -> Result<()> {
         let lists = self.step.layout.num_kv_heads * self.step.layout.lists_per_kv_head;
         let blocks = self.step.stages.max_list_spans * lists;
-        self.launch("compactattn_table", grid_i(blocks, 256, select::keep_bytes(&self.step)))
+        self.launch("compactattn_table", grid_i(blocks, 256, 0))
+    }
+
+    fn keep_bytes(&self) -> u32 {
+        let layout = &self.step.layout;
+        shared::keep(layout.max_blocks.cast_unsigned(), layout.mask_words.cast_unsigned())
     }
 
     fn attend(&self, output: &DeviceOutput) -> Result<()> {
@@ -360,8 +374,17 @@ fn grid_i(blocks: i32, threads: u32, shared_bytes: u32) -> Grid {
     Grid { blocks: [blocks.cast_unsigned(), 1, 1], threads, shared_bytes }
 }
 
+fn check_summaries(call: &Call) -> Result<()> {
+    let selector = call.layout.settings.selector;
+    if !needs_summaries(selector) || call.k_mean != 0 {
+        return Ok(());
+    }
+    let wanted = format!("mean keys, for selector {}", selector.name());
+    Err(Error::new(Status::Null, "summaries", wanted, "none"))
+}
+
 /// What CUDA does not offer, by name.
-fn check_layer(context: &Context, layout: &Layout) -> Result<()> {
+fn check_layer(context: &Context, layout: &Layout, gate: Option<GateShape>) -> Result<()> {
     let settings = &layout.settings;
     if layout.limits.max_num_reqs > MAX_REQS {
         let got = layout.limits.max_num_reqs;
@@ -379,8 +402,12 @@ fn check_layer(context: &Context, layout: &Layout) -> Result<()> {
         let wanted = "another selector on CUDA";
         return Err(Error::new(Status::Unsupported, "selector", wanted, settings.selector.name()));
     }
-    Kernel::choose(context, layout).map(drop)
+    shared::check(context, layout, gate)
 }
 
 /// What one grid of `compactattn_plan_spans` can take.
 const MAX_REQS: usize = 1024;
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;

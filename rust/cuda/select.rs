@@ -4,6 +4,7 @@ use super::context::Context;
 use super::gate::DeviceGate;
 use super::kernels::{Arg, Grid};
 use super::params::{Step, TILE_ROWS};
+use super::shared;
 use super::stream::Stream;
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
@@ -36,15 +37,9 @@ pub(crate) fn scratch_len(layout: &Layout, gate_len: usize) -> Result<usize> {
         _ => 0,
     };
     // union merges rows too long for shared memory here, once select is done with it.
-    let merging = if blocks > UNION_SHARED_BLOCKS { product(&[layout.max_list_rows(), blocks])? } else { 0 };
+    let merging =
+        if blocks > shared::MAX_ROW_BLOCKS { product(&[layout.max_list_rows(), blocks])? } else { 0 };
     Ok(scoring.max(merging))
-}
-
-/// Dynamic shared memory of the kernels that keep: a row of bits, and a row of scores where it fits.
-pub(crate) fn keep_bytes(step: &Step) -> u32 {
-    let blocks = step.layout.max_blocks.cast_unsigned();
-    let row = if blocks as usize <= UNION_SHARED_BLOCKS { blocks } else { 0 };
-    4 * (step.layout.mask_words.cast_unsigned() + row)
 }
 
 /// One scoring of a step.
@@ -102,7 +97,7 @@ impl Scoring<'_> {
 
     fn flashprefill(&self) -> Result<()> {
         let blocks = [self.selects(), self.kv_heads(), self.blocks().div_ceil(128)];
-        let grid = Grid { blocks, threads: 128, shared_bytes: 384 * (2 * self.head_dim() + 16) };
+        let grid = Grid { blocks, threads: 128, shared_bytes: shared::flashprefill(self.head_dim()) };
         let name = self.of_dtype("compactattn_flashprefill_bf16", "compactattn_flashprefill_fp16");
         self.launch(name, grid, &[Arg::of(self.step)])?;
         self.launch("compactattn_flashprefill_relate", self.by_row(256, 0), &[Arg::of(self.step)])
@@ -116,7 +111,7 @@ impl Scoring<'_> {
             .cast_unsigned()
             .div_ceil(self.step.settings.xattention_stride.cast_unsigned());
         let blocks = [self.selects(), groups.div_ceil(128), self.kv_heads()];
-        let grid = Grid { blocks, threads: 256, shared_bytes: 110_592 };
+        let grid = Grid { blocks, threads: 256, shared_bytes: shared::XATTENTION };
         let args = [Arg::of(self.step)];
         self.launch(
             self.of_dtype("compactattn_xattention_bf16", "compactattn_xattention_fp16"),
@@ -133,11 +128,11 @@ impl Scoring<'_> {
         let params = gate.params();
         let args = [Arg::of(self.step), Arg::of(&params)];
         let blocks = [self.blocks().div_ceil(16), self.kv_heads(), self.selects()];
-        let grid = Grid { blocks, threads: 256, shared_bytes: 192 * self.head_dim() };
+        let grid = Grid { blocks, threads: 256, shared_bytes: shared::gate_keys(self.head_dim()) };
         let keys = self.of_dtype("compactattn_attn_gate_keys_bf16", "compactattn_attn_gate_keys_fp16");
         self.launch(keys, grid, &args)?;
         let vectors = if params.by_group == 1 { self.step.layout.group_size.cast_unsigned() } else { 1 };
-        let bytes = 4 * (vectors + 3) * self.head_dim() + 8 * params.gate_dim.cast_unsigned();
+        let bytes = shared::gate(vectors, self.head_dim(), params.gate_dim.cast_unsigned());
         let name = self.of_dtype("compactattn_attn_gate_bf16", "compactattn_attn_gate_fp16");
         self.launch(name, self.by_row(256, bytes), &args)
     }
@@ -158,7 +153,7 @@ impl Scoring<'_> {
 
     fn cells(&self, name: &'static str, width: u32, tile: i32) -> Result<()> {
         let blocks = [width, self.kv_heads(), self.selects()];
-        let grid = Grid { blocks, threads: 128, shared_bytes: 256 * (2 * self.head_dim() + 16) };
+        let grid = Grid { blocks, threads: 128, shared_bytes: shared::cells(self.head_dim()) };
         self.launch(name, grid, &[Arg::of(self.step), Arg::of(&tile)])
     }
 
@@ -252,5 +247,3 @@ fn product(factors: &[usize]) -> Result<usize> {
 const READ: [&str; 2] = ["compactattn_cells_read_bf16", "compactattn_cells_read_fp16"];
 const READ_CANDIDATES: [&str; 2] =
     ["compactattn_cells_read_candidates_bf16", "compactattn_cells_read_candidates_fp16"];
-/// kSharedRowBlocks of cuda/union/rows.cuh.
-const UNION_SHARED_BLOCKS: usize = 8192;

@@ -20,26 +20,55 @@ ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
 DTYPES = ("bf16", "fp16")
 HEAD_DIMS = (64, 96, 128, 256)
 
-# By architecture; a build may have more.
+ALONE = (
+    "plan_spans",
+    "fill_scores",
+    "cells_mass",
+    "two_level_candidates",
+    "two_level_mass",
+    "flashprefill_relate",
+    "keep_rows",
+    "union_table",
+    "table",
+    "plan_work",
+)
+# One for each dtype.
+TYPED = (
+    "summaries",
+    "cells_read",
+    "cells_read_candidates",
+    "cells_pool",
+    "flashprefill",
+    "xattention",
+    "xattention_mass",
+    "attn_gate_keys",
+    "attn_gate",
+)
+# One for each dtype and head_dim.
+SIZED = ("attend_sm80", "combine")
+
+# Every kernel, by architecture.
 EVERYWHERE = {
-    "compactattn_plan_spans",
-    "compactattn_keep_rows",
-    "compactattn_union_table",
-    "compactattn_plan_work",
-    *(f"compactattn_attend_sm80_{dtype}_d{dim}" for dtype in DTYPES for dim in HEAD_DIMS),
-    *(f"compactattn_combine_{dtype}_d{dim}" for dtype in DTYPES for dim in HEAD_DIMS),
+    *(f"compactattn_{name}" for name in ALONE),
+    *(f"compactattn_{name}_{dtype}" for name in TYPED for dtype in DTYPES),
+    *(f"compactattn_{name}_{dtype}_d{dim}" for name in SIZED for dtype in DTYPES for dim in HEAD_DIMS),
 }
 EXPECTED = {arch: set(EVERYWHERE) for arch in ARCHS}
 EXPECTED["sm_90a"] |= {f"compactattn_attend_sm90_{dtype}_d128" for dtype in DTYPES}
 
-# By the start of a kernel's name: tensor cores, then the copies that run beside them.
+# By the start of a kernel's name, the first that fits: tensor cores, then the copies that run beside them.
 WANTED = {
     "compactattn_attend_sm90_": {"HGMMA", "UTMALDG"},
     "compactattn_attend_sm80_": {"HMMA", "LDGSTS"},
+    "compactattn_cells_read_": {"HMMA", "LDGSTS"},
+    "compactattn_cells_pool_": {"HMMA", "LDGSTS"},
+    "compactattn_flashprefill_relate": set(),
+    "compactattn_flashprefill_": {"HMMA", "LDGSTS"},
+    "compactattn_xattention_mass_": set(),
+    "compactattn_xattention_": {"HMMA", "LDGSTS"},
 }
 # Stores to and loads from local memory: registers that did not suffice.
 LOCAL = {"STL", "LDL"}
-WITHOUT_LOCAL = "compactattn_attend_"
 
 # An instruction's line: address, predicate, opcode.
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
@@ -62,12 +91,10 @@ def main(arguments: list[str]) -> int:
             faults.append(f"{path.name}: wanted machine code for {arch} alone, holds {sorted(made_for)}")
         found.setdefault(arch, {}).update(opcodes(listing))
     for arch, kernels in found.items():
-        faults += [f"{name} is missing for {arch}" for name in sorted(EXPECTED.get(arch, set()) - set(kernels))]
+        wanted = EXPECTED.get(arch, set())
+        faults += [f"{name} is missing for {arch}" for name in sorted(wanted - set(kernels))]
+        faults += [f"{name} for {arch} is none of the kernels listed here" for name in sorted(set(kernels) - wanted)]
         faults += [fault for name, used in kernels.items() for fault in faults_of(name, arch, used)]
-    # What runs on the oldest runs on all.
-    for arch in ARCHS:
-        lost = set(found["sm_80"]) - set(found[arch]) - EXPECTED[arch]
-        faults += [f"{name} is missing for {arch}" for name in sorted(lost)]
     print("\n".join(faults) or f"{sum(map(len, found.values()))} kernels in order: {folder}")
     return bool(faults)
 
@@ -104,9 +131,7 @@ def faults_of(name: str, arch: str, used: set[str]) -> list[str]:
     """What a kernel lacks or should not have."""
     wanted = next((wanted for start, wanted in WANTED.items() if name.startswith(start)), set())
     faults = [f"{name} for {arch} has no {opcode}" for opcode in sorted(wanted - used)]
-    if name.startswith(WITHOUT_LOCAL):
-        faults += [f"{name} for {arch} uses local memory: {opcode}" for opcode in sorted(LOCAL & used)]
-    return faults
+    return faults + [f"{name} for {arch} uses local memory: {opcode}" for opcode in sorted(LOCAL & used)]
 
 
 if __name__ == "__main__":

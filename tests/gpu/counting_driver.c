@@ -26,7 +26,7 @@ enum {
   kBadImage = 200
 };
 enum { kInvalidContext = 201, kNoBinary = 209, kInvalidHandle = 400, kNotFound = 500, kLost = 700 };
-enum { kMismatch = 803, kCapture = 900 };
+enum { kMismatch = 803, kCapture = 900, kImplicit = 906 };
 enum {
   kMaxNames = 64,
   kMaxBlocks = 4096,
@@ -152,6 +152,17 @@ static int has_context(void) { return depth > 0 && current[depth - 1] == &primar
 static int capability(void) {
   const char* word = is("cc") ? strstr(mode, "cc") : NULL;
   return word ? atoi(word + 2) : 90;
+}
+
+// Of a CTA that opts in: 9.0 and 10.0, 8.0, and the others.
+static int most_shared_bytes(void) {
+  int roomy = capability() == 90 || capability() == 100;
+  return roomy ? 232448 : capability() == 80 ? 166912 : 101376;
+}
+
+// None in attend kernels, as their dynamic memory is all that some GPUs have.
+static int static_bytes(const struct Function* function) {
+  return strstr(function->name, "_attend_") ? 0 : 1024;
 }
 
 static struct Block* block_of(Address address) {
@@ -294,7 +305,7 @@ DRIVER(cuDeviceGetAttribute, (int* value, int which, int device), (value, which,
       *value = capability() % 10;
       break;
     case 97:
-      *value = 232448;
+      *value = most_shared_bytes();
       break;
     default:
       return kInvalidValue;
@@ -351,12 +362,15 @@ DRIVER(cuModuleGetFunction, (void** function, void* module, const char* name),
 }
 
 DRIVER(cuFuncGetAttribute, (int* value, int which, void* function), (value, which, function)) {
-  *value = 1024;  // static shared memory, the one that is asked for
-  return which == 1 && function ? kOk : kInvalidValue;
+  if (which != 1 || !function)
+    return kInvalidValue;  // static shared memory is all that is asked for
+  *value = static_bytes(function);
+  return kOk;
 }
 
 DRIVER(cuFuncSetAttribute, (void* function, int which, int value), (function, which, value)) {
-  if (which != 8 || value < 0 || value > 232448 - 1024) return kInvalidValue;
+  int most = most_shared_bytes() - static_bytes(function);
+  if (which != 8 || value < 0 || value > most) return kInvalidValue;
   ((struct Function*)function)->max_dynamic_bytes = last_attribute = value;
   return kOk;
 }
@@ -404,9 +418,8 @@ DRIVER(cuStreamGetCtx, (void* of, void** context), (of, context)) {
 }
 
 DRIVER(cuStreamIsCapturing, (void* of, int* status), (of, status)) {
-  UNUSED(of);
   *status = is("capture") ? 1 : 0;
-  return kOk;
+  return is("capture") && !of ? kImplicit : kOk;
 }
 
 DRIVER(cuStreamSynchronize, (void* of), (of)) {

@@ -326,7 +326,7 @@ struct Walk {
 
   __device__ __forceinline__ void await_values() const {
     if constexpr (kTwo) return;
-    ptx::wait_copies_but_last();
+    ptx::wait_copies_but<1>();
     __syncthreads();
   }
 

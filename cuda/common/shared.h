@@ -1,0 +1,38 @@
+// Dynamic shared memory that launches give the kernels before attend, in bytes. The host's numbers
+// are in rust/cuda/shared.rs, where a test compares the two; kernels assert that they fit.
+#pragma once
+
+#include <cstdint>
+
+namespace compactattn {
+
+// Between vectors of a tile: an odd number of 16-byte units, so that eight rows lie in different
+// banks for every head_dim.
+constexpr uint32_t row_bytes(uint32_t head_dim) { return 2 * head_dim + 16; }
+
+// Means of 128 blocks in two parts, two stages of 64 rows.
+constexpr uint32_t flashprefill_bytes(uint32_t head_dim) { return 384 * row_bytes(head_dim); }
+
+// Stages of key groups and folded rows; logits take their place.
+constexpr uint32_t xattention_bytes() { return 110592; }
+
+// A tile of 128 sampled rows, two of 64 keys.
+constexpr uint32_t cells_bytes(uint32_t head_dim) { return 256 * row_bytes(head_dim); }
+
+// Features of 16 blocks: maximum, minimum and mean.
+constexpr uint32_t gate_keys_bytes(uint32_t head_dim) { return 16 * 3 * 4 * head_dim; }
+
+// Means of `heads` heads, the features of a block, query and edge.
+constexpr uint32_t gate_bytes(uint32_t heads, uint32_t head_dim, uint32_t gate_dim) {
+  return 4 * ((heads + 3) * head_dim + 2 * gate_dim);
+}
+
+// Rows of scores up to this many blocks are held in shared memory while they are ranked.
+constexpr int32_t kSharedRowBlocks = 8192;
+
+// Of the kernels that keep: a row of bits, and a row of scores where it fits.
+constexpr uint64_t keep_bytes(uint64_t max_blocks, uint64_t mask_words) {
+  return 4 * (mask_words + (max_blocks <= kSharedRowBlocks ? max_blocks : 0));
+}
+
+}  // namespace compactattn

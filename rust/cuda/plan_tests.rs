@@ -1,0 +1,261 @@
+//! Tests of whole calls on the fake driver: what reaches it, and what is refused before it.
+
+use std::ffi::CStr;
+
+use super::*;
+use crate::cuda::batch::{DevicePool, DeviceTokens};
+use crate::cuda::fake::{Fake, context};
+use crate::error::Status;
+use crate::fixture;
+use crate::parallel::Parallel;
+use crate::plan::Limits;
+use crate::run::PlanDesc;
+use crate::select::gate_weights::tests::{Form, gate};
+use crate::settings::{KeepAt, Settings};
+use crate::types::Dtype;
+
+const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
+const KV_HEADS: usize = 2;
+const GROUP: usize = 4;
+const LIMITS: Limits = Limits { max_num_reqs: 4, max_total_q: 600, max_kv_len: 16_384 };
+
+/// Every function of the driver that a call may use: nothing that waits, allocates, frees, copies or loads.
+const ALLOWED: [&CStr; 8] = [
+    c"cuCtxPushCurrent_v2",
+    c"cuCtxPopCurrent_v2",
+    c"cuStreamGetCtx",
+    c"cuStreamIsCapturing",
+    c"cuMemsetD32Async",
+    c"cuTensorMapEncodeTiled",
+    c"cuLaunchKernel",
+    c"cuGetErrorName",
+];
+
+#[test]
+fn every_selector_launches_its_kernels_in_order_and_nothing_else() {
+    for selector in Selector::ALL.map(|(selector, _)| selector).into_iter().filter(|&s| s != Selector::Quoka)
+    {
+        for dtype in [Dtype::Bf16, Dtype::F16] {
+            for head_dim in HEAD_DIMS {
+                let world = World::new("", desc(Settings::of(selector), dtype, head_dim)).unwrap();
+                let stream = world.stream();
+                let launches = world.run(stream).unwrap();
+                let names: Vec<_> = launches.iter().map(|line| line.split(' ').next().unwrap()).collect();
+                assert_eq!(names, expected(&world.plan_of_host, dtype), "{selector:?} {dtype:?} {head_dim}");
+                for line in &launches {
+                    let grid = line.split(' ').nth(1).unwrap();
+                    assert!(grid.split('x').all(|extent| extent != "0"), "{line}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_call_runs_on_the_legacy_stream_and_on_one_that_is_captured() {
+    for selector in [Selector::Dense, Selector::TwoLevel, Selector::AttnGate] {
+        let world = World::new("", desc(Settings::of(selector), Dtype::Bf16, 128)).unwrap();
+        let launches = world.run(std::ptr::null_mut()).unwrap();
+        world.fake.set_mode("capture");
+        assert_eq!(world.run(world.stream()).unwrap(), launches, "{selector:?}");
+        // Work there would break the capture of the other stream.
+        let refused = world.run(std::ptr::null_mut()).unwrap_err();
+        assert_eq!(refused.status(), Status::Capture, "{refused}");
+        world.fake.set_mode("");
+    }
+}
+
+#[test]
+fn a_stream_of_another_context_is_refused_before_anything_runs() {
+    let world = World::new("", desc(Settings::paper(), Dtype::Bf16, 128)).unwrap();
+    let foreign = std::ptr::without_provenance_mut(world.fake.number(c"fake_foreign_stream"));
+    assert_eq!(world.run(foreign).unwrap_err().status(), Status::Stream);
+    assert!(world.fake.launches().is_empty());
+}
+
+#[test]
+fn what_the_gpu_does_not_offer_is_unsupported_by_name() {
+    let usual = || desc(Settings::of(Selector::SampledExact), Dtype::Bf16, 128);
+    let quoka = Settings { block_size: 16, ..Settings::of(Selector::Quoka) };
+    let corrected = Settings { mean_correction: true, ..Settings::of(Selector::SampledExact) };
+    let crowded = Limits { max_num_reqs: 1025, max_total_q: 2000, ..LIMITS };
+    for (desc, named) in [
+        (desc(quoka, Dtype::Bf16, 128), "quoka"),
+        (desc(corrected, Dtype::Bf16, 128), "mean_correction"),
+        (desc(Settings::paper(), Dtype::F32, 128), "f32"),
+        (PlanDesc { splits: 2, ..usual() }, "num_splits"),
+        (PlanDesc { limits: crowded, ..usual() }, "max_num_reqs"),
+    ] {
+        assert_unsupported(World::new("", desc), &[named]);
+    }
+    let most = Limits { max_num_reqs: 1024, ..crowded };
+    assert!(World::new("", PlanDesc { limits: most, ..usual() }).is_ok());
+}
+
+#[test]
+fn a_selector_that_needs_more_shared_memory_than_the_gpu_has_is_refused() {
+    // 9.0 has 227 KB a CTA, 8.0 163 KB, the rest of 8.x and 12.0 99 KB; kernels of the fake keep 1 KB of it.
+    for (mode, selector, head_dim, wanted) in [
+        ("cc86", Selector::FlashPrefill, 128, Some("104448")),
+        ("cc86", Selector::FlashPrefill, 96, None),
+        ("cc89", Selector::FlashPrefill, 256, Some("202752")),
+        ("cc80", Selector::FlashPrefill, 256, Some("202752")),
+        ("cc80", Selector::FlashPrefill, 128, None),
+        ("cc86", Selector::XAttention, 64, Some("110592")),
+        ("cc80", Selector::XAttention, 256, None),
+        ("cc86", Selector::SampledExact, 256, Some("135168")),
+        ("cc86", Selector::TwoLevel, 256, Some("135168")),
+        ("cc86", Selector::PooledMass, 128, None),
+        ("cc86", Selector::AttnGate, 256, None),
+        ("cc86", Selector::Dense, 256, None),
+    ] {
+        let made = World::new(mode, desc(Settings::of(selector), Dtype::F16, head_dim));
+        match wanted {
+            None => drop(made.unwrap_or_else(|error| panic!("{mode} {selector:?} {head_dim}: {error}"))),
+            Some(bytes) if mode == "cc80" => assert_unsupported(made, &[selector.name(), bytes, "165888"]),
+            Some(bytes) => assert_unsupported(made, &[selector.name(), bytes, "100352"]),
+        }
+    }
+    // Bits of a row of 2^20 blocks of one token: 131072 bytes.
+    let limits = Limits { max_kv_len: 1 << 20, ..LIMITS };
+    let tokens = Settings { block_size: 1, ..Settings::of(Selector::Dense) };
+    let long = || PlanDesc { limits, ..desc(tokens, Dtype::Bf16, 128) };
+    assert_unsupported(World::new("cc86", long()), &["max_kv_len", "131072"]);
+    assert!(World::new("", long()).is_ok());
+}
+
+#[test]
+fn summaries_that_a_selector_needs_are_asked_for() {
+    for selector in [Selector::FlashPrefill, Selector::PooledMass, Selector::TwoLevel] {
+        let mut world = World::new("", desc(Settings::of(selector), Dtype::Bf16, 64)).unwrap();
+        world.k_mean = 0;
+        let error = world.run(world.stream()).unwrap_err();
+        assert!(error.status() == Status::Null && error.to_string().contains("summaries"), "{error}");
+        assert!(world.fake.launches().is_empty());
+    }
+}
+
+struct World {
+    fake: Fake,
+    plan: Plan,
+    plan_of_host: run::Plan,
+    workspace: DeviceBuffer,
+    k_mean: u64,
+}
+
+impl World {
+    #[expect(clippy::needless_pass_by_value, reason = "each caller makes one for it")]
+    fn new(mode: &str, desc: PlanDesc) -> Result<Self> {
+        let fake = Fake::in_mode(mode);
+        let context = context(&fake);
+        let plan_of_host = run::Plan::new(&desc, Parallel::new(1)).unwrap();
+        let plan = Plan::new(Arc::clone(&context), &plan_of_host, desc.splits)?;
+        let bytes = plan.workspace_bytes(0, &plan_of_host.layouts()[0])?;
+        let workspace = context.alloc(bytes)?;
+        Ok(Self { fake, plan, plan_of_host, workspace, k_mean: SOMEWHERE })
+    }
+
+    fn stream(&self) -> *mut c_void {
+        std::ptr::without_provenance_mut(self.fake.number(c"fake_stream"))
+    }
+
+    /// Launches of one forward, which may call nothing of the driver but [`ALLOWED`].
+    fn run(&self, stream: *mut c_void) -> Result<Vec<String>> {
+        let layout = &self.plan_of_host.layouts()[0];
+        let external = layout.settings.selector == Selector::External;
+        let (batch, output) = (batch(layout), output(layout));
+        let call = Call {
+            layer: 0,
+            layout,
+            batch: &batch,
+            k_mean: self.k_mean,
+            external: external.then_some(External::Scores(SOMEWHERE)),
+            workspace: self.workspace.address(),
+            stream,
+        };
+        let allowed = || ALLOWED.map(|function| self.fake.calls(function)).iter().sum::<u64>();
+        let before = (self.fake.all_calls(), allowed(), self.fake.launches().len());
+        // SAFETY: the fake driver follows no address but the workspace's, and its streams are known to it.
+        let result = unsafe { self.plan.forward(&call, &output) };
+        assert_eq!(self.fake.all_calls() - before.0, allowed() - before.1, "a call that is not allowed");
+        assert_eq!(self.fake.number(c"fake_context_depth"), 0);
+        result.map(|()| self.fake.launches().split_off(before.2))
+    }
+}
+
+/// Kernels of one forward whose sampled rows fit one tile.
+fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
+    let layout = &plan.layouts()[0];
+    let (dtype, dim) = (if dtype == Dtype::Bf16 { "bf16" } else { "fp16" }, layout.shape.head_dim);
+    let scoring: &[&str] = match layout.settings.selector {
+        Selector::SampledExact => &["cells_read_T", "cells_mass"],
+        // 600 tokens of 4 heads, 128 rows a tile.
+        Selector::Oracle => &["cells_read_T", "cells_mass"].repeat(19),
+        Selector::PooledMass => &["cells_pool_T", "cells_mass"],
+        Selector::TwoLevel => {
+            let first = ["cells_pool_T", "cells_mass", "two_level_candidates"];
+            &[&first[..], &["cells_pool_T", "cells_read_candidates_T", "two_level_mass"]].concat()
+        }
+        Selector::FlashPrefill => &["flashprefill_T", "flashprefill_relate"],
+        Selector::XAttention => &["xattention_T", "xattention_mass_T"],
+        Selector::AttnGate => &["attn_gate_keys_T", "attn_gate_T"],
+        Selector::Streaming => &["fill_scores"],
+        _ => &[],
+    };
+    let keeping: &[&str] = if layout.settings.keep_at == KeepAt::Row { &["keep_rows"] } else { &[] };
+    let attend = if dim == 128 { "attend_sm90_T_d128" } else { &format!("attend_sm80_T_d{dim}") };
+    let last = ["union_table", "plan_work", attend, &format!("combine_T_d{dim}")];
+    let all = [&["plan_spans"], scoring, keeping, &last].concat();
+    all.iter().map(|name| format!("compactattn_{}", name.replace("_T", &format!("_{dtype}")))).collect()
+}
+
+fn desc(settings: Settings, dtype: Dtype, head_dim: usize) -> PlanDesc {
+    let shape = fixture::shape(KV_HEADS, GROUP, head_dim, 16, dtype);
+    let name = format!("plan-{head_dim}-{dtype:?}-{:?}", std::thread::current().id());
+    let gate = (settings.selector == Selector::AttnGate).then(|| gate(&name, &shape, Form::Both, 64));
+    PlanDesc { shape, limits: LIMITS, layers: vec![settings], splits: 0, gate }
+}
+
+/// Two requests with 600 query tokens.
+fn batch(layout: &Layout) -> DeviceBatch {
+    let shape = &layout.shape;
+    let token = shape.num_kv_heads * shape.head_dim;
+    let pool = DevicePool {
+        address: SOMEWHERE,
+        stride_page: 16 * token,
+        stride_token: token,
+        stride_head: shape.head_dim,
+    };
+    DeviceBatch {
+        q: tokens(layout),
+        k: pool,
+        v: pool,
+        cu_seqlens_q: SOMEWHERE,
+        seq_lens: SOMEWHERE,
+        block_table: SOMEWHERE,
+        table_stride: 1024,
+        table_width: 1024,
+        num_reqs: 2,
+        total_q: 600,
+        num_pages: 2048,
+    }
+}
+
+fn output(layout: &Layout) -> DeviceOutput {
+    DeviceOutput { out: tokens(layout), lse: SOMEWHERE, lse_stride_head: 600, lse_stride_token: 1 }
+}
+
+fn tokens(layout: &Layout) -> DeviceTokens {
+    let (heads, dim) = (layout.shape.num_q_heads, layout.shape.head_dim);
+    DeviceTokens { address: SOMEWHERE, stride_token: heads * dim, stride_head: dim }
+}
+
+fn assert_unsupported(made: Result<World>, named: &[&str]) {
+    let error = made.map(|_| "a plan").unwrap_err();
+    assert_eq!(error.status(), Status::Unsupported, "{error}");
+    let text = error.to_string();
+    assert!(named.iter().all(|word| text.contains(word)), "{text}: {named:?}");
+}
+
+/// An aligned address that nothing follows.
+const SOMEWHERE: u64 = 0x10_0000;
