@@ -1,8 +1,8 @@
 // attend on sm_90a: softmax(Q K^T) V over the boxes of a list, in place in the paged pool.
 //
 // One producer warpgroup copies boxes into rings of K and V tiles; two consumer warpgroups of 64
-// rows multiply. A tile is 128 KV tokens of a list's stream; tiles run from the stream's end to its
-// start, so that only the first one or two need the causal mask (visible columns of query token t:
+// rows multiply. A tile is kTokens KV tokens of a list's stream; tiles run from the stream's end to
+// its start, so that only the first few need the causal mask (visible columns of query token t:
 // stream_len - tokens after t). Schedule after FlashAttention-3 (arXiv 2407.08608): Q K^T of a tile
 // is issued before P V of the tile before it, and one warpgroup's products run beside the other's
 // exponentials. Taking turns by barriers, and holding the wait for P V back behind the
@@ -23,9 +23,29 @@ struct Maps {
   // [columns / 64, tokens, heads, 64] in boxes of rows / heads_per_list tokens x heads_per_list
   // heads x 64
   const CUtensorMap& q;
-  // [pages, kv heads, columns / 64, tokens of a page, 64] in boxes of min(box tokens, 128) x 64
+  // [pages, kv heads, columns / 64, tokens of a page, 64] in boxes of min(box tokens, kTokens) x 64
   const CUtensorMap& k;
   const CUtensorMap& v;
+};
+
+// Tiles of a piece, from the tile before `end` down to `begin`. Plan's tiles may be longer than
+// this kernel's: of its last one those are left out that no row sees.
+template <class T>
+struct Tiles {
+  int begin;
+  int end;
+
+  static_assert(kTileTokens % T::kTokens == 0 && kTileRows == T::kRows);
+
+  __device__ explicit Tiles(const Piece& piece) {
+    constexpr int kParts = kTileTokens / T::kTokens;
+    begin = piece.begin * kParts;
+    end = piece.end * kParts;
+    if constexpr (kParts > 1) {
+      const int seen = piece.stream.visible + piece.item.num_tokens - 1;
+      end = min(end, max(seen + T::kTokens - 1, 0) / T::kTokens);
+    }
+  }
 };
 
 // ---- producer ----
@@ -67,22 +87,23 @@ __device__ __forceinline__ ptx::PoolBox place(const AttendParams& params, int en
 
 // One warp; K or V tiles of every piece, last tile first. Every tile arrives with all its bytes,
 // zeros included.
-template <class T>
+template <class T, int kStages>
 __device__ __forceinline__ void produce_tiles(const CUtensorMap& map,
                                               uint8_t (*tiles)[T::kKvTileBytes],
                                               ptx::CopyBarrier* full, ptx::Barrier* empty,
                                               const AttendParams& params) {
   const int lane = threadIdx.x % 32;
   const BoxLane<T> mine(params, lane);
-  ptx::Ring<T::kStages> ring;
+  ptx::Ring<kStages> ring;
   const Pieces pieces(params.work);
   for (int i = 0; i < pieces.count; ++i) {
     const Piece piece = pieces.at(params.work, i);
-    int token = (piece.end - 1) * T::kTokens + mine.first;
-    int entry = piece.end > piece.begin ? entry_at(params, piece.stream, token) : 0;
+    const Tiles<T> range(piece);
+    int token = (range.end - 1) * T::kTokens + mine.first;
+    int entry = range.end > range.begin ? entry_at(params, piece.stream, token) : 0;
 #pragma unroll 1
-    for (int tile = piece.end - 1; tile >= piece.begin; --tile) {
-      const int next = tile > piece.begin ? entry_at(params, piece.stream, token - T::kTokens) : 0;
+    for (int tile = range.end - 1; tile >= range.begin; --tile) {
+      const int next = tile > range.begin ? entry_at(params, piece.stream, token - T::kTokens) : 0;
       empty[ring.stage].wait(ring.phase ^ 1);
       if (lane == 0) full[ring.stage].arrive_and_expect_tx(T::kKvTileBytes);
       __syncwarp();
@@ -137,16 +158,31 @@ __device__ __forceinline__ Place place_of_thread() {
   return {thread / 128, lane, thread / 32 * 16 + lane / 4, lane % 4 * 2};
 }
 
-// S = Q K^T, issued; Q from registers, which spares shared memory a third of its reads.
+// A warpgroup's queries as left operands: those of the first steps in registers, all in shared
+// memory.
 template <class T>
-__device__ __forceinline__ void issue_scores(float (&s)[64], const uint32_t (&q)[8][4],
+struct Queries {
+  uint32_t registers[T::kQuerySteps > 0 ? T::kQuerySteps : 1][4];
+  const uint8_t* shared;  // the warpgroup's 64 rows
+};
+
+// S = Q K^T, issued.
+template <class T>
+__device__ __forceinline__ void issue_scores(float (&s)[T::kScores], const Queries<T>& q,
                                              const uint8_t* k) {
+  using Element = typename T::Element;
   const uint64_t right = ptx::swizzled_operand(k);
+  const uint64_t left = ptx::swizzled_operand(q.shared);
 #pragma unroll
-  for (int step = 0; step < T::kHeadDim / 16; ++step) {
-    ptx::mma<typename T::Element, ptx::Major::K>(
-        s, q[step], ptx::advanced(right, step / 4 * T::kKvGroupBytes + step % 4 * 32),
-        step == 0 ? ptx::ScaleOut::Zero : ptx::ScaleOut::One);
+  for (int step = 0; step < T::kDimSteps; ++step) {
+    const ptx::ScaleOut keep = step == 0 ? ptx::ScaleOut::Zero : ptx::ScaleOut::One;
+    const uint64_t b = ptx::advanced(right, step / 4 * T::kKvGroupBytes + step % 4 * 32);
+    if (step < T::kQuerySteps) {
+      ptx::mma<Element, ptx::Major::K>(s, q.registers[step], b, keep);
+    } else {
+      const uint64_t a = ptx::advanced(left, step / 4 * T::kQGroupBytes + step % 4 * 32);
+      ptx::mma<Element, ptx::Major::K>(s, a, b, keep);
+    }
   }
   cute::warpgroup_commit_batch();
 }
@@ -155,28 +191,49 @@ __device__ __forceinline__ void issue_scores(float (&s)[64], const uint32_t (&q)
 // other lists' queries or nothing, and a row maximum may move when its warp's other rows are
 // rescaled, and so their last bits.
 template <class T>
-__device__ __forceinline__ void load_queries(uint32_t (&q)[8][4], const uint8_t* tile,
-                                             const Place& at, const QueryRow (&mine)[2]) {
+__device__ __forceinline__ void load_queries(Queries<T>& q, const uint8_t* tile, const Place& at,
+                                             const QueryRow (&mine)[2]) {
   const int row = at.lane % 16;
   const uint8_t* rows = tile + (at.row - at.lane / 4 + row) * T::kRowBytes;
 #pragma unroll
-  for (int step = 0; step < T::kHeadDim / 16; ++step) {
+  for (int step = 0; step < T::kQuerySteps; ++step) {
     const int chunk = step % 4 * 2 + at.lane / 16;
-    ptx::load_matrices(q[step], rows + step / 4 * T::kQGroupBytes + (chunk ^ row % 8) * 16);
+    ptx::load_matrices(q.registers[step],
+                       rows + step / 4 * T::kQGroupBytes + (chunk ^ row % 8) * 16);
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      if (!mine[w % 2].used) q[step][w] = 0;
+      if (!mine[w % 2].used) q.registers[step][w] = 0;
     }
   }
 }
 
+// The same zeros, for products that read the warpgroup's queries from shared memory.
+template <class T>
+__device__ __forceinline__ void zero_queries(uint8_t* q, const WorkItem& item, int heads_per_list,
+                                             int warpgroup) {
+  constexpr int kChunks = T::kRowBytes / 16;
+  const bool whole =
+      item.num_heads == heads_per_list && item.num_tokens * heads_per_list == T::kRows;
+  if (whole) return;
+  for (int i = threadIdx.x % 128; i < 64 * kChunks; i += 128) {
+    const int row = i / kChunks;
+    if (query_row(item, heads_per_list, warpgroup * 64 + row).used) continue;
+#pragma unroll
+    for (int g = 0; g < T::kGroups; ++g)
+      reinterpret_cast<uint4*>(q + g * T::kQGroupBytes)[i] = uint4{};
+  }
+  cutlass::arch::fence_view_async_shared();
+  cutlass::arch::NamedBarrier::sync(128, warpgroup);
+}
+
 // O += P V, issued.
 template <class T>
-__device__ __forceinline__ void issue_values(float (&o)[64], const uint32_t (&p)[8][4],
+__device__ __forceinline__ void issue_values(float (&o)[T::kOutputs],
+                                             const uint32_t (&p)[T::kTokenSteps][4],
                                              const uint8_t* v) {
   const uint64_t right = ptx::swizzled_operand(v, T::kKvGroupBytes);
 #pragma unroll
-  for (int step = 0; step < T::kTokens / 16; ++step) {
+  for (int step = 0; step < T::kTokenSteps; ++step) {
     ptx::mma<typename T::Element, ptx::Major::MN>(
         o, p[step], ptx::advanced(right, step * 16 * T::kRowBytes), ptx::ScaleOut::One);
   }
@@ -205,15 +262,19 @@ __device__ __forceinline__ void zero_tail(uint8_t* v, int used, int warpgroup) {
 
 template <class T>
 struct Consumer {
+  using Scores = float[T::kScores];
+  using Outputs = float[T::kOutputs];
+  using Weights = uint32_t[T::kTokenSteps][4];
+
   SharedStorage<T>& smem;
   Place at;
   float scale;  // sm_scale * log2(e)
-  ptx::Ring<T::kStages> k_ring;
-  ptx::Ring<T::kStages> v_ring;
-  uint32_t q[8][4];
+  ptx::Ring<T::kKeyStages> k_ring;
+  ptx::Ring<T::kValueStages> v_ring;
+  Queries<T> q;
 
   // The piece's first tile: scores and P; nothing to overlap with yet.
-  __device__ __forceinline__ void first_tile(float (&s)[64], uint32_t (&p)[8][4], RowState& rows,
+  __device__ __forceinline__ void first_tile(Scores& s, Weights& p, RowState& rows,
                                              const int (&visible)[2]) {
     smem.k_full[k_ring.stage].wait(k_ring.phase);
     ptx::fence_registers(s);
@@ -233,8 +294,8 @@ struct Consumer {
 
   // Scores of the next tile beside O += P V of the last one.
   template <bool kMasked>
-  __device__ __forceinline__ void step(float (&s)[64], float (&o)[64], uint32_t (&p)[8][4],
-                                       RowState& rows, const int (&visible)[2]) {
+  __device__ __forceinline__ void step(Scores& s, Outputs& o, Weights& p, RowState& rows,
+                                       const int (&visible)[2]) {
     // Both waits stand before the products: a branch between them costs a second fence. V was asked
     // for long before K.
     smem.v_full[v_ring.stage].wait(v_ring.phase);
@@ -252,7 +313,11 @@ struct Consumer {
     float top[2], factor[2];
     tile_max(s, top);
     const bool grown = raise_max<T>(top, scale, rows, factor);
-    exponentiate<kMasked>(s, scale, rows);
+    exponentiate<kMasked, T::kPolyEvery>(s, scale, rows);
+    if constexpr (T::kHeldWait) {
+      const unsigned mask = __ballot_sync(0xffffffffu, !(rows.sum[0] + rows.sum[1] < 0.0f));
+      asm volatile("bar.warp.sync %0;" ::"r"(mask) : "memory");
+    }
     cute::warpgroup_wait<0>();
     ptx::fence_registers(o);
     release(smem.v_empty[v_ring.stage], at.lane);
@@ -261,7 +326,14 @@ struct Consumer {
     if (grown) rescale(o, factor);
   }
 
-  __device__ __forceinline__ void last_values(float (&o)[64], uint32_t (&p)[8][4]) {
+  // The next piece's may come.
+  __device__ __forceinline__ void release_queries() {
+    cutlass::arch::fence_view_async_shared();
+    __syncwarp();
+    release(smem.q_empty, at.lane);
+  }
+
+  __device__ __forceinline__ void last_values(Outputs& o, const Weights& p) {
     smem.v_full[v_ring.stage].wait(v_ring.phase);
     ptx::fence_registers(o);
     cute::warpgroup_arrive();
@@ -273,23 +345,29 @@ struct Consumer {
   }
 
   // O and row sums of one piece.
-  __device__ __forceinline__ void attend(const Piece& piece, int heads_per_list, float (&o)[64],
+  __device__ __forceinline__ void attend(const Piece& piece, int heads_per_list, Outputs& o,
                                          RowState& rows) {
-    float s[64];
-    uint32_t p[8][4];
+    Scores s;
+    Weights p;
+    const Tiles<T> range(piece);
     int visible[2];  // columns from the thread's first column of the current tile
     QueryRow mine[2];
-    int tile = piece.end - 1;
+    int tile = range.end - 1;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       mine[r] = query_row(piece.item, heads_per_list, at.row + 8 * r);
       const int token = min(mine[r].token, piece.item.num_tokens - 1);
       visible[r] = piece.stream.visible + token - tile * T::kTokens - at.column;
     }
+    if constexpr (T::kSharedQueries) {
+      // The compiler learns that operands made of it are the same in all lanes.
+      const int warpgroup = __shfl_sync(0xffffffffu, at.warpgroup, 0);
+      uint8_t* own = smem.q + warpgroup * 64 * T::kRowBytes;
+      q.shared = own;
+      zero_queries<T>(own, piece.item, heads_per_list, at.warpgroup);
+    }
     load_queries<T>(q, smem.q, at, mine);
-    cutlass::arch::fence_view_async_shared();
-    __syncwarp();
-    release(smem.q_empty, at.lane);
+    if constexpr (!T::kSharedQueries) release_queries();
     first_tile(s, p, rows, visible);
     const int used = piece.stream.visible + piece.item.num_tokens - 1 - tile * T::kTokens;
     if (used < T::kTokens) {
@@ -297,13 +375,14 @@ struct Consumer {
       zero_tail<T>(smem.v[v_ring.stage], used, at.warpgroup);
     }
     // Tiles below this one are seen whole by every row.
-    const int unmasked = max(max(piece.stream.visible, 0) / T::kTokens, piece.begin);
+    const int unmasked = max(max(piece.stream.visible, 0) / T::kTokens, range.begin);
     for (--tile; tile >= unmasked; --tile) {
       visible[0] += T::kTokens;
       visible[1] += T::kTokens;
       step<true>(s, o, p, rows, visible);
     }
-    for (; tile >= piece.begin; --tile) step<false>(s, o, p, rows, visible);
+    for (; tile >= range.begin; --tile) step<false>(s, o, p, rows, visible);
+    if constexpr (T::kSharedQueries) release_queries();
     last_values(o, p);
   }
 };
@@ -318,7 +397,7 @@ __device__ __forceinline__ void consume(const AttendParams& params, SharedStorag
     const Piece piece = pieces.at(params.work, i);
     RowState rows;
     reset(rows);
-    float o[64] = {};
+    float o[T::kOutputs] = {};
     if (piece.end > piece.begin) {
       smem.q_full.wait(q_phase);
       q_phase ^= 1;
@@ -340,10 +419,12 @@ __device__ __forceinline__ void init_barriers(SharedStorage<T>& smem) {
   if (threadIdx.x == 0) {
     smem.q_full.init(1);
     smem.q_empty.init(kReaders);
-    for (int i = 0; i < T::kStages; ++i) {
+    for (int i = 0; i < T::kKeyStages; ++i) {
       smem.k_full[i].init(1);
-      smem.v_full[i].init(1);
       smem.k_empty[i].init(kReaders);
+    }
+    for (int i = 0; i < T::kValueStages; ++i) {
+      smem.v_full[i].init(1);
       smem.v_empty[i].init(kReaders);
     }
     cutlass::arch::fence_barrier_init();
@@ -359,8 +440,10 @@ __device__ __forceinline__ void attend(const Maps& maps, const AttendParams& par
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     const int warp = threadIdx.x / 32;
-    if (warp == 0) produce_tiles<T>(maps.k, smem.k, smem.k_full, smem.k_empty, params);
-    if (warp == 1) produce_tiles<T>(maps.v, smem.v, smem.v_full, smem.v_empty, params);
+    if (warp == 0)
+      produce_tiles<T, T::kKeyStages>(maps.k, smem.k, smem.k_full, smem.k_empty, params);
+    if (warp == 1)
+      produce_tiles<T, T::kValueStages>(maps.v, smem.v, smem.v_full, smem.v_empty, params);
     if (threadIdx.x == 64) produce_queries<T>(maps.q, smem, params);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
