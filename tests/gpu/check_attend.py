@@ -60,6 +60,11 @@ def length_cases() -> Iterator[Shape]:
     yield Shape(tuple((100 + 37 * i, 300 * i) for i in range(20)), kv_heads=4, density=0.3)
 
 
+def sm90_cases(head_dim: int) -> Iterator[Shape]:
+    """All of them."""
+    yield from (replace(shape, head_dim=head_dim) for shape in cases())
+
+
 def sm80_cases(head_dim: int) -> Iterator[Shape]:
     """What only the sm_80 kernel takes: small boxes, any stride; and a few of the others for each head_dim."""
     few = [s for i, s in enumerate(cases()) if i % 7 == 3 or s.holes or s.dtype == torch.float16]
@@ -82,7 +87,7 @@ def main() -> int:
     failures = 0
     for head_dim in args.head_dims or ARCHS[args.arch]:
         kernels = {dtype: Kernels(args.cubins, args.arch, dtype, head_dim) for dtype in NAMES}
-        shapes = cases() if args.arch == "sm90" else sm80_cases(head_dim)
+        shapes = sm90_cases(head_dim) if args.arch == "sm90" else sm80_cases(head_dim)
         failures += check(kernels, itertools.islice(shapes, 0, None, args.stride), f"{args.arch} d{head_dim}")
     return failures
 
