@@ -29,17 +29,6 @@ __device__ __forceinline__ uint32_t pack_pair<__half>(float low, float high) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// 2^x by multiplications and additions, relative error 7.5e-5, for x <= 0; results below 2^-126 are
-// 2^-126, NaN stays. Minimax of degree 3 over the fraction -1/2 .. 1/2.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-  x = ptx::max_or_nan(x, -126.0f);
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the integer
-  const float sum = x + kRound;
-  const float f = x - (sum - kRound);
-  const float p = ((0.05517167f * f + 0.24261112f) * f + 0.69326099f) * f + 0.99992807f;
-  return p * __int_as_float((__float_as_int(sum) << 23) + 0x3f800000);
-}
-
 // Over the 4 lanes that hold one accumulator row.
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));

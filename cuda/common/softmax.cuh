@@ -64,9 +64,8 @@ __device__ __forceinline__ bool raise_max(const float (&tile)[2], float scale, R
   return true;
 }
 
-// s = exp2((s - max) * scale), sums added up. `kMasked`: rows may have seen nothing yet. One element
-// of `kPolyEvery` is computed beside the special function unit; 0: none.
-template <bool kMasked, int kPolyEvery = 0, int N>
+// s = exp2((s - max) * scale), sums added up. `kMasked`: rows may have seen nothing yet.
+template <bool kMasked, int N>
 __device__ __forceinline__ void exponentiate(float (&s)[N], float scale, RowState& rows) {
   float shift[2];
 #pragma unroll
@@ -74,11 +73,7 @@ __device__ __forceinline__ void exponentiate(float (&s)[N], float scale, RowStat
     shift[r] = kMasked && rows.max[r] == -INFINITY ? 0.0f : rows.max[r] * scale;
   }
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const float x = s[i] * scale - shift[i / 2 % 2];
-    const bool poly = !kMasked && kPolyEvery > 0 && i % (kPolyEvery > 0 ? kPolyEvery : 1) == 0;
-    s[i] = poly ? exp2_polynomial(x) : ptx::exp2_approx(x);
-  }
+  for (int i = 0; i < N; ++i) s[i] = ptx::exp2_approx(s[i] * scale - shift[i / 2 % 2]);
   float chain[4] = {s[0], s[1], s[2], s[3]};
 #pragma unroll
   for (int i = 4; i < N; ++i) chain[i % 4] += s[i];

@@ -10,13 +10,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// NaN if either is.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-  float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-}
-
 // What follows from the result is computed no earlier than here: a compiler that moves it out of a
 // loop has it in registers throughout.
 __device__ __forceinline__ int not_before(int x) {

@@ -30,7 +30,7 @@ class Traits:
 
 SM90 = {
     64: Traits(384, 214016, 1, 128),
-    128: Traits(384, 232448, 1, 128),
+    128: Traits(384, 230400, 1, 128),
     256: Traits(384, 230400, 1, 64),
 }
 SM80 = {  # as compiled for GPUs with 227 KB of shared memory a CTA
