@@ -9,8 +9,11 @@
 // exponentials, both cost cycles here (tests/bench/record/h100).
 #pragma once
 
+#include <type_traits>
+
 #include "../../common/epilogue.cuh"
 #include "consumer.cuh"
+#include "halves.cuh"
 
 namespace compactattn::sm90 {
 
@@ -121,7 +124,8 @@ __device__ __forceinline__ void produce_queries(const CUtensorMap& map, SharedSt
 
 template <class T>
 __device__ __forceinline__ void consume(const AttendParams& params, SharedStorage<T>& smem) {
-  Consumer<T> consumer{smem, place_of_thread(), params.sm_scale * kLog2E, {}, {}, {}};
+  std::conditional_t<T::kHalves, HalvesConsumer<T>, Consumer<T>> consumer{
+      smem, place_of_thread(), params.sm_scale * kLog2E, {}, {}, {}};
   const Place at = consumer.at;
   uint32_t q_phase = 0;
   const Pieces pieces(params.work);
