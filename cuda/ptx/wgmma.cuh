@@ -16,13 +16,26 @@ using cute::SM90::GMMA::Major;
 using cute::SM90::GMMA::ScaleOut;
 namespace gmma = cute::SM90::GMMA;
 
-// CUTLASS's atom d[64 x 128] += a[64 x 16] b[16 x 128], a in registers.
-template <class Element, Major kRight>
-struct Atom;
-template <Major kRight>
-struct Atom<__nv_bfloat16, kRight> : gmma::MMA_64x128x16_F32BF16BF16_RS<Major::K, kRight> {};
-template <Major kRight>
-struct Atom<__half, kRight> : gmma::MMA_64x128x16_F32F16F16_RS<Major::K, kRight> {};
+// CUTLASS's atoms d[64 x N] += a[64 x 16] b[16 x N], a in registers or in shared memory.
+template <class Element, int N, Major kRight>
+struct RegisterAtom;
+template <class Element, int N, Major kRight>
+struct SharedAtom;
+
+#define COMPACTATTN_ATOM(element, name, n)                                                         \
+  template <Major kRight>                                                                          \
+  struct RegisterAtom<element, n, kRight>                                                          \
+      : gmma::MMA_64x##n##x16_F32##name##_RS<Major::K, kRight> {};                                 \
+  template <Major kRight>                                                                          \
+  struct SharedAtom<element, n, kRight> : gmma::MMA_64x##n##x16_F32##name##_SS<Major::K, kRight> { \
+  }
+COMPACTATTN_ATOM(__nv_bfloat16, BF16BF16, 64);
+COMPACTATTN_ATOM(__half, F16F16, 64);
+COMPACTATTN_ATOM(__nv_bfloat16, BF16BF16, 128);
+COMPACTATTN_ATOM(__half, F16F16, 128);
+COMPACTATTN_ATOM(__nv_bfloat16, BF16BF16, 256);
+COMPACTATTN_ATOM(__half, F16F16, 256);
+#undef COMPACTATTN_ATOM
 
 // A 128-byte-swizzled operand. `next_128_bytes`: bytes between the 64-element column groups of an
 // operand whose long side is contiguous (V); unused, 16, where the reduced side is contiguous (K).
@@ -44,23 +57,31 @@ __device__ __forceinline__ uint64_t advanced(uint64_t operand, uint32_t bytes) {
 }
 
 template <class Element, Major kRight, int... I>
-__device__ __forceinline__ void fma_all(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
-                                        ScaleOut keep, std::integer_sequence<int, I...>) {
-  Atom<Element, kRight>::fma(a[0], a[1], a[2], a[3], b, d[I]..., keep);
+__device__ __forceinline__ void fma_all(float (&d)[sizeof...(I)], const uint32_t (&a)[4],
+                                        uint64_t b, ScaleOut keep,
+                                        std::integer_sequence<int, I...>) {
+  using Atom = RegisterAtom<Element, 2 * sizeof...(I), kRight>;
+  Atom::fma(a[0], a[1], a[2], a[3], b, d[I]..., keep);
 }
 
-// d[64 x 128] (+)= a[64 x 16] b[16 x 128], a in registers; `kRight` says which side of b is
-// contiguous, `keep` Zero drops the old d.
-template <class Element, Major kRight>
-__device__ __forceinline__ void mma(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
-                                    ScaleOut keep) {
-  fma_all<Element, kRight>(d, a, b, keep, std::make_integer_sequence<int, 64>{});
+template <class Element, Major kRight, int... I>
+__device__ __forceinline__ void fma_all(float (&d)[sizeof...(I)], uint64_t a, uint64_t b,
+                                        ScaleOut keep, std::integer_sequence<int, I...>) {
+  SharedAtom<Element, 2 * sizeof...(I), kRight>::fma(a, b, d[I]..., keep);
+}
+
+// d[64 x 2 M] (+)= a[64 x 16] b[16 x 2 M], M = 32, 64 or 128; a in registers, or an operand in
+// shared memory. `kRight` says which side of b is contiguous, `keep` Zero drops the old d.
+template <class Element, Major kRight, int M, class Left>
+__device__ __forceinline__ void mma(float (&d)[M], const Left& a, uint64_t b, ScaleOut keep) {
+  fma_all<Element, kRight>(d, a, b, keep, std::make_integer_sequence<int, M>{});
 }
 
 // Keeps ordinary reads and writes of `d` on their side of the asynchronous products.
-__device__ __forceinline__ void fence_registers(float (&d)[64]) {
+template <int M>
+__device__ __forceinline__ void fence_registers(float (&d)[M]) {
 #pragma unroll
-  for (int i = 0; i < 64; ++i) cute::warpgroup_fence_operand(d[i]);
+  for (int i = 0; i < M; ++i) cute::warpgroup_fence_operand(d[i]);
 }
 
 }  // namespace compactattn::ptx

@@ -37,8 +37,9 @@ pub(crate) struct Kernel {
     /// The same in images for other GPUs than 9.0.
     small_shared_bytes: u32,
     ctas_per_sm: usize,
-    /// Takes three tensor maps before its parameters.
-    copies_by_maps: bool,
+    /// Takes three tensor maps before its parameters, with boxes of K and V of at most this many tokens; 0: takes
+    /// none.
+    map_tokens: usize,
 }
 
 impl Kernel {
@@ -49,7 +50,7 @@ impl Kernel {
     pub(crate) fn choose(context: &Context, layout: &Layout) -> Result<Self> {
         let key = (layout.shape.dtype, layout.shape.head_dim);
         let found = KERNELS.iter().find(|(dtype, head_dim, kernel)| {
-            let fits = !kernel.copies_by_maps || layout.geometry.box_tokens() >= MIN_MAP_TOKENS;
+            let fits = kernel.map_tokens == 0 || layout.geometry.box_tokens() >= MIN_MAP_TOKENS;
             (*dtype, *head_dim) == key && fits && context.kernels().has(kernel.name)
         });
         found.map(|(_, _, kernel)| *kernel).ok_or_else(|| {
@@ -85,8 +86,8 @@ impl Kernel {
         let num_ctas = call.scratch.stages.num_ctas.cast_unsigned();
         let shared_bytes = self.shared_bytes_on(context);
         let grid = Grid { blocks: [num_ctas, 1, 1], threads: self.threads, shared_bytes };
-        if self.copies_by_maps {
-            let maps = call.maps(context)?;
+        if self.map_tokens > 0 {
+            let maps = call.maps(context, self.map_tokens)?;
             let args = [Arg::of(&maps[0]), Arg::of(&maps[1]), Arg::of(&maps[2]), Arg::of(&params)];
             context.kernels().launch(stream, self.name, grid, &args)?;
         } else {
@@ -144,8 +145,8 @@ impl Call<'_> {
         }
     }
 
-    /// Maps of q, k and v as cuda/attend/sm90/kernel.cuh wants them.
-    fn maps(&self, context: &Context) -> Result<[TensorMap; 3]> {
+    /// Maps of q, k and v as cuda/attend/sm90/kernel.cuh wants them; a longer box than `max_tokens` is copied in parts.
+    fn maps(&self, context: &Context, max_tokens: usize) -> Result<[TensorMap; 3]> {
         let shape = &self.layout.shape;
         let (heads, columns) = (self.layout.heads_per_list(), shape.head_dim / MAP_COLUMNS);
         let encode = |address: u64, dims: &[Dim]| {
@@ -168,7 +169,7 @@ impl Call<'_> {
                 column,
             ],
         )?;
-        let rows = tile(self.layout.geometry.box_tokens().min(MAP_TOKENS));
+        let rows = tile(self.layout.geometry.box_tokens().min(max_tokens));
         let pool = |pool: &super::batch::DevicePool| {
             encode(
                 pool.address,
@@ -195,8 +196,6 @@ struct Dim {
 
 /// The widest swizzle in 16-bit elements.
 const MAP_COLUMNS: usize = 64;
-/// Tokens of a tile: a longer box is copied in parts.
-const MAP_TOKENS: usize = 128;
 /// An atom of the swizzle.
 const MIN_MAP_TOKENS: usize = 8;
 /// What a CTA takes of its SM's shared memory beside its own.
@@ -206,8 +205,28 @@ const MAX_CTAS: usize = 1024;
 
 /// Every attend kernel, the best first for each (dtype, head_dim).
 static KERNELS: &[(Dtype, usize, Kernel)] = &[
-    (Dtype::Bf16, 128, sm90("compactattn_attend_sm90_bf16_d128", "compactattn_combine_bf16_d128")),
-    (Dtype::F16, 128, sm90("compactattn_attend_sm90_fp16_d128", "compactattn_combine_fp16_d128")),
+    (Dtype::Bf16, 64, sm90("compactattn_attend_sm90_bf16_d64", "compactattn_combine_bf16_d64", 214_016, 128)),
+    (
+        Dtype::Bf16,
+        128,
+        sm90("compactattn_attend_sm90_bf16_d128", "compactattn_combine_bf16_d128", 230_400, 128),
+    ),
+    (
+        Dtype::Bf16,
+        256,
+        sm90("compactattn_attend_sm90_bf16_d256", "compactattn_combine_bf16_d256", 230_400, 64),
+    ),
+    (Dtype::F16, 64, sm90("compactattn_attend_sm90_fp16_d64", "compactattn_combine_fp16_d64", 214_016, 128)),
+    (
+        Dtype::F16,
+        128,
+        sm90("compactattn_attend_sm90_fp16_d128", "compactattn_combine_fp16_d128", 230_400, 128),
+    ),
+    (
+        Dtype::F16,
+        256,
+        sm90("compactattn_attend_sm90_fp16_d256", "compactattn_combine_fp16_d256", 230_400, 64),
+    ),
     (Dtype::Bf16, 64, sm80("compactattn_attend_sm80_bf16_d64", "compactattn_combine_bf16_d64", D64)),
     (Dtype::Bf16, 96, sm80("compactattn_attend_sm80_bf16_d96", "compactattn_combine_bf16_d96", D96)),
     (Dtype::Bf16, 128, sm80("compactattn_attend_sm80_bf16_d128", "compactattn_combine_bf16_d128", D128)),
@@ -218,22 +237,22 @@ static KERNELS: &[(Dtype, usize, Kernel)] = &[
     (Dtype::F16, 256, sm80("compactattn_attend_sm80_fp16_d256", "compactattn_combine_fp16_d256", D256)),
 ];
 
-const fn sm90(name: &'static str, combine: &'static str) -> Kernel {
-    let (threads, shared_bytes) = (384, 232_448);
+/// As cuda/attend/sm90/traits.h says; `map_tokens` are those of a tile.
+const fn sm90(name: &'static str, combine: &'static str, shared_bytes: u32, map_tokens: usize) -> Kernel {
     Kernel {
         name,
         combine,
-        threads,
+        threads: 384,
         shared_bytes,
         small_shared_bytes: shared_bytes,
         ctas_per_sm: 1,
-        copies_by_maps: true,
+        map_tokens,
     }
 }
 
 const fn sm80(name: &'static str, combine: &'static str, tile: Tile) -> Kernel {
     let Tile { threads, shared_bytes, small_shared_bytes, ctas_per_sm } = tile;
-    Kernel { name, combine, threads, shared_bytes, small_shared_bytes, ctas_per_sm, copies_by_maps: false }
+    Kernel { name, combine, threads, shared_bytes, small_shared_bytes, ctas_per_sm, map_tokens: 0 }
 }
 
 /// What cuda/attend/sm80/traits.h says of one head_dim: of the image for 9.0, which buffers K and V twice, and of the
@@ -258,5 +277,25 @@ pub(super) fn sm80_tiles(is_hopper: bool) -> Vec<(Dtype, usize, [usize; 3])> {
         let bytes = if is_hopper { kernel.shared_bytes } else { kernel.small_shared_bytes };
         (*dtype, *head_dim, [kernel.threads as usize, bytes as usize, kernel.ctas_per_sm])
     };
-    KERNELS.iter().filter(|(_, _, kernel)| !kernel.copies_by_maps).map(tile).collect()
+    KERNELS.iter().filter(|(_, _, kernel)| kernel.map_tokens == 0).map(tile).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Names say what a kernel is for, and one that copies by tensor maps comes before the one for every GPU, which
+    /// each (dtype, `head_dim`) has.
+    #[test]
+    fn kernels_are_what_their_names_say_best_first() {
+        for &(dtype, head_dim, kernel) in KERNELS {
+            let element = if dtype == Dtype::Bf16 { "bf16" } else { "fp16" };
+            let suffix = format!("_{element}_d{head_dim}");
+            assert!(kernel.name.ends_with(&suffix) && kernel.combine.ends_with(&suffix), "{}", kernel.name);
+            assert_eq!(kernel.map_tokens > 0, kernel.name.contains("sm90"), "{}", kernel.name);
+            let same = KERNELS.iter().filter(|entry| (entry.0, entry.1) == (dtype, head_dim));
+            let by_maps: Vec<bool> = same.map(|entry| entry.2.map_tokens > 0).collect();
+            assert!(by_maps == [false] || by_maps == [true, false], "{suffix}: {by_maps:?}");
+        }
+    }
 }

@@ -25,9 +25,14 @@ class Traits:
     threads: int
     shared_bytes: int
     ctas_per_sm: int
+    map_tokens: int = 0  # rows of a box of K and V at most; 0: no tensor maps
 
 
-SM90 = {128: Traits(384, 232448, 1)}
+SM90 = {
+    64: Traits(384, 214016, 1, 128),
+    128: Traits(384, 230400, 1, 128),
+    256: Traits(384, 230400, 1, 64),
+}
 SM80 = {  # as compiled for GPUs with 227 KB of shared memory a CTA
     64: Traits(128, 92160, 2),
     96: Traits(128, 79872, 2),
@@ -48,7 +53,6 @@ class Kernels:
 
     def __init__(self, folder: Path, arch: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128) -> None:
         name = f"{NAMES[dtype]}_d{head_dim}"
-        self.maps = not arch.startswith("sm80")  # the sm_90a kernel reads through tensor maps
         self.traits = ARCHS.get(arch, SM90)[head_dim]
         shipped = arch in ARCHS
         cubin = f"{arch}_{name}.cubin" if shipped else "variants.cubin"
@@ -251,10 +255,11 @@ class Case:
         heads, groups = s.kv_heads * s.group, s.head_dim // 64
         sizes, strides = (64, heads, len(self.q), groups), (self.q.stride(1), self.q.stride(0), 64)
         self.maps = [tensor_map(self.q, sizes, strides, (64, s.list_heads, ROWS // s.list_heads, 1))]
+        rows = min(s.box_tokens, SM90[s.head_dim].map_tokens)
         for pool in (self.k, self.v):
             sizes = (64, s.page_size, groups, s.kv_heads, self.num_pages)
             strides = (pool.stride(1), 64, pool.stride(2), pool.stride(0))
-            self.maps.append(tensor_map(pool, sizes, strides, (64, min(s.box_tokens, TOKENS), 1, 1, 1)))
+            self.maps.append(tensor_map(pool, sizes, strides, (64, rows, 1, 1, 1)))
 
     def _span_table(self) -> torch.Tensor:
         s, first_item, rows = self.shape, 0, []
@@ -290,7 +295,7 @@ class Case:
         """On torch's current stream."""
         ctas = self.shape.num_ctas
         kernels.plan.launch((1, 1), 1024, [self.step])
-        maps = self.maps if kernels.maps else []
+        maps = self.maps if kernels.traits.map_tokens else []
         kernels.attend.launch((ctas, 1), kernels.traits.threads, [*maps, self.params])
         if ctas > 1:
             kernels.combine.launch((ctas - 1, 16), 256, [self.params])

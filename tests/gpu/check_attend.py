@@ -60,6 +60,11 @@ def length_cases() -> Iterator[Shape]:
     yield Shape(tuple((100 + 37 * i, 300 * i) for i in range(20)), kv_heads=4, density=0.3)
 
 
+def sm90_cases(head_dim: int) -> Iterator[Shape]:
+    """All of them."""
+    yield from (replace(shape, head_dim=head_dim) for shape in cases())
+
+
 def sm80_cases(head_dim: int) -> Iterator[Shape]:
     """What only the sm_80 kernel takes: small boxes, any stride; and a few of the others for each head_dim."""
     few = [s for i, s in enumerate(cases()) if i % 7 == 3 or s.holes or s.dtype == torch.float16]
@@ -77,13 +82,16 @@ def main() -> int:
     parser.add_argument("cubins", type=Path)
     parser.add_argument("--arch", choices=list(ARCHS), default="sm90")
     parser.add_argument("--head-dims", type=int, nargs="*", help="without: all that the kernels of `arch` serve")
+    parser.add_argument("--variant", help="of variants.cu, in bf16, with one of --head-dims; in place of `arch`'s")
     parser.add_argument("--stride", type=int, default=1, help="checks one case of so many")
     args = parser.parse_args()
     failures = 0
     for head_dim in args.head_dims or ARCHS[args.arch]:
-        kernels = {dtype: Kernels(args.cubins, args.arch, dtype, head_dim) for dtype in NAMES}
-        shapes = cases() if args.arch == "sm90" else sm80_cases(head_dim)
-        failures += check(kernels, itertools.islice(shapes, 0, None, args.stride), f"{args.arch} d{head_dim}")
+        name, dtypes = args.variant or args.arch, [torch.bfloat16] if args.variant else list(NAMES)
+        kernels = {dtype: Kernels(args.cubins, name, dtype, head_dim) for dtype in dtypes}
+        shapes = sm90_cases(head_dim) if args.arch == "sm90" else sm80_cases(head_dim)
+        shapes = itertools.islice((shape for shape in shapes if shape.dtype in dtypes), 0, None, args.stride)
+        failures += check(kernels, shapes, f"{name} d{head_dim}")
     return failures
 
 

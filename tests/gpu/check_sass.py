@@ -54,7 +54,7 @@ EVERYWHERE = {
     *(f"compactattn_{name}_{dtype}_d{dim}" for name in SIZED for dtype in DTYPES for dim in HEAD_DIMS),
 }
 EXPECTED = {arch: set(EVERYWHERE) for arch in ARCHS}
-EXPECTED["sm_90a"] |= {f"compactattn_attend_sm90_{dtype}_d128" for dtype in DTYPES}
+EXPECTED["sm_90a"] |= {f"compactattn_attend_sm90_{dtype}_d{dim}" for dtype in DTYPES for dim in (64, 128, 256)}
 
 # By the start of a kernel's name, the first that fits: tensor cores, then the copies that run beside them.
 WANTED = {

@@ -2,15 +2,30 @@
 #include "../../cuda/attend/sm90/kernel.cuh"
 
 namespace {
-using compactattn::sm90::Bf16D128;
+using namespace compactattn::sm90;
+using Bf16 = __nv_bfloat16;
 
-struct Plain : Bf16D128 {};
-struct RescaleAlways : Bf16D128 {
+using D128 = TileOf<Bf16, 128>;
+struct RescaleAlways : D128 {
   static constexpr float kRescaleAbove = 0.0f;
 };
-struct TwoStages : Bf16D128 {
-  static constexpr int kStages = 2;
+using TwoStages = Tile<Bf16, 128, 128, 2, 2, 8>;
+
+using D64ThreeStages = Tile<Bf16, 64, 128, 3, 3, 4>;
+
+template <class T, bool kHeld>
+struct Halves : T {
+  static constexpr bool kHalves = true;
+  static constexpr bool kHeldWait = kHeld;
 };
+using D64Halves = Halves<TileOf<Bf16, 64>, false>;
+using D64HalvesHeld = Halves<TileOf<Bf16, 64>, true>;
+using D128Halves = Halves<D128, false>;
+using D128HalvesHeld = Halves<D128, true>;
+
+using D256ThreeOfK = Tile<Bf16, 256, 64, 3, 2, 0>;
+using D256TwoStages = Tile<Bf16, 256, 64, 2, 2, 0>;
+using D256SomeQ = Tile<Bf16, 256, 64, 2, 3, 6>;
 }  // namespace
 
 #define VARIANT(name, Traits)                                                            \
@@ -21,6 +36,14 @@ struct TwoStages : Bf16D128 {
     compactattn::sm90::attend<Traits>({q, k, v}, params);                                \
   }
 
-VARIANT(plain, Plain)
+VARIANT(plain, D128)
 VARIANT(rescale_always, RescaleAlways)
 VARIANT(two_stages, TwoStages)
+VARIANT(d64_three_stages, D64ThreeStages)
+VARIANT(d64_halves, D64Halves)
+VARIANT(d64_halves_held, D64HalvesHeld)
+VARIANT(d128_halves, D128Halves)
+VARIANT(d128_halves_held, D128HalvesHeld)
+VARIANT(d256_three_of_k, D256ThreeOfK)
+VARIANT(d256_two_stages, D256TwoStages)
+VARIANT(d256_some_q, D256SomeQ)

@@ -1,21 +1,19 @@
 // attend on sm_90a: softmax(Q K^T) V over the boxes of a list, in place in the paged pool.
 //
 // One producer warpgroup copies boxes into rings of K and V tiles; two consumer warpgroups of 64
-// rows multiply. A tile is 128 KV tokens of a list's stream; tiles run from the stream's end to its
-// start, so that only the first one or two need the causal mask (visible columns of query token t:
+// rows multiply. A tile is kTokens KV tokens of a list's stream; tiles run from the stream's end to
+// its start, so that only the first few need the causal mask (visible columns of query token t:
 // stream_len - tokens after t). Schedule after FlashAttention-3 (arXiv 2407.08608): Q K^T of a tile
 // is issued before P V of the tile before it, and one warpgroup's products run beside the other's
 // exponentials. Taking turns by barriers, and holding the wait for P V back behind the
 // exponentials, both cost cycles here (tests/bench/record/h100).
 #pragma once
 
+#include <type_traits>
+
 #include "../../common/epilogue.cuh"
-#include "../../common/softmax.cuh"
-#include "../../common/work.cuh"
-#include "../../ptx/mma.cuh"
-#include "../../ptx/tma.cuh"
-#include "../../ptx/wgmma.cuh"
-#include "traits.h"
+#include "consumer.cuh"
+#include "halves.cuh"
 
 namespace compactattn::sm90 {
 
@@ -23,7 +21,7 @@ struct Maps {
   // [columns / 64, tokens, heads, 64] in boxes of rows / heads_per_list tokens x heads_per_list
   // heads x 64
   const CUtensorMap& q;
-  // [pages, kv heads, columns / 64, tokens of a page, 64] in boxes of min(box tokens, 128) x 64
+  // [pages, kv heads, columns / 64, tokens of a page, 64] in boxes of min(box tokens, kTokens) x 64
   const CUtensorMap& k;
   const CUtensorMap& v;
 };
@@ -67,22 +65,23 @@ __device__ __forceinline__ ptx::PoolBox place(const AttendParams& params, int en
 
 // One warp; K or V tiles of every piece, last tile first. Every tile arrives with all its bytes,
 // zeros included.
-template <class T>
+template <class T, int kStages>
 __device__ __forceinline__ void produce_tiles(const CUtensorMap& map,
                                               uint8_t (*tiles)[T::kKvTileBytes],
                                               ptx::CopyBarrier* full, ptx::Barrier* empty,
                                               const AttendParams& params) {
   const int lane = threadIdx.x % 32;
   const BoxLane<T> mine(params, lane);
-  ptx::Ring<T::kStages> ring;
+  ptx::Ring<kStages> ring;
   const Pieces pieces(params.work);
   for (int i = 0; i < pieces.count; ++i) {
     const Walkable piece = pieces.at(params.work, i);
-    int token = (piece.end - 1) * T::kTokens + mine.first;
-    int entry = piece.end > piece.begin ? entry_at(params, piece.stream, token) : 0;
+    const Tiles<T> range(piece);
+    int token = (range.end - 1) * T::kTokens + mine.first;
+    int entry = range.end > range.begin ? entry_at(params, piece.stream, token) : 0;
 #pragma unroll 1
-    for (int tile = piece.end - 1; tile >= piece.begin; --tile) {
-      const int next = tile > piece.begin ? entry_at(params, piece.stream, token - T::kTokens) : 0;
+    for (int tile = range.end - 1; tile >= range.begin; --tile) {
+      const int next = tile > range.begin ? entry_at(params, piece.stream, token - T::kTokens) : 0;
       empty[ring.stage].wait(ring.phase ^ 1);
       if (lane == 0) full[ring.stage].arrive_and_expect_tx(T::kKvTileBytes);
       __syncwarp();
@@ -123,194 +122,10 @@ __device__ __forceinline__ void produce_queries(const CUtensorMap& map, SharedSt
 
 // ---- consumers ----
 
-// A thread's place in its warpgroup's 64 rows; rows are query token * heads_per_list + head.
-struct Place {
-  int warpgroup;
-  int lane;
-  int row;     // of the tile; the second row is 8 below
-  int column;  // of 8
-};
-
-__device__ __forceinline__ Place place_of_thread() {
-  const int thread = threadIdx.x - 128;
-  const int lane = thread % 32;
-  return {thread / 128, lane, thread / 32 * 16 + lane / 4, lane % 4 * 2};
-}
-
-// S = Q K^T, issued; Q from registers, which spares shared memory a third of its reads.
-template <class T>
-__device__ __forceinline__ void issue_scores(float (&s)[64], const uint32_t (&q)[8][4],
-                                             const uint8_t* k) {
-  const uint64_t right = ptx::swizzled_operand(k);
-#pragma unroll
-  for (int step = 0; step < T::kHeadDim / 16; ++step) {
-    ptx::mma<typename T::Element, ptx::Major::K>(
-        s, q[step], ptx::advanced(right, step / 4 * T::kKvGroupBytes + step % 4 * 32),
-        step == 0 ? ptx::ScaleOut::Zero : ptx::ScaleOut::One);
-  }
-  cute::warpgroup_commit_batch();
-}
-
-// The warp's 16 query rows as left operands. Rows that are not the item's become zeros: they hold
-// other lists' queries or nothing, and a row maximum may move when its warp's other rows are
-// rescaled, and so their last bits.
-template <class T>
-__device__ __forceinline__ void load_queries(uint32_t (&q)[8][4], const uint8_t* tile,
-                                             const Place& at, const QueryRow (&mine)[2]) {
-  const int row = at.lane % 16;
-  const uint8_t* rows = tile + (at.row - at.lane / 4 + row) * T::kRowBytes;
-#pragma unroll
-  for (int step = 0; step < T::kHeadDim / 16; ++step) {
-    const int chunk = step % 4 * 2 + at.lane / 16;
-    ptx::load_matrices(q[step], rows + step / 4 * T::kQGroupBytes + (chunk ^ row % 8) * 16);
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      if (!mine[w % 2].used) q[step][w] = 0;
-    }
-  }
-}
-
-// O += P V, issued.
-template <class T>
-__device__ __forceinline__ void issue_values(float (&o)[64], const uint32_t (&p)[8][4],
-                                             const uint8_t* v) {
-  const uint64_t right = ptx::swizzled_operand(v, T::kKvGroupBytes);
-#pragma unroll
-  for (int step = 0; step < T::kTokens / 16; ++step) {
-    ptx::mma<typename T::Element, ptx::Major::MN>(
-        o, p[step], ptx::advanced(right, step * 16 * T::kRowBytes), ptx::ScaleOut::One);
-  }
-  cute::warpgroup_commit_batch();
-}
-
-// One lane a warp tells the producer that the warp has read the buffer.
-__device__ __forceinline__ void release(ptx::Barrier& empty, int lane) {
-  if (lane == 0) empty.arrive();
-}
-
-// V rows past the tile's last visible token may hold anything, and 0 * NaN is NaN. Both warpgroups
-// write the same zeros.
-template <class T>
-__device__ __forceinline__ void zero_tail(uint8_t* v, int used, int warpgroup) {
-  constexpr int kChunks = T::kRowBytes / 16;
-  const int chunks = (T::kTokens - used) * kChunks;
-  for (int i = threadIdx.x % 128; i < chunks * T::kGroups; i += 128) {
-    const int group = i / chunks;
-    reinterpret_cast<uint4*>(v + group * T::kKvGroupBytes +
-                             used * T::kRowBytes)[i - group * chunks] = uint4{};
-  }
-  cutlass::arch::fence_view_async_shared();
-  cutlass::arch::NamedBarrier::sync(128, warpgroup);
-}
-
-template <class T>
-struct Consumer {
-  SharedStorage<T>& smem;
-  Place at;
-  float scale;  // sm_scale * log2(e)
-  ptx::Ring<T::kStages> k_ring;
-  ptx::Ring<T::kStages> v_ring;
-  uint32_t q[8][4];
-
-  // The piece's first tile: scores and P; nothing to overlap with yet.
-  __device__ __forceinline__ void first_tile(float (&s)[64], uint32_t (&p)[8][4], RowState& rows,
-                                             const int (&visible)[2]) {
-    smem.k_full[k_ring.stage].wait(k_ring.phase);
-    ptx::fence_registers(s);
-    cute::warpgroup_arrive();
-    issue_scores<T>(s, q, smem.k[k_ring.stage]);
-    cute::warpgroup_wait<0>();
-    ptx::fence_registers(s);
-    release(smem.k_empty[k_ring.stage], at.lane);
-    k_ring.advance();
-    mask_scores(s, visible);
-    float top[2], factor[2];
-    tile_max(s, top);
-    raise_max<T>(top, scale, rows, factor);
-    exponentiate<true>(s, scale, rows);
-    pack<typename T::Element>(s, p);
-  }
-
-  // Scores of the next tile beside O += P V of the last one.
-  template <bool kMasked>
-  __device__ __forceinline__ void step(float (&s)[64], float (&o)[64], uint32_t (&p)[8][4],
-                                       RowState& rows, const int (&visible)[2]) {
-    // Both waits stand before the products: a branch between them costs a second fence. V was asked
-    // for long before K.
-    smem.v_full[v_ring.stage].wait(v_ring.phase);
-    smem.k_full[k_ring.stage].wait(k_ring.phase);
-    ptx::fence_registers(s);
-    ptx::fence_registers(o);
-    cute::warpgroup_arrive();
-    issue_scores<T>(s, q, smem.k[k_ring.stage]);
-    issue_values<T>(o, p, smem.v[v_ring.stage]);
-    cute::warpgroup_wait<1>();
-    ptx::fence_registers(s);
-    release(smem.k_empty[k_ring.stage], at.lane);
-    k_ring.advance();
-    if constexpr (kMasked) mask_scores(s, visible);
-    float top[2], factor[2];
-    tile_max(s, top);
-    const bool grown = raise_max<T>(top, scale, rows, factor);
-    exponentiate<kMasked>(s, scale, rows);
-    cute::warpgroup_wait<0>();
-    ptx::fence_registers(o);
-    release(smem.v_empty[v_ring.stage], at.lane);
-    v_ring.advance();
-    pack<typename T::Element>(s, p);
-    if (grown) rescale(o, factor);
-  }
-
-  __device__ __forceinline__ void last_values(float (&o)[64], uint32_t (&p)[8][4]) {
-    smem.v_full[v_ring.stage].wait(v_ring.phase);
-    ptx::fence_registers(o);
-    cute::warpgroup_arrive();
-    issue_values<T>(o, p, smem.v[v_ring.stage]);
-    cute::warpgroup_wait<0>();
-    ptx::fence_registers(o);
-    release(smem.v_empty[v_ring.stage], at.lane);
-    v_ring.advance();
-  }
-
-  // O and row sums of one piece.
-  __device__ __forceinline__ void attend(const Walkable& piece, int heads_per_list, float (&o)[64],
-                                         RowState& rows) {
-    float s[64];
-    uint32_t p[8][4];
-    int visible[2];  // columns from the thread's first column of the current tile
-    QueryRow mine[2];
-    int tile = piece.end - 1;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      mine[r] = query_row(piece.item, heads_per_list, at.row + 8 * r);
-      const int token = min(mine[r].token, piece.item.num_tokens - 1);
-      visible[r] = piece.stream.visible + token - tile * T::kTokens - at.column;
-    }
-    load_queries<T>(q, smem.q, at, mine);
-    cutlass::arch::fence_view_async_shared();
-    __syncwarp();
-    release(smem.q_empty, at.lane);
-    first_tile(s, p, rows, visible);
-    const int used = piece.stream.visible + piece.item.num_tokens - 1 - tile * T::kTokens;
-    if (used < T::kTokens) {
-      smem.v_full[v_ring.stage].wait(v_ring.phase);
-      zero_tail<T>(smem.v[v_ring.stage], used, at.warpgroup);
-    }
-    // Tiles below this one are seen whole by every row.
-    const int unmasked = max(max(piece.stream.visible, 0) / T::kTokens, piece.begin);
-    for (--tile; tile >= unmasked; --tile) {
-      visible[0] += T::kTokens;
-      visible[1] += T::kTokens;
-      step<true>(s, o, p, rows, visible);
-    }
-    for (; tile >= piece.begin; --tile) step<false>(s, o, p, rows, visible);
-    last_values(o, p);
-  }
-};
-
 template <class T>
 __device__ __forceinline__ void consume(const AttendParams& params, SharedStorage<T>& smem) {
-  Consumer<T> consumer{smem, place_of_thread(), params.sm_scale * kLog2E, {}, {}, {}};
+  std::conditional_t<T::kHalves, HalvesConsumer<T>, Consumer<T>> consumer{
+      smem, place_of_thread(), params.sm_scale * kLog2E, {}, {}, {}};
   const Place at = consumer.at;
   uint32_t q_phase = 0;
   const Pieces pieces(params.work);
@@ -318,7 +133,7 @@ __device__ __forceinline__ void consume(const AttendParams& params, SharedStorag
     const Walkable piece = pieces.at(params.work, i);
     RowState rows;
     reset(rows);
-    float o[64] = {};
+    float o[T::kOutputs] = {};
     if (piece.end > piece.begin) {
       smem.q_full.wait(q_phase);
       q_phase ^= 1;
@@ -340,10 +155,12 @@ __device__ __forceinline__ void init_barriers(SharedStorage<T>& smem) {
   if (threadIdx.x == 0) {
     smem.q_full.init(1);
     smem.q_empty.init(kReaders);
-    for (int i = 0; i < T::kStages; ++i) {
+    for (int i = 0; i < T::kKeyStages; ++i) {
       smem.k_full[i].init(1);
-      smem.v_full[i].init(1);
       smem.k_empty[i].init(kReaders);
+    }
+    for (int i = 0; i < T::kValueStages; ++i) {
+      smem.v_full[i].init(1);
       smem.v_empty[i].init(kReaders);
     }
     cutlass::arch::fence_barrier_init();
@@ -359,8 +176,10 @@ __device__ __forceinline__ void attend(const Maps& maps, const AttendParams& par
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     const int warp = threadIdx.x / 32;
-    if (warp == 0) produce_tiles<T>(maps.k, smem.k, smem.k_full, smem.k_empty, params);
-    if (warp == 1) produce_tiles<T>(maps.v, smem.v, smem.v_full, smem.v_empty, params);
+    if (warp == 0)
+      produce_tiles<T, T::kKeyStages>(maps.k, smem.k, smem.k_full, smem.k_empty, params);
+    if (warp == 1)
+      produce_tiles<T, T::kValueStages>(maps.v, smem.v, smem.v_full, smem.v_empty, params);
     if (threadIdx.x == 64) produce_queries<T>(maps.q, smem, params);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();

@@ -1,4 +1,5 @@
-// Tile shapes and shared memory of the sm_90a attend kernel. Each number says why it is what it is.
+// Tile shapes and shared memory of the sm_90a attend kernel, by head_dim. Each number says why it
+// is what it is.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,17 +11,27 @@
 
 namespace compactattn::sm90 {
 
-// 16-bit elements, head_dim 128, 128 query rows x 128 KV tokens. 128 tokens are a whole number of
-// boxes of every page size, so paging never reaches the matrix products.
-template <class E>
-struct D128 {
+// 128 query rows walk the stream `kTokens` at a time: a divisor of plan's tiles of 128, which are a
+// whole number of boxes of every page size, so that paging never reaches the matrix products.
+template <class E, int kDim, int kTokens_, int kKeyStages_, int kValueStages_, int kQuerySteps_>
+struct Tile {
   using Element = E;  // __nv_bfloat16 or __half
-  static constexpr int kHeadDim = 128;
+  static constexpr int kHeadDim = kDim;
   static constexpr int kRows = 128;  // two consumer warpgroups of 64
-  static constexpr int kTokens = 128;
+  static constexpr int kTokens = kTokens_;
   static constexpr int kConsumers = 2;  // warpgroups
-  static constexpr int kStages = 3;     // K tiles and V tiles each; what 227 KB hold beside Q
+  static constexpr int kKeyStages = kKeyStages_;
+  static constexpr int kValueStages = kValueStages_;
   static_assert(sizeof(E) == 2);
+  // Of 16 columns each. Q in registers spares shared memory reads; what they cannot hold is read
+  // from shared memory by each product.
+  static constexpr int kDimSteps = kDim / 16;
+  static constexpr int kQuerySteps = kQuerySteps_;  // in registers
+  static constexpr bool kSharedQueries = kQuerySteps < kDimSteps;
+  static constexpr int kTokenSteps = kTokens / 16;
+  // Accumulators of a thread.
+  static constexpr int kScores = kTokens / 2;
+  static constexpr int kOutputs = kDim / 2;
   static constexpr int kColumns = 64;  // of 2 bytes = 128 B, the widest swizzle
   static constexpr int kGroups = kHeadDim / kColumns;
   static constexpr int kRowBytes = kColumns * 2;
@@ -36,23 +47,39 @@ struct D128 {
   // enough in bf16 and the final division removes the factor (FlashAttention-4, arXiv 2603.05451).
   // 0 rescales always.
   static constexpr float kRescaleAbove = 8.0f;
+  static constexpr bool kHalves = false;    // which consumer: halves.cuh or consumer.cuh
+  static constexpr bool kHeldWait = false;  // halves: products are waited for after exponentials
 };
 
-using Bf16D128 = D128<__nv_bfloat16>;
-using Fp16D128 = D128<__half>;
+// As many stages as 227 KB hold beside Q.
+template <class E, int kHeadDim>
+struct TileOf;
+template <class E>
+struct TileOf<E, 64> : Tile<E, 64, 128, 6, 6, 4> {};
+template <class E>
+struct TileOf<E, 128> : Tile<E, 128, 128, 3, 3, 8> {};
+// O takes 128 registers a thread: 64 tokens a step, and Q in shared memory (6 of its 16 steps in
+// registers were no faster). The room for a fifth stage is V's, which is given back later in a step
+// than K: the other way round costs 6 %, as does leaving it (tests/bench/record/h100).
+template <class E>
+struct TileOf<E, 256> : Tile<E, 256, 64, 2, 3, 0> {};
 
 template <class T>
 struct SharedStorage {
   alignas(1024) uint8_t q[T::kQTileBytes];
-  alignas(1024) uint8_t k[T::kStages][T::kKvTileBytes];
-  alignas(1024) uint8_t v[T::kStages][T::kKvTileBytes];
+  alignas(1024) uint8_t k[T::kKeyStages][T::kKvTileBytes];
+  alignas(1024) uint8_t v[T::kValueStages][T::kKvTileBytes];
   ptx::CopyBarrier q_full;
-  ptx::CopyBarrier k_full[T::kStages];
-  ptx::CopyBarrier v_full[T::kStages];
+  ptx::CopyBarrier k_full[T::kKeyStages];
+  ptx::CopyBarrier v_full[T::kValueStages];
   ptx::Barrier q_empty;
-  ptx::Barrier k_empty[T::kStages];
-  ptx::Barrier v_empty[T::kStages];
+  ptx::Barrier k_empty[T::kKeyStages];
+  ptx::Barrier v_empty[T::kValueStages];
 };
-static_assert(sizeof(SharedStorage<Bf16D128>) <= 232448, "227 KB is what one CTA may have");
+
+// What host code asks for at launch; 232448 is what one CTA may have.
+static_assert(sizeof(SharedStorage<TileOf<__half, 64>>) == 214016);
+static_assert(sizeof(SharedStorage<TileOf<__half, 128>>) == 230400);
+static_assert(sizeof(SharedStorage<TileOf<__half, 256>>) == 230400);
 
 }  // namespace compactattn::sm90

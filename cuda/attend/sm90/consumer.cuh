@@ -1,0 +1,137 @@
+// A consumer warpgroup that takes the stream tile by tile: Q K^T of a tile beside P V of the one
+// before it.
+#pragma once
+
+#include "../../common/softmax.cuh"
+#include "products.cuh"
+
+namespace compactattn::sm90 {
+
+template <class T>
+struct Consumer {
+  using Scores = float[T::kScores];
+  using Outputs = float[T::kOutputs];
+  using Weights = uint32_t[T::kTokenSteps][4];
+
+  SharedStorage<T>& smem;
+  Place at;
+  float scale;  // sm_scale * log2(e)
+  ptx::Ring<T::kKeyStages> k_ring;
+  ptx::Ring<T::kValueStages> v_ring;
+  Queries<T> q;
+
+  // The piece's first tile: scores and P; nothing to overlap with yet.
+  __device__ __forceinline__ void first_tile(Scores& s, Weights& p, RowState& rows,
+                                             const int (&visible)[2]) {
+    smem.k_full[k_ring.stage].wait(k_ring.phase);
+    ptx::fence_registers(s);
+    cute::warpgroup_arrive();
+    issue_scores(s, q, smem.k[k_ring.stage]);
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<0>();
+    ptx::fence_registers(s);
+    release(smem.k_empty[k_ring.stage], at.lane);
+    k_ring.advance();
+    mask_scores(s, visible);
+    float top[2], factor[2];
+    tile_max(s, top);
+    raise_max<T>(top, scale, rows, factor);
+    exponentiate<true>(s, scale, rows);
+    pack<typename T::Element>(s, p);
+  }
+
+  // Scores of the next tile beside O += P V of the last one.
+  template <bool kMasked>
+  __device__ __forceinline__ void step(Scores& s, Outputs& o, Weights& p, RowState& rows,
+                                       const int (&visible)[2]) {
+    // Both waits stand before the products: a branch between them costs a second fence. V was asked
+    // for long before K.
+    smem.v_full[v_ring.stage].wait(v_ring.phase);
+    smem.k_full[k_ring.stage].wait(k_ring.phase);
+    ptx::fence_registers(s);
+    ptx::fence_registers(o);
+    cute::warpgroup_arrive();
+    issue_scores(s, q, smem.k[k_ring.stage]);
+    cute::warpgroup_commit_batch();
+    issue_values<T>(o, p, smem.v[v_ring.stage]);
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<1>();
+    ptx::fence_registers(s);
+    release(smem.k_empty[k_ring.stage], at.lane);
+    k_ring.advance();
+    if constexpr (kMasked) mask_scores(s, visible);
+    float top[2], factor[2];
+    tile_max(s, top);
+    const bool grown = raise_max<T>(top, scale, rows, factor);
+    exponentiate<kMasked>(s, scale, rows);
+    cute::warpgroup_wait<0>();
+    ptx::fence_registers(o);
+    release(smem.v_empty[v_ring.stage], at.lane);
+    v_ring.advance();
+    pack<typename T::Element>(s, p);
+    if (grown) rescale(o, factor);
+  }
+
+  // The next piece's may come.
+  __device__ __forceinline__ void release_queries() {
+    cutlass::arch::fence_view_async_shared();
+    __syncwarp();
+    release(smem.q_empty, at.lane);
+  }
+
+  __device__ __forceinline__ void last_values(Outputs& o, const Weights& p) {
+    smem.v_full[v_ring.stage].wait(v_ring.phase);
+    ptx::fence_registers(o);
+    cute::warpgroup_arrive();
+    issue_values<T>(o, p, smem.v[v_ring.stage]);
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<0>();
+    ptx::fence_registers(o);
+    release(smem.v_empty[v_ring.stage], at.lane);
+    v_ring.advance();
+  }
+
+  // O and row sums of one piece.
+  __device__ __forceinline__ void attend(const Walkable& piece, int heads_per_list, Outputs& o,
+                                         RowState& rows) {
+    Scores s;
+    Weights p;
+    const Tiles<T> range(piece);
+    int visible[2];  // columns from the thread's first column of the current tile
+    QueryRow mine[2];
+    int tile = range.end - 1;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      mine[r] = query_row(piece.item, heads_per_list, at.row + 8 * r);
+      const int token = min(mine[r].token, piece.item.num_tokens - 1);
+      visible[r] = piece.stream.visible + token - tile * T::kTokens - at.column;
+    }
+    if constexpr (T::kSharedQueries) {
+      // The compiler learns that operands made of it are the same in all lanes.
+      const int warpgroup = __shfl_sync(0xffffffffu, at.warpgroup, 0);
+      uint8_t* own = smem.q + warpgroup * 64 * T::kRowBytes;
+      q.shared = own;
+      zero_queries<T>(own, piece.item, heads_per_list, at.warpgroup);
+    }
+    load_queries<T>(q, smem.q, at, mine);
+    if constexpr (!T::kSharedQueries) release_queries();
+    first_tile(s, p, rows, visible);
+    const int used = piece.stream.visible + piece.item.num_tokens - 1 - tile * T::kTokens;
+    if (used < T::kTokens) {
+      smem.v_full[v_ring.stage].wait(v_ring.phase);
+      zero_tail<T>(smem.v[v_ring.stage], used, at.warpgroup);
+    }
+    // Tiles below this one are seen whole by every row.
+    const int unmasked = max(max(piece.stream.visible, 0) / T::kTokens, range.begin);
+    for (--tile; tile >= unmasked; --tile) {
+      visible[0] += T::kTokens;
+      visible[1] += T::kTokens;
+      step<true>(s, o, p, rows, visible);
+    }
+    for (; tile >= range.begin; --tile) step<false>(s, o, p, rows, visible);
+    if constexpr (T::kSharedQueries) release_queries();
+    last_values(o, p);
+  }
+};
+
+}  // namespace compactattn::sm90

@@ -1,0 +1,12 @@
+// attend, sm_90a, bf16, head_dim 256.
+#include "../kernel.cuh"
+
+using Tile = compactattn::sm90::TileOf<__nv_bfloat16, 256>;
+
+extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1)
+    compactattn_attend_sm90_bf16_d256(const __grid_constant__ CUtensorMap q,
+                                      const __grid_constant__ CUtensorMap k,
+                                      const __grid_constant__ CUtensorMap v,
+                                      const __grid_constant__ compactattn::AttendParams params) {
+  compactattn::sm90::attend<Tile>({q, k, v}, params);
+}

@@ -1,0 +1,12 @@
+// attend, sm_90a, fp16, head_dim 64.
+#include "../kernel.cuh"
+
+using Tile = compactattn::sm90::TileOf<__half, 64>;
+
+extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1)
+    compactattn_attend_sm90_fp16_d64(const __grid_constant__ CUtensorMap q,
+                                     const __grid_constant__ CUtensorMap k,
+                                     const __grid_constant__ CUtensorMap v,
+                                     const __grid_constant__ compactattn::AttendParams params) {
+  compactattn::sm90::attend<Tile>({q, k, v}, params);
+}
