@@ -258,3 +258,7 @@ fn check_summaries(layout: &Layout, given: Option<&SummaryViews>) -> Result<()> 
 fn address(view: &View) -> u64 {
     view.data.addr() as u64
 }
+
+#[cfg(test)]
+#[path = "device_tests.rs"]
+mod tests;

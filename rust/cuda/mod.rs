@@ -15,7 +15,7 @@ mod context;
 mod device;
 mod driver;
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
 mod gate;
 mod images;
 #[cfg(feature = "cudarc")]

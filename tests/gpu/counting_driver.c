@@ -294,22 +294,11 @@ DRIVER(cuDeviceTotalMem_v2, (size_t* bytes, int device), (bytes, device)) {
 }
 
 DRIVER(cuDeviceGetAttribute, (int* value, int which, int device), (value, which, device)) {
-  switch (which) {
-    case 16:
-      *value = 132;
-      break;
-    case 75:
-      *value = capability() / 10;
-      break;
-    case 76:
-      *value = capability() % 10;
-      break;
-    case 97:
-      *value = most_shared_bytes();
-      break;
-    default:
-      return kInvalidValue;
-  }
+  if (which == 16) *value = 132;
+  if (which == 75) *value = capability() / 10;
+  if (which == 76) *value = capability() % 10;
+  if (which == 97) *value = most_shared_bytes();
+  if (which != 16 && which != 75 && which != 76 && which != 97) return kInvalidValue;
   return device ? kInvalidDevice : kOk;
 }
 
