@@ -166,7 +166,11 @@ fn for_mass(settings: &Settings, scores: &[Score], share: f64) -> (usize, usize)
     let (few, many) = (total(&low), total(&high));
     let (open_low, open_high) = (open(many), open(few));
     let fewest = prefix(&high, open_high, share * (few + open_low) - rounding);
-    (fewest, prefix(&low, open_low, share * (many + open_high) + rounding))
+    let most = prefix(&low, open_low, share * (many + open_high) + rounding);
+    // A running sum may reach all of it before masses that f64 loses beside the rest; sums that lose nothing go on to
+    // the last block with any.
+    let with_any = high.iter().rposition(|&mass| mass > 0.0).map_or(0, |last| last + 1);
+    (fewest, if share >= 1.0 { most.max(with_any) } else { most })
 }
 
 /// `ceil(share * n)`, at most `n`; a share is a decimal that f32 rounds, and that rounding buys no block.
@@ -214,6 +218,13 @@ mod tests {
         let scores = [0.0, 0.5, 0.25, 0.1].map(|x| Score::within(x, 0.01, 0.0));
         assert_eq!(bits(Keep::Threshold(0.25), &scores), ("1100".into(), "1110".into()));
         assert_eq!(bits(Keep::Density(0.5), &scores), ("1100".into(), "1100".into()));
+    }
+
+    #[test]
+    fn a_mass_that_f64_loses_beside_the_rest_may_stay_or_go() {
+        let scores = [0.5, 1e-30, 0.25, 0.0].map(Score::exact);
+        assert_eq!(bits(Keep::Mass(1.0), &scores), ("1010".into(), "1110".into()));
+        assert_eq!(bits(Keep::Mass(0.9), &scores), ("1010".into(), "1010".into()));
     }
 
     #[test]

@@ -21,7 +21,7 @@ AT(compactattn_plan_desc, max_total_q, 40);
 AT(compactattn_plan_desc, settings, 56);
 AT(compactattn_plan_desc, num_splits, 96);
 AT(compactattn_plan_desc, reserved, 116);
-SAME(sizeof(compactattn_batch) == 584);
+SAME(sizeof(compactattn_batch) == 608);
 AT(compactattn_batch, block_table, 488);
 SAME(sizeof(compactattn_summaries) == 200);
 SAME(sizeof(compactattn_selection) == 200);
@@ -35,7 +35,7 @@ SAME(sizeof(compactattn_attend_args) == 256);
 AT(compactattn_attend_args, stream, 248);
 SAME(sizeof(compactattn_combine_args) == 592);
 SAME(sizeof(compactattn_sizes) == 104);
-SAME(sizeof(compactattn_stats) == 64);
+SAME(sizeof(compactattn_stats) == 72);
 
 static void *aligned(void *from, size_t to) {
   return (void *)(((uintptr_t)from + to - 1) / to * to);
