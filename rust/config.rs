@@ -216,7 +216,7 @@ fn set(settings: &mut Settings, name: &str, value: &Value) -> Result<()> {
             return Err(Error::new(
                 Status::Config,
                 name,
-                "a setting (see the README's table)",
+                "a setting (see SETTINGS.md)",
                 "an unknown name",
             ));
         }
