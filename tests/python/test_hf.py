@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,23 @@ def test_continuous_batching_is_sparse_and_serves_odd_shapes(asked: Any) -> None
 def test_newer_continuous_batching_refuses_by_name() -> None:
     with pytest.raises(ValueError, match="compactattn is not supported for continuous batching"):
         batched(model_of("llama"), "paged|compactattn", PROMPTS)
+
+
+def test_the_readme_runs_as_written(asked: Any) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```py\n(.*?)```", readme, re.DOTALL)
+    asked("compactattn")
+    ids = prompt(8300)
+    model = model_of("llama", num_hidden_layers=1, max_position_embeddings=16384)
+    model.generation_config.max_new_tokens = 2
+    names: dict[str, Any] = {"model": model, "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}}
+    exec(code[1], names)
+    # Chunks end at 4096, 8192 and 8300.
+    assert hf.report().served == 2
+    stats = hf.report().stats
+    # The preset's cap; sink and local blocks may come on top.
+    assert 0 < stats.selected - stats.forced <= 0.35 * stats.candidates
+    assert names["out"].shape[1] > 8300
 
 
 def test_a_call_from_another_continuous_batching_is_refused() -> None:
