@@ -7,7 +7,9 @@ from collections import Counter
 from typing import Any
 
 import torch  # type: ignore[import-not-found, unused-ignore]
-from transformers import AttentionInterface  # type: ignore[import-not-found, unused-ignore]
+from transformers.integrations.sdpa_attention import (  # type: ignore[import-not-found, unused-ignore]
+    sdpa_attention_forward,
+)
 from transformers.masking_utils import sdpa_mask  # type: ignore[import-not-found, unused-ignore]
 
 from .errors import Unsupported
@@ -40,7 +42,7 @@ def attention(reason: str, module: Any, tensors: tuple[Any, Any, Any], mask: Any
             allow_is_causal_skip=False,
             device=query.device,
         )
-    return _sdpa()(module, *tensors, mask, **kwargs)
+    return sdpa_attention_forward(module, *tensors, mask, **kwargs)
 
 
 def packed_mask(cu_seqlens_q: Any, cu_seqlens_k: Any, size: tuple[int, int], window: int) -> Any:
@@ -80,10 +82,6 @@ def note(reason: str) -> None:
     if reason not in served and reason not in (DECODE, SHORT, SLIDING):
         _log.warning("attention is transformers' sdpa, dense, for calls with %s (said once)", reason)
     served[reason] += 1
-
-
-def _sdpa() -> Any:
-    return AttentionInterface()["sdpa"]
 
 
 _log = logging.getLogger("compactattn.hf")

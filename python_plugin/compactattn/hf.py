@@ -12,7 +12,11 @@ import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch  # type: ignore[import-not-found, unused-ignore]
 from transformers import AttentionInterface, AttentionMaskInterface  # type: ignore[import-not-found, unused-ignore]
+from transformers.integrations.sdpa_attention import (  # type: ignore[import-not-found, unused-ignore]
+    sdpa_attention_forward,
+)
 from transformers.masking_utils import causal_mask_function, sdpa_mask  # type: ignore[import-not-found, unused-ignore]
 
 from . import _hf_contiguous, _hf_paged, api
@@ -62,11 +66,41 @@ def report() -> Report:
 def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> tuple[Any, None]:
     """The attention function: ``query [batch, heads, q_len, dim]``, KV with all of the past.
 
-    Returns ``[batch, q_len, heads, dim]``. Raises Unsupported for softcap and sinks, which sdpa would leave out.
+    Returns ``[batch, q_len, heads, dim]``. Raises Unsupported for softcap and sinks, which sdpa would leave out. In a
+    forward compiled by torch, decode is traced into sdpa and not counted; all else breaks the graph.
     """
-    tensors = query, key, value
+    if query.shape[2] == 1 and torch.compiler.is_compiling():
+        engine.refuse_what_sdpa_ignores(kwargs)
+        traced: tuple[Any, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return traced
+    answer: tuple[Any, None] = _untraced_attention(module, (query, key, value), attention_mask, kwargs)
+    return answer
+
+
+def mask(*, q_length: int, **kwargs: Any) -> Any:
+    """The mask function: None for a plain causal mask that the library may serve, else sdpa's.
+
+    A chunk's dense mask would be as large as a head's scores. sdpa's own reason to return None, an upper-left causal
+    mask, is not used where there is a past, so that None says one thing.
+    """
+    return sdpa_mask(q_length=q_length, **kwargs) if q_length == 1 else _untraced_mask(q_length, **kwargs)
+
+
+def paged_attention(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any
+) -> tuple[Any, None]:
+    """The attention function of continuous batching: packed ``query [1, heads, tokens, dim]``, new KV only.
+
+    Everything but sliding layers goes to the library, decode too: its own settings say what is dense.
+    """
+    answer: tuple[Any, None] = _untraced_paged(module, (query, key, value), kwargs)
+    return answer
+
+
+def _attention(module: Any, tensors: tuple[Any, Any, Any], mask: Any, kwargs: dict[str, Any]) -> Any:
+    query, key, _ = tensors
     settings = _settings(getattr(module, "layer_idx", None))
-    reason = _policy(module, query, key, settings) or _unfit(module, tensors, attention_mask, kwargs)
+    reason = _policy(module, query, key, settings) or _unfit(module, tensors, mask, kwargs)
     if reason is None:
         try:
             out = _hf_contiguous.chunk(*tensors, kwargs.get("scaling"), settings)
@@ -74,19 +108,12 @@ def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any
             return out, None
         except Unsupported as error:
             reason = str(error)
-    answer: tuple[Any, None] = engine.attention(reason, module, tensors, attention_mask, kwargs)
-    return answer
+    return engine.attention(reason, module, tensors, mask, kwargs)
 
 
-def mask(
-    *, q_length: int, kv_length: int, q_offset: Any = 0, attention_mask: Any = None, config: Any = None, **kwargs: Any
+def _mask(
+    q_length: int, *, kv_length: int, q_offset: Any = 0, attention_mask: Any = None, config: Any = None, **kwargs: Any
 ) -> Any:
-    """The mask function: None for a plain causal mask that the library may serve, else sdpa's.
-
-    A chunk's dense mask would be as large as a head's scores. sdpa's own reason to return None, an upper-left causal
-    mask, is not used where there is a past, so that None says one thing.
-    """
-    given = {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "attention_mask": attention_mask}
     plain = (
         kwargs.get("mask_function", causal_mask_function) is causal_mask_function
         and kwargs.get("kv_offset", 0) == 0
@@ -97,23 +124,16 @@ def mask(
     max_q_len, min_kv_len = _thresholds(getattr(config, "num_hidden_layers", 1))
     if plain and q_offset and q_length > max_q_len and kv_length >= min_kv_len and _unpadded(attention_mask, kv_length):
         return None
-    if 1 < q_length != kv_length:
+    if q_length != kv_length:
         kwargs["allow_is_causal_skip"] = False
+    given = {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "attention_mask": attention_mask}
     return sdpa_mask(**given, config=config, **kwargs)
 
 
-def paged_attention(
-    module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any
-) -> tuple[Any, None]:
-    """The attention function of continuous batching: packed ``query [1, heads, tokens, dim]``, new KV only.
-
-    Everything but sliding layers goes to the library, decode too: its own settings say what is dense.
-    """
+def _paged(module: Any, tensors: tuple[Any, Any, Any], kwargs: dict[str, Any]) -> Any:
     engine.refuse_what_sdpa_ignores(kwargs)
     step = _hf_paged.Step.of(module, kwargs)
-    settings = _settings(step.layer)
-    answer: tuple[Any, None] = _hf_paged.attention(module, (query, key, value), step, settings, kwargs)
-    return answer
+    return _hf_paged.attention(module, tensors, step, _settings(step.layer), kwargs)
 
 
 def _policy(module: Any, query: Any, key: Any, settings: Settings) -> str | None:
@@ -160,5 +180,7 @@ def _thresholds(num_layers: int) -> tuple[int, int]:
     return min(s.dense_max_q_len for s in layers), min(s.dense_below_kv_len for s in layers)
 
 
+# What compiled models may not trace into: ctypes, and counts.
+_untraced_attention, _untraced_mask, _untraced_paged = map(torch.compiler.disable, (_attention, _mask, _paged))
 _before = Stats()
 register()

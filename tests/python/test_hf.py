@@ -218,6 +218,17 @@ def test_training_stays_with_the_engine() -> None:
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*")
+def test_compiled_models_break_their_graph_at_long_chunks() -> None:
+    model, ids = model_of("llama", num_hidden_layers=1), prompt(290)
+    theirs = generated(model, "sdpa", ids)
+    model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
+    check_same(generated(model, "compactattn", ids), theirs, torch.float32)
+    assert hf.report().served == 2
+    # Traced decode is not counted.
+    assert hf.report().engine == {"short": 1}
+
+
 @pytest.mark.parametrize("kwargs", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}])
 def test_what_sdpa_leaves_out_is_refused(kwargs: Any) -> None:
     q, k = torch.randn(1, 4, 50, 64), torch.randn(1, 2, 203, 64)
