@@ -5,9 +5,12 @@ PYTHON ?= python3
 PREFIX ?= /usr/local
 BUILD := build
 VENV := $(BUILD)/venv
+HF_VENV := $(BUILD)/venv-hf
 STAGE := $(abspath $(BUILD)/prefix)
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 SOVERSION := $(firstword $(subst ., ,$(VERSION)))
+# Continuous batching is served on the first, generate() on both.
+HF_VERSIONS := 5.17.0 5.23.0
 TRACE ?=
 
 # off, auto, require (cuda/toolchain/mod.rs). GPU kernels where there is a GPU; elsewhere the quick build for the CPU,
@@ -17,7 +20,7 @@ COMPACTATTN_CUDA := $(if $(wildcard /dev/nvidia0)$(shell command -v nvidia-smi 2
 endif
 export COMPACTATTN_CUDA
 
-.PHONY: demo test kernels toolkit test-rust test-cpp test-python differential sanitize lint format header install clean
+.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf differential sanitize lint format header install clean
 
 # The main job: chunked prefill over real tensors. TRACE=FILE runs another trace.
 demo: toolkit
@@ -53,6 +56,13 @@ test-cpp: $(VENV)/ready toolkit
 test-python: $(VENV)/ready toolkit
 	$(VENV)/bin/pip install -q --no-deps --force-reinstall .
 	$(VENV)/bin/pytest -q tests/python
+
+# The transformers backend on tiny models, CPU. The registry's torch brings CUDA along: 2.6 GB to fetch, once.
+test-hf: $(HF_VENV)/ready toolkit
+	$(HF_VENV)/bin/pip install -q --no-deps --force-reinstall .
+	for version in $(HF_VERSIONS); do \
+	    $(HF_VENV)/bin/pip install -q transformers==$$version && $(HF_VENV)/bin/pytest -q tests/python/test_hf.py || exit 1; \
+	done
 
 # 10,000 random cases against the f64 oracle; a failure prints the command that repeats its case alone.
 differential:
@@ -97,6 +107,11 @@ install:
 $(VENV)/ready: tests/requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q -r tests/requirements.txt
+	touch $@
+
+$(HF_VENV)/ready: tests/requirements-hf.txt
+	$(PYTHON) -m venv $(HF_VENV)
+	$(HF_VENV)/bin/pip install -q -r tests/requirements-hf.txt
 	touch $@
 
 clean:

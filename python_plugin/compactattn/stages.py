@@ -209,7 +209,7 @@ def _placed(
 def _means(plan: Plan, batch: Batch, at: tuple[int, int | None], given: Summaries | None) -> Summaries | None:
     layer, stream = at
     settings = plan.settings(layer)
-    if given or settings.selector not in _READS_MEANS:
+    if given or settings.selector not in READS_MEANS:
         return given
     made = Summaries.empty(plan, batch.k.shape[0], layer=layer, home=batch.home)
     update_summaries(plan, batch, made, layer=layer, which="all", stream=stream)
@@ -226,4 +226,4 @@ def _head(rows: Any, count: int) -> Any:
 
 
 # The library refuses the others by name, should this set fall behind.
-_READS_MEANS = {"flashprefill", "pooled_mass", "two_level"}
+READS_MEANS = {"flashprefill", "pooled_mass", "two_level"}

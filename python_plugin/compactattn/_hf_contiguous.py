@@ -1,0 +1,79 @@
+"""One chunk over contiguous KV, as ``generate`` keeps it: a pool by strides, an identity block table, no copy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch  # type: ignore[import-not-found, unused-ignore]
+
+from . import stages
+from .api import plan_for
+from .batch import Batch
+from .means import BlockMeans
+from .plan import Plan
+from .selection import Summaries
+from .settings import Settings
+
+# Tokens a page: the smallest there is, so that the fewest tokens lie outside of whole pages.
+PAGE = 16
+
+
+def chunk(query: Any, key: Any, value: Any, scaling: float | None, settings: Settings) -> Any:
+    """Attention of the last q_len of kv_len tokens, ``[batch, q_len, num_q_heads, head_dim]``.
+
+    ``query [batch, num_q_heads, q_len, head_dim]``, ``key``, ``value [batch, num_kv_heads, kv_len, head_dim]`` of any
+    strides but the last; kv_len - q_len >= PAGE. Requests of a batch are
+    called one by one: the stride from one to the next need not be whole pages. A page must lie within the tensor, which
+    need not end on one; so pages are counted from the end, and what is left over at the start, fewer than PAGE tokens
+    that every query sees, is attended to beside and merged by its lse.
+    """
+    batch, heads, q_len, head_dim = query.shape
+    out = torch.empty((batch, q_len, heads, head_dim), dtype=query.dtype, device=query.device)
+    for req in range(batch):
+        _request((query[req], key[req], value[req]), out[req], scaling, settings)
+    return out
+
+
+def means(plan: Plan, batch: Batch, settings: Settings) -> Summaries | None:
+    """All block means of the batch, where the device cannot make them itself and something reads them."""
+    if batch.home.on_cpu or not (settings.selector in stages.READS_MEANS or settings.mean_correction):
+        return None
+    return BlockMeans(plan, values=settings.mean_correction).update(batch, which="all")
+
+
+def _request(tensors: tuple[Any, Any, Any], out: Any, scaling: float | None, settings: Settings) -> None:
+    query, key, value = tensors
+    head = key.shape[1] % PAGE
+    batch = _batch(query, key[:, head:], value[:, head:])
+    plan = plan_for(batch, settings=settings, sm_scale=scaling)
+    summaries = means(plan, batch, settings)
+    if not head:
+        plan.forward(batch, out, summaries=summaries)
+        return
+    paged, lse = torch.empty_like(out), torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    plan.forward(batch, paged, lse, summaries=summaries)
+    rest = _seen_by_all(query, key[:, :head], value[:, :head], scaling)
+    stages.combine(plan, (paged, lse), rest, out)
+
+
+def _batch(query: Any, key: Any, value: Any) -> Batch:
+    q_len, kv_len, device = query.shape[1], key.shape[1], query.device
+    pages = torch.arange(kv_len // PAGE, dtype=torch.int32, device=device)
+    seq_lens = torch.full((1,), kv_len, dtype=torch.int32, device=device)
+    cu_seqlens_q = torch.arange(0, q_len + 1, q_len, dtype=torch.int32, device=device)
+    return Batch.of(query.transpose(0, 1), _pool(key), _pool(value), pages[None], seq_lens, cu_seqlens_q)
+
+
+def _pool(tokens: Any) -> Any:
+    """``[heads, tokens, dim]`` seen as ``[pages, PAGE, heads, dim]``."""
+    return tokens.unflatten(1, (-1, PAGE)).permute(1, 2, 0, 3)
+
+
+def _seen_by_all(query: Any, key: Any, value: Any, scaling: float | None) -> tuple[Any, Any]:
+    """Dense attention of every query to every key: ``(out [q_len, heads, dim], lse [heads, q_len])``."""
+    heads, q_len, dim = query.shape
+    grouped = query.float().unflatten(0, (key.shape[0], -1))
+    scores = grouped @ key.float().mT[:, None] * (dim**-0.5 if scaling is None else scaling)
+    lse = scores.logsumexp(-1)
+    out = (scores - lse[..., None]).exp() @ value.float()[:, None]
+    return out.reshape(heads, q_len, dim).transpose(0, 1).to(query.dtype), lse.reshape(heads, q_len)

@@ -1,0 +1,321 @@
+"""transformers with tiny random models: dense through the library is sdpa, sparse runs, and who served is counted."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs torch and transformers: make test-hf")
+transformers = pytest.importorskip("transformers", reason="needs torch and transformers: make test-hf")
+
+import compactattn.hf as hf  # noqa: E402
+from compactattn import _hf_contiguous, _hf_engine  # noqa: E402
+from transformers import AttentionInterface  # noqa: E402
+from transformers.generation.continuous_batching import PagedAttentionCache  # noqa: E402
+
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# One sliding layer and one that sees everything.
+SLIDING = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "qwen3-moe": ("Qwen3Moe", EXPERTS),
+    "gemma3": ("Gemma3", SLIDING),
+}
+LONG = {"dense_below_kv_len": 128, "dense_max_q_len": 4}
+DENSE = LONG | {"selector": "dense"}
+SPARSE = LONG | {"block_size": 16, "keep_density": 0.25, "max_density": 0.35}
+INDEXED = "write_index" in inspect.signature(PagedAttentionCache.update).parameters
+
+
+@pytest.fixture(autouse=True)
+def _fresh(asked: Any) -> None:
+    asked("compactattn", **DENSE)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Asks for settings as a user does."""
+
+    def ask(mode: str, **config: Any) -> None:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(config), encoding="utf-8")
+        monkeypatch.setenv("COMPACTATTN_MODE", mode)
+        monkeypatch.setenv("COMPACTATTN_CONFIG", str(path))
+        hf.register()
+
+    return ask
+
+
+def model_of(family: str, dtype: Any = torch.float32, **changes: Any) -> Any:
+    name, fields = FAMILIES.get(family, (family, {}))
+    text = "Text" if name == "Gemma3" else ""
+    config = getattr(transformers, f"{name}{text}Config")(**SHAPE | fields | changes)
+    torch.manual_seed(0)
+    # Larger than a fresh model's, so that attention is far from uniform.
+    config.initializer_range = 0.2
+    return getattr(transformers, f"{name}ForCausalLM")(config).to(dtype).eval()
+
+
+def prompt(length: int, batch: int = 1) -> Any:
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def generated(model: Any, name: str, ids: Any, chunk: int = 100, **more: Any) -> Any:
+    model.set_attn_implementation(name)
+    more.setdefault("attention_mask", torch.ones_like(ids))
+    return model.generate(
+        ids,
+        prefill_chunk_size=chunk,
+        max_new_tokens=6,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **more,
+    )
+
+
+def check_same(ours: Any, theirs: Any, dtype: Any) -> None:
+    """Logits of the same prefix are close, and the tokens those logits decide are the same.
+
+    Both sum up to 300 products in f32: 300 roundings of 2^-24 each, both sides, in two layers whose norms may double
+    an error: 300 * 2^-24 * 2 * 2 * 2 = 1.4e-4 of the largest logit. In bf16 each layer's attention may come out one
+    step (2^-8) apart at each of its two roundings, the output and the projection: 2 * 2 * 2^-8 * 2 = 3.1e-2.
+    """
+    share = {torch.float32: 1.5e-4, torch.bfloat16: 3.2e-2}[dtype]
+    for mine, reference in zip(ours.logits, theirs.logits, strict=True):
+        bound = share * reference.abs().max().item()
+        assert (mine - reference).abs().max().item() <= bound
+        first, second = reference.topk(2).values.unbind(-1)
+        if bool(((first - second) <= 2 * bound).any()):
+            assert dtype is torch.bfloat16, "a tie in f32: choose another seed"
+            return
+        assert torch.equal(mine.argmax(-1), reference.argmax(-1))
+    assert torch.equal(ours.sequences, theirs.sequences)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_is_sdpa_in_every_family(family: str, dtype: Any) -> None:
+    model = model_of(family, dtype)
+    # Chunks of 100: KV of 200 and 290 tokens, neither of them whole pages.
+    theirs = generated(model, "sdpa", prompt(290))
+    ours = generated(model, "compactattn", prompt(290))
+    check_same(ours, theirs, dtype)
+    report, full = hf.report(), 1 if family == "gemma3" else 2
+    assert report.served == 2 * full
+    assert report.engine == {"short": full, "decode": 5 * 2} | ({"sliding": 3} if full == 1 else {})
+    assert report.stats.calls == report.served
+    assert report.stats.refused == 0
+
+
+@pytest.mark.parametrize("chunk", [96, 101])
+def test_whole_pages_and_batches_are_sdpa(chunk: int) -> None:
+    model, ids = model_of("llama"), prompt(288, batch=2)
+    check_same(generated(model, "compactattn", ids, chunk), generated(model, "sdpa", ids, chunk), torch.float32)
+    # Three chunks, two layers; the first chunk has no past.
+    assert hf.report().served == 4
+    assert hf.report().stats.calls == 8
+
+
+def test_everything_kept_is_sdpa(asked: Any) -> None:
+    asked("compactattn", **SPARSE | {"keep_density": 1.0, "max_density": 1.0, "density_guard": 1.0})
+    model = model_of("llama")
+    check_same(generated(model, "compactattn", prompt(290)), generated(model, "sdpa", prompt(290)), torch.float32)
+    assert hf.report().stats.density == 1.0
+
+
+def test_mode_dense_is_sdpa_at_its_own_threshold(asked: Any) -> None:
+    asked("dense")
+    model = model_of("llama", num_hidden_layers=1, max_position_embeddings=16384)
+    theirs = generated(model, "sdpa", prompt(8300), chunk=8200)
+    check_same(generated(model, "compactattn", prompt(8300), chunk=8200), theirs, torch.float32)
+    assert hf.report().served == 1
+
+
+def test_compact_mode_reads_a_share_of_the_blocks(asked: Any) -> None:
+    asked("compactattn", **SPARSE)
+    model = model_of("llama")
+    ours = generated(model, "compactattn", prompt(1000), chunk=250)
+    stats = hf.report().stats
+    assert hf.report().served == 6
+    assert 0.05 < stats.density < 0.5
+    # The selection is really applied: attention that left blocks out is not dense attention.
+    theirs = generated(model, "sdpa", prompt(1000), chunk=250)
+    assert not torch.equal(ours.logits[0], theirs.logits[0])
+    assert torch.isfinite(ours.logits[0]).all()
+
+
+def test_the_default_threshold_leaves_short_prompts_alone(asked: Any) -> None:
+    asked("compactattn")
+    model = model_of("llama")
+    theirs, ours = generated(model, "sdpa", prompt(290)), generated(model, "compactattn", prompt(290))
+    assert torch.equal(ours.logits[0], theirs.logits[0])
+    assert hf.report().served == 0
+    assert set(hf.report().engine) == {"short", "decode"}
+
+
+def test_no_kv_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = []
+    batch_of = _hf_contiguous.Batch.of
+    monkeypatch.setattr(_hf_contiguous.Batch, "of", lambda *args: pools.append(args[1:3]) or batch_of(*args))
+    q, k, v = torch.randn(1, 4, 50, 64), torch.randn(1, 2, 203, 64), torch.randn(1, 2, 203, 64)
+    _hf_contiguous.chunk(q, k, v, None, hf._settings(0))
+    # 203 = 11 + 12 pages of 16.
+    for pool, whole in zip(pools[0], (k, v), strict=True):
+        assert pool.shape == (12, 16, 2, 64)
+        assert pool.data_ptr() == whole[0, 0, 11].data_ptr()
+
+
+def test_padding_and_static_caches_stay_with_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = model_of("llama"), prompt(290, batch=2)
+    padded = torch.ones_like(ids)
+    padded[0, :7] = 0
+    with caplog.at_level(logging.WARNING, "compactattn.hf"):
+        for more in ({"attention_mask": padded}, {"cache_implementation": "static", "disable_compile": True}):
+            check_same(
+                generated(model, "compactattn", ids, **more), generated(model, "sdpa", ids, **more), torch.float32
+            )
+    assert hf.report().served == 0
+    assert hf.report().engine[_hf_engine.MASK] >= 2 * 2
+    assert [record.message for record in caplog.records].count(caplog.records[0].message) == 1
+
+
+def test_shapes_that_are_not_offered_stay_with_the_engine() -> None:
+    model = model_of("llama", head_dim=80)
+    check_same(generated(model, "compactattn", prompt(290)), generated(model, "sdpa", prompt(290)), torch.float32)
+    assert hf.report().served == 0
+    assert any("head_dim" in reason for reason in hf.report().engine)
+
+
+def test_training_stays_with_the_engine() -> None:
+    model = model_of("llama")
+    cache = transformers.DynamicCache(config=model.config)
+    model.set_attn_implementation("compactattn")
+    model(prompt(150), past_key_values=cache, use_cache=True)
+    model(prompt(60), past_key_values=cache, use_cache=True).logits.sum().backward()
+    assert hf.report().engine["gradients"] == 2
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_compiled_models_break_their_graph_at_long_chunks() -> None:
+    model, ids = model_of("llama", num_hidden_layers=1), prompt(290)
+    theirs = generated(model, "sdpa", ids)
+    model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
+    check_same(generated(model, "compactattn", ids), theirs, torch.float32)
+    assert hf.report().served == 2
+    # Traced decode is not counted.
+    assert hf.report().engine == {"short": 1}
+
+
+@pytest.mark.parametrize("kwargs", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}])
+def test_what_sdpa_leaves_out_is_refused(kwargs: Any) -> None:
+    q, k = torch.randn(1, 4, 50, 64), torch.randn(1, 2, 203, 64)
+    with pytest.raises(hf.Unsupported, match=next(iter(kwargs))):
+        AttentionInterface()["compactattn"](torch.nn.Module(), q, k, k, None, **kwargs)
+
+
+def test_wrong_settings_are_known_at_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPACTATTN_MODE", "sparse-ish")
+    with pytest.raises(ValueError, match="COMPACTATTN_MODE"):
+        hf.register()
+
+
+def batched(model: Any, name: str, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy tokens of continuous batching, where prompts are cut into chunks that share steps."""
+    model.set_attn_implementation(name)
+    config = transformers.ContinuousBatchingConfig(block_size=16, num_blocks=256, max_batch_tokens=96)
+    asked = transformers.GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    done = model.generate_batch(prompts, generation_config=asked, continuous_batching_config=config, progress_bar=False)
+    return [done[key].generated_tokens for key in sorted(done, key=lambda key: int(key.rsplit("_", 1)[-1]))]
+
+
+PROMPTS = [prompt(n)[0].tolist() for n in (230, 61, 150)]
+
+
+@pytest.mark.skipif(not INDEXED, reason="continuous batching takes no names of others in this transformers")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_continuous_batching_is_paged_sdpa(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = batched(model_of(family), "paged|sdpa", PROMPTS)
+    copies, update = [], PagedAttentionCache.update
+    monkeypatch.setattr(PagedAttentionCache, "update", lambda *args: copies.append(args[3]) or update(*args))
+    ours = batched(model_of(family), "paged|compactattn", PROMPTS)
+    assert all(len(tokens) == 5 for tokens in ours)
+    assert ours == theirs
+    report = hf.report()
+    # The engine's dense copy is made for sliding layers alone.
+    assert set(copies) == ({0} if family == "gemma3" else set())
+    assert report.engine.get("sliding", 0) == len(copies)
+    assert report.served > 0
+
+
+@pytest.mark.skipif(not INDEXED, reason="continuous batching takes no names of others in this transformers")
+def test_continuous_batching_is_sparse_and_serves_odd_shapes(asked: Any) -> None:
+    asked("compactattn", **SPARSE)
+    batched(model_of("llama"), "paged|compactattn", PROMPTS)
+    assert 0.05 < hf.report().stats.density < 0.5
+    odd = model_of("llama", head_dim=80)
+    theirs = batched(odd, "paged|sdpa", PROMPTS)
+    asked("compactattn", **DENSE)
+    assert batched(odd, "paged|compactattn", PROMPTS) == theirs
+    assert hf.report().served == 0
+    assert any("head_dim" in reason for reason in hf.report().engine)
+
+
+@pytest.mark.skipif(INDEXED, reason="this transformers' continuous batching is served")
+def test_newer_continuous_batching_refuses_by_name() -> None:
+    with pytest.raises(ValueError, match="compactattn is not supported for continuous batching"):
+        batched(model_of("llama"), "paged|compactattn", PROMPTS)
+
+
+def test_the_readme_runs_as_written(asked: Any) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```py\n(.*?)```", readme, re.DOTALL)
+    asked("compactattn")
+    ids = prompt(8300)
+    model = model_of("llama", num_hidden_layers=1, max_position_embeddings=16384)
+    model.generation_config.max_new_tokens = 2
+    names: dict[str, Any] = {"model": model, "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}}
+    exec(code[1], names)
+    # Chunks end at 4096, 8192 and 8300.
+    assert hf.report().served == 2
+    stats = hf.report().stats
+    # The preset's cap; sink and local blocks may come on top.
+    assert 0 < stats.selected - stats.forced <= 0.35 * stats.candidates
+    assert names["out"].shape[1] > 8300
+
+
+def test_a_call_from_another_continuous_batching_is_refused() -> None:
+    q, k = torch.randn(1, 4, 50, 64), torch.randn(1, 2, 50, 64)
+    with pytest.raises(hf.Unsupported, match=r"wanted continuous batching as transformers 5\.17"):
+        AttentionInterface()["paged|compactattn"](torch.nn.Module(), q, k, k, None)
+
+
+def test_packed_masks_are_block_diagonal() -> None:
+    cu_q, cu_k = torch.tensor([0, 3, 3, 5]), torch.tensor([0, 5, 5, 7])
+    seen = _hf_engine.packed_mask(cu_q, cu_k, (6, 8), window=4)[0, 0]
+    wanted = torch.zeros(6, 8, dtype=torch.bool)
+    for i, keys in enumerate([(0, 1, 2), (0, 1, 2, 3), (1, 2, 3, 4), (5,), (5, 6), range(8)]):
+        wanted[i, list(keys)] = True
+    assert torch.equal(seen, wanted)
