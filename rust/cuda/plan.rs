@@ -110,6 +110,7 @@ impl Plan {
     }
 
     fn scratch(&self, address: u64, layer: usize, layout: &Layout) -> Result<(Kernel, Scratch)> {
+        check_layer(&self.context, layout)?;
         let kernel = Kernel::choose(&self.context, layout)?;
         let gate_len = self.gate(layer).map_or(0, DeviceGate::len);
         let cells = select::scratch_len(layout, gate_len)?;
@@ -358,6 +359,10 @@ impl Run<'_> {
     }
 
     fn attend(&self, output: &DeviceOutput) -> Result<()> {
+        // No query, no map of queries.
+        if self.call.batch.total_q == 0 {
+            return Ok(());
+        }
         self.launch("compactattn_plan_work", grid(1, 1024, 0))?;
         let scratch = Scratch { stages: self.step.stages, ..self.scratch };
         let call =
