@@ -61,6 +61,11 @@ class CompactAttentionBackend(FlashAttentionBackend):  # type: ignore[misc]
         return list(policy.PAGE_SIZES)
 
     @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Whether the device may hold other query lengths than the host: not in steps that the host splits."""
+        return current.known_dense()
+
+    @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         """Reasons against this model, machine and configuration, for the engine to print at start."""
         found: list[str] = list(super().validate_configuration(*args, **kwargs))

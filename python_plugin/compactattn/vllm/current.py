@@ -115,12 +115,14 @@ def start_line(chosen: Options, policy: Policy, layers: str, spec: Any) -> str:
     """What an operator needs to know which path runs."""
     if chosen.is_dense:
         return f"compactattn {version()}: mode dense, all by the engine's own backend"
-    settings = chosen.settings
+    settings, device = chosen.settings, _device_name()
+    # On a CPU the library serves the rest as well, densely.
+    rest = "dense" if device == "cpu" else "by the engine's own backend"
     return (
-        f"compactattn {version()}: mode {chosen.mode}, {layers} layers on {_device_name()}, page size "
+        f"compactattn {version()}: mode {chosen.mode}, {layers} layers on {device}, page size "
         f"{spec.block_size}; "
         f"chunks of >= {policy.min_chunk_tokens} tokens over >= {policy.min_kv_tokens} KV tokens by "
-        f"{settings.selector}, keep {settings.keep} {settings.keep_value:g}; all else by the engine's own backend"
+        f"{settings.selector}, keep {settings.keep} {settings.keep_value:g}; all else {rest}"
     )
 
 

@@ -158,6 +158,7 @@ _FLAGS = {
     "use_kv_connector": "KV connector: KV after sparse layers is approximate and would be shared with engines that "
     "compute it densely; use mode dense",
     "context_parallel": "context parallelism: not offered",
+    "use_rswa": "reference sliding window: not offered",
     "two_batch": "two-batch overlap: not offered, the workspace is for one stream",
     "needs_means": "selector or mean_correction that reads block means: not kept for vLLM's pages; "
     "choose sampled_exact, quoka, xattention or streaming",

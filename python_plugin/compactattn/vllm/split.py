@@ -95,6 +95,7 @@ class SplitImpl:
 
     # Where K and V lie, set by the backend; see kv_views.
     kv_axis: int | None = None
+    _reserved = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -155,8 +156,9 @@ class SplitImpl:
 
     def _reserve(self, query: Any) -> None:
         # The engine's profiling run, the last moment to allocate; what cannot be served is found out by bind.
-        if self._off is not None or self._options.is_dense:
+        if self._reserved or self._off is not None or self._options.is_dense:
             return
+        self._reserved = True
         shape = self._shape(current.dtype_name(query.dtype))
         if refusal(shape, policy.PAGE_SIZES[0], self._options) is None:
             reserve(shape, self._options)
