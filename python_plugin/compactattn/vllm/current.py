@@ -52,10 +52,8 @@ def limits(vllm_config: Any) -> Limits:
     """From the engine's configuration."""
     import torch
     import vllm.envs as envs
-    from vllm.platforms import current_platform
 
-    scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
-    on_cpu = current_platform.is_cpu()
+    scheduler, model, on_cpu = vllm_config.scheduler_config, vllm_config.model_config, _on_cpu()
     return Limits(
         device="cpu" if on_cpu else f"cuda:{torch.cuda.current_device()}",
         max_num_reqs=scheduler.max_num_seqs,
@@ -128,12 +126,17 @@ def start_line(chosen: Options, policy: Policy, layers: str, spec: Any) -> str:
 
 def _device_name() -> str:
     import torch
-    from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
+    if _on_cpu():
         return "cpu"
     major, minor = torch.cuda.get_device_capability()
     return f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def _is_alibi_family(text: Any) -> bool:
