@@ -132,13 +132,11 @@ def test_an_engine_that_does_not_say_who_prefills_is_judged_by_lengths() -> None
 )
 def test_steps_that_are_not_plain_causal_prefill_stay_the_engines(changes: dict[str, Any], why: str | None) -> None:
     common = Common([(300, 9000, True)], **changes)
-    assert policy.step_refusal(common, cascade=False, fast_build=False) == why
+    assert policy.step_refusal(common, cascade=False) == why
 
 
-def test_cascade_and_drafting_stay_the_engines() -> None:
-    common = Common([(300, 9000, True)])
-    assert policy.step_refusal(common, cascade=True, fast_build=False) == "cascade"
-    assert policy.step_refusal(common, cascade=False, fast_build=True) == "drafting"
+def test_cascade_stays_the_engines() -> None:
+    assert policy.step_refusal(Common([(300, 9000, True)]), cascade=True) == "cascade"
 
 
 SERVED = {"head_size": 128, "dtype": "torch.bfloat16", "block_size": None, "device_capability": (9, 0)}
@@ -158,6 +156,9 @@ SERVED = {"head_size": 128, "dtype": "torch.bfloat16", "block_size": None, "devi
         ({"block_size": 24}, ["block size 24"]),
         ({"device_capability": (7, 5)}, ["capability 7.5"]),
         ({"device_capability": (10, 3)}, ["capability 10.3"]),
+        ({"build": "GPU kernels: 50 kernels for sm_80 sm_90a"}, []),
+        ({"build": "GPU kernels: 50 kernels for sm_80"}, ["no kernels for sm_90a"]),
+        ({"build": "compactattn 0.1.0; GPU kernels: none"}, ["no GPU kernels"]),
         ({"has_sink": True}, ["sinks"]),
         ({"use_kv_connector": True}, ["KV connector"]),
         ({"two_batch": True, "context_parallel": True}, ["context parallelism", "two-batch"]),
@@ -255,12 +256,12 @@ def test_selectors_that_read_block_means_are_found_in_any_layer() -> None:
 def test_a_fallback_is_warned_of_once_and_counted_always(caplog: pytest.LogCaptureFixture) -> None:
     report = Report()
     with caplog.at_level(logging.INFO, "vllm.compactattn"):
-        for reason in ("cascade", "cascade", "drafting"):
+        for reason in ("cascade", "cascade", "not causal"):
             report.fallback(reason)
         report.start("a line")
         report.start("a line")
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO"]
-    assert report.as_dict()["fallbacks"] == {"cascade": 2, "drafting": 1}
+    assert report.as_dict()["fallbacks"] == {"cascade": 2, "not causal": 1}
     report.strict = True
     with pytest.raises(RuntimeError, match="cascade"):
         report.fallback("cascade")

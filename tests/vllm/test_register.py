@@ -20,6 +20,8 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The class that the engine finds in the slot, its options unread."""
     monkeypatch.delenv("COMPACTATTN_MODE", raising=False)
     monkeypatch.setattr(current, "_latest", None)
+    # What is installed here is for the CPU.
+    monkeypatch.setattr(current, "build", lambda: "GPU kernels: 50 kernels in 29 units for sm_80 sm_90a sm_100a")
     register_backend(AttentionBackendEnum.CUSTOM, plugin.GPU_CLASS)
     return AttentionBackendEnum.CUSTOM.get_class()
 
@@ -67,6 +69,12 @@ def test_what_is_not_served_gets_a_reason_of_ours(backend: Any, change: dict[str
     own = [text for text in backend.validate_configuration(**asked(**change)) if text.startswith("compactattn: ")]
     assert len(own) == 1
     assert named in own[0]
+
+
+def test_a_library_for_the_cpu_alone_is_a_reason(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(current, "build", lambda: "compactattn 0.1.0; GPU kernels: none")
+    (reason,) = backend.validate_configuration(**asked())
+    assert "COMPACTATTN_CUDA=require" in reason
 
 
 def test_a_wrong_setting_is_a_reason_and_not_a_crash(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:

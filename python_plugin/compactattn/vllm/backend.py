@@ -76,5 +76,6 @@ class CompactAttentionBackend(FlashAttentionBackend):  # type: ignore[misc]
             return [*found, str(error)]
         if options.is_dense:
             return found
-        facts = policy.plain(kwargs) | current.model_facts(vllm_config) | {"needs_means": options.needs_means}
+        own = {"needs_means": options.needs_means, "build": current.build()}
+        facts = policy.plain(kwargs) | current.model_facts(vllm_config) | own
         return found + [f"compactattn: {reason}" for reason in policy.config_refusals(facts)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .. import version
+from .. import build_info, version
 from .policy import Policy
 from .report import REPORT
 from .service import Service, Shape
@@ -62,6 +62,11 @@ def limits(vllm_config: Any) -> Limits:
         num_layers=model.get_total_num_hidden_layers(),
         num_splits=1 if on_cpu or envs.VLLM_BATCH_INVARIANT else 0,
     )
+
+
+def build() -> str:
+    """What the library says of its build; loads it, and no driver."""
+    return build_info()
 
 
 def model_facts(vllm_config: Any) -> dict[str, Any]:

@@ -27,8 +27,13 @@ def register() -> None:
         if mode not in ("", "dense"):
             _take(AttentionBackendEnum.CPU_ATTN, CPU_CLASS)
         return
-    # In mode dense the slot is the engine's own class: not one line of ours then runs in it.
-    _take(AttentionBackendEnum.CUSTOM, AttentionBackendEnum.FLASH_ATTN.get_path() if mode == "dense" else GPU_CLASS)
+    if mode != "dense":
+        _take(AttentionBackendEnum.CUSTOM, GPU_CLASS)
+        return
+    # The slot is then the engine's own class: not one line of ours runs in it.
+    engines = AttentionBackendEnum.FLASH_ATTN.get_path()
+    LOG.info("compactattn: mode dense, the attention backend slot CUSTOM is %s", engines)
+    _take(AttentionBackendEnum.CUSTOM, engines)
 
 
 def _take(slot: Any, class_path: str) -> None:

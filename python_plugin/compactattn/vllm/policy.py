@@ -82,10 +82,9 @@ def parts(step: Step, left_out: Sequence[str | None]) -> list[Part]:
     return found
 
 
-def step_refusal(common: Any, *, cascade: bool, fast_build: bool) -> str | None:
+def step_refusal(common: Any, *, cascade: bool) -> str | None:
     """Why a whole step is the engine's, whatever its requests are; None = ask :func:`reasons`."""
     facts = {
-        "drafting": fast_build,
         "cascade": cascade,
         "not causal": common.causal is not True,
         "encoder": getattr(common, "encoder_seq_lens", None) is not None,
@@ -106,18 +105,15 @@ def _host_lengths(common: Any) -> Any:
 def config_refusals(facts: dict[str, Any]) -> list[str]:
     """Why a model, machine or engine configuration is not served, each with what to do; [] = it is.
 
-    ``facts``: what the engine's validation hook is given (absent = not asked), dtype and capability as
-    :func:`plain` makes them, and ``softcap``, ``alibi``, ``two_batch``, ``context_parallel``, ``needs_means``.
+    ``facts``: what the engine's validation hook is given (absent = not asked), dtype and capability as :func:`plain`
+    makes them; ``build``, what the library says of itself; and the names of ``_FLAGS`` that the hook is not told.
     """
     found = [text for name, text in _FLAGS.items() if facts.get(name)]
     for name, (allowed, text) in _CHOICES.items():
         value = facts.get(name)
         if value is not None and value not in allowed:
             found.append(text.format(value))
-    capability = facts.get("device_capability")
-    if capability is not None and not serves_gpu(capability):
-        major, minor = capability
-        found.append(f"compute capability {major}.{minor}: there are kernels for 8.x, 9.0, 10.0 and 12.0")
+    found += _gpu_refusals(facts.get("device_capability"), facts.get("build"))
     block_size = facts.get("block_size")
     if block_size is not None and block_size % PAGE_SIZES[0]:
         found.append(f"block size {block_size}: wanted a multiple of {PAGE_SIZES[0]} (--block-size)")
@@ -137,9 +133,17 @@ def plain(facts: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def serves_gpu(capability: tuple[int, int]) -> bool:
-    """Whether machine code for this GPU may be in the library; what was built, the library says at start."""
-    return capability[0] == 8 or capability in ((9, 0), (10, 0), (12, 0))
+def _gpu_refusals(capability: tuple[int, int] | None, build: str | None) -> list[str]:
+    """Of a GPU and of what the library says it was built for; None = not asked."""
+    if build is not None and build.endswith("GPU kernels: none"):
+        return ["this build of the library holds no GPU kernels: install it by COMPACTATTN_CUDA=require pip install ."]
+    if capability is None:
+        return []
+    major, minor = capability
+    arch = "sm_80" if major == 8 else {(9, 0): "sm_90a", (10, 0): "sm_100a", (12, 0): "sm_120a"}.get(capability)
+    if arch is None:
+        return [f"compute capability {major}.{minor}: there are kernels for 8.x, 9.0, 10.0 and 12.0"]
+    return [] if build is None or arch in build else [f"this build of the library holds no kernels for {arch}"]
 
 
 DECODE, SHORT_CHUNK, SHORT_CONTEXT = "decode", "short chunk", "short context"

@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import context
 from ..batch import Batch
+from ..errors import CompactAttnError
 from ..plan import Plan, PlanDesc
 from ..settings import Settings
 from ..workspace import Borrowed
@@ -71,7 +72,11 @@ def refusal(shape: Shape, page_size: int, options: Options) -> str | None:
         return f"page size {page_size}: wanted one of {PAGE_SIZES}"
     every = (options.settings, *options.layers.values())
     descs = [replace(shape.desc(page_size, options), settings=settings) for settings in every]
-    on = context.of(shape.device)
+    try:
+        on = context.of(shape.device)
+    except CompactAttnError as error:
+        # No kernels in this build, or none for this GPU: dense by the engine, and said so.
+        return str(error)
     return next((text for text in (Plan.supports(desc, on) for desc in descs) if text), None)
 
 

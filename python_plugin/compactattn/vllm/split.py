@@ -49,9 +49,10 @@ class SplitBuilder:
         """The engine's metadata; ``compact_pieces`` of it are set where some request is ours."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
         metadata.compact_pieces = None
-        # Most steps are all decode, and leave here; a captured graph must hold the engine's work alone.
-        if self._serves and not self._capturing and common_attn_metadata.max_query_len >= self._policy.min_chunk_tokens:
-            metadata.compact_pieces = self._pieces(metadata, common_attn_metadata, common_prefix_len > 0, fast_build)
+        # Most steps are all decode, and leave here; captured graphs and drafts hold the engine's work alone.
+        long = common_attn_metadata.max_query_len >= self._policy.min_chunk_tokens
+        if self._serves and long and not self._capturing and not fast_build:
+            metadata.compact_pieces = self._pieces(metadata, common_attn_metadata, common_prefix_len > 0)
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
@@ -69,8 +70,8 @@ class SplitBuilder:
             made.compact_pieces = [_with_table(piece, blk_table) for piece in made.compact_pieces]
         return made
 
-    def _pieces(self, metadata: Any, common: Any, cascade: bool, fast_build: bool) -> list[Piece] | None:
-        refused = policy.step_refusal(common, cascade=cascade, fast_build=fast_build)
+    def _pieces(self, metadata: Any, common: Any, cascade: bool) -> list[Piece] | None:
+        refused = policy.step_refusal(common, cascade=cascade)
         if refused:
             REPORT.fallback(refused)
             return None
