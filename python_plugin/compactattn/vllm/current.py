@@ -79,7 +79,7 @@ def model_facts(vllm_config: Any) -> dict[str, Any]:
     return {
         "softcap": bool(getattr(text, "attn_logit_softcapping", None)),
         "alibi": bool(getattr(text, "alibi", False)) or position == "alibi" or _is_alibi_family(text),
-        "two_batch": bool(getattr(parallel, "enable_dbo", False)),
+        "two_batch": bool(getattr(parallel, "use_ubatching", False)),
         "context_parallel": getattr(parallel, "decode_context_parallel_size", 1) > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
     }
