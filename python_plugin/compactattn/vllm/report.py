@@ -28,6 +28,7 @@ class Report:
         self.file: str | None = None
         self._said: set[str] = set()
         self._written = 0.0
+        self._changed = False
 
     def start(self, line: str) -> None:
         """The line at start, once however many KV groups there are."""
@@ -38,6 +39,7 @@ class Report:
     def fallback(self, reason: str) -> None:
         """A step or layer that could have been ours; RuntimeError if the operator wants none."""
         self.fallbacks[reason] += 1
+        self._changed = True
         if self.strict:
             raise RuntimeError(f"compactattn: strict: {reason}")
         if reason not in self._said:
@@ -51,7 +53,22 @@ class Report:
         self.our_requests += sum(part.reqs.stop - part.reqs.start for part in parts if part.ours)
         self.our_tokens += sum(part.tokens.stop - part.tokens.start for part in parts if part.ours)
         self.left_to_engine.update(reason for reason in left_out if reason)
-        self._write()
+        self._changed = True
+
+    def write(self) -> None:
+        """Writes the counters to their file, if it is time and they have changed. For every step, of any kind."""
+        if self.file is None or not self._changed or time.monotonic() - self._written < WRITE_EVERY_S:
+            return
+        self._written, self._changed = time.monotonic(), False
+        target = Path(self.file.replace("{pid}", str(os.getpid())))
+        beside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        try:
+            beside.write_text(json.dumps(self.as_dict()), encoding="utf-8")
+            # Readers see the old numbers or the new ones, never half of them.
+            beside.replace(target)
+        except OSError as error:
+            LOG.warning("compactattn: counters_file: %s; not written any more", error)
+            self.file = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -66,28 +83,13 @@ class Report:
             "plans": [selected() for selected in self.selected],
         }
 
-    def _write(self) -> None:
-        now = time.monotonic()
-        if self.file is None or now - self._written < WRITE_EVERY_S:
-            return
-        self._written = now
-        target = Path(self.file.replace("{pid}", str(os.getpid())))
-        beside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        try:
-            beside.write_text(json.dumps(self.as_dict()), encoding="utf-8")
-            # Readers see the old numbers or the new ones, never half of them.
-            beside.replace(target)
-        except OSError as error:
-            LOG.warning("compactattn: counters_file: %s; not written any more", error)
-            self.file = None
-
 
 def counters() -> dict[str, Any]:
     """What this process has served, any time. Other processes of an engine: the setting ``counters_file``."""
     return REPORT.as_dict()
 
 
-WRITE_EVERY_S = 5.0
+WRITE_EVERY_S = 1.0
 
 # A child of the engine's logger, so that its level and format apply.
 LOG = logging.getLogger("vllm.compactattn")

@@ -49,6 +49,7 @@ class SplitBuilder:
         """The engine's metadata; ``compact_pieces`` of it are set where some request is ours."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
         metadata.compact_pieces = None
+        REPORT.write()
         # Most steps are all decode, and leave here; captured graphs and drafts hold the engine's work alone.
         long = common_attn_metadata.max_query_len >= self._policy.min_chunk_tokens
         if self._serves and long and not self._capturing and not fast_build:
