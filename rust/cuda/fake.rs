@@ -99,13 +99,13 @@ pub(crate) fn fatbin(contents: &str) -> &'static [u8] {
 pub(crate) fn context(fake: &Fake) -> Arc<Context> {
     let device = Device::open_on(fake.driver(), 0).unwrap();
     let arch = if device.properties().capability == (9, 0) { "sm_90a" } else { "sm_80" };
-    let maps = (arch == "sm_90a").then_some("128,128,128,280");
+    let maps = (arch == "sm_90a").then_some("128,128,128,272");
     let mut kernels: Vec<(String, &str)> = ALONE.map(|(name, params)| (name.to_owned(), params)).to_vec();
     for dtype in ["bf16", "fp16"] {
         kernels.extend(TYPED.map(|(name, params)| (format!("{name}_{dtype}"), params)));
         kernels.extend(maps.map(|params| (format!("attend_sm90_{dtype}_d128"), params)));
         for dim in [64, 96, 128, 256] {
-            kernels.extend(["attend_sm80", "combine"].map(|name| (format!("{name}_{dtype}_d{dim}"), "280")));
+            kernels.extend(["attend_sm80", "combine"].map(|name| (format!("{name}_{dtype}_d{dim}"), "272")));
         }
     }
     let described = kernels.iter().map(|(name, params)| format!(" compactattn_{name}:{params};"));
@@ -115,30 +115,30 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
     Arc::new(Context::on(device, &[image]).unwrap())
 }
 
-/// Kernels with the bytes of their parameters: `Step` 440, `GateParams` 56, `AttendParams` 280, maps 128.
+/// Kernels with the bytes of their parameters: `Step` 456, `GateParams` 56, `AttendParams` 272, maps 128.
 const ALONE: [(&str, &str); 10] = [
-    ("plan_spans", "440"),
-    ("keep_rows", "440"),
-    ("union_table", "440,4"),
-    ("table", "440"),
-    ("plan_work", "440"),
-    ("fill_scores", "440,4"),
-    ("cells_mass", "440,4"),
-    ("two_level_mass", "440,4"),
-    ("two_level_candidates", "440"),
-    ("flashprefill_relate", "440"),
+    ("plan_spans", "456"),
+    ("keep_rows", "456"),
+    ("union_table", "456,4"),
+    ("table", "456"),
+    ("plan_work", "456"),
+    ("fill_scores", "456,4"),
+    ("cells_mass", "456,4"),
+    ("two_level_mass", "456,4"),
+    ("two_level_candidates", "456"),
+    ("flashprefill_relate", "456"),
 ];
 /// One for each 16-bit type.
 const TYPED: [(&str, &str); 9] = [
-    ("cells_read", "440,4"),
-    ("cells_read_candidates", "440,4"),
-    ("cells_pool", "440,4"),
-    ("flashprefill", "440"),
-    ("xattention", "440"),
-    ("xattention_mass", "440"),
-    ("attn_gate_keys", "440,56"),
-    ("attn_gate", "440,56"),
-    ("summaries", "440,8,8,4"),
+    ("cells_read", "456,4"),
+    ("cells_read_candidates", "456,4"),
+    ("cells_pool", "456,4"),
+    ("flashprefill", "456"),
+    ("xattention", "456"),
+    ("xattention_mass", "456"),
+    ("attn_gate_keys", "456,56"),
+    ("attn_gate", "456,56"),
+    ("summaries", "456,8,8,4"),
 ];
 
 /// A file of its own for each copy, because the loader opens one file only once; it stays open, so that its name
