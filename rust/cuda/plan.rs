@@ -110,7 +110,6 @@ impl Plan {
     }
 
     fn scratch(&self, address: u64, layer: usize, layout: &Layout) -> Result<(Kernel, Scratch)> {
-        check_layer(&self.context, layout)?;
         let kernel = Kernel::choose(&self.context, layout)?;
         let gate_len = self.gate(layer).map_or(0, DeviceGate::len);
         let cells = select::scratch_len(layout, gate_len)?;
