@@ -213,12 +213,7 @@ fn set(settings: &mut Settings, name: &str, value: &Value) -> Result<()> {
         "xattention_stride" => settings.xattention_stride = count(name, value)?,
         "two_level_factor" => settings.two_level_factor = number(name, value)?,
         _ => {
-            return Err(Error::new(
-                Status::Config,
-                name,
-                "a setting (see SETTINGS.md)",
-                "an unknown name",
-            ));
+            return Err(Error::new(Status::Config, name, "a setting (see SETTINGS.md)", "an unknown name"));
         }
     }
     Ok(())
