@@ -39,7 +39,7 @@ __device__ __forceinline__ QueryRow query_row(const WorkItem& item, int heads_pe
 }
 
 // A piece with what it works on.
-struct Walkable {
+struct LoadedPiece {
   WorkItem item;
   Stream stream;
   int begin;
@@ -57,7 +57,7 @@ struct Pieces {
     count = work.piece_starts[blockIdx.x + 1] - first;
   }
 
-  __device__ __forceinline__ Walkable at(const Work& work, int index) const {
+  __device__ __forceinline__ LoadedPiece at(const Work& work, int index) const {
     const Piece piece = work.pieces[first + index];
     const WorkItem item = work.items[piece.item];
     return {item, stream_of(work, item), piece.begin, piece.end, piece.slot};

@@ -66,7 +66,7 @@ __host__ __device__ inline int share_of(float share, int n) {
 //
 // The factor puts the heaviest of n masses just below 2^(62 - L), n < 2^L, so sums stay below 2^63.
 // Each mass is off by at most 1/2, a sum by n / 2 where the sum is at least 2^(61 - L): a relative
-// 2^(2 L - 62), which is 2^-40 for 1024 blocks and 2^-28 for 65536. A CPU that sums in f64 keeps
+// 2^(2 L - 62), which is 2^-40 for 1023 blocks and 2^-28 for 65535. A CPU that sums in f64 keeps
 // the same blocks unless a prefix of the ranked row comes that close to the share.
 struct FixedPoint {
   double factor;

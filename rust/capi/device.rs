@@ -8,10 +8,11 @@ use super::objects::PlanObject;
 use super::table::Rows;
 use super::tensor::View;
 use super::views::{OutputViews, SelectionViews, SummaryViews, check_rows};
-use crate::cuda::{Call, DeviceBatch, DeviceOutput, DevicePool, DeviceTable, DeviceTokens, External, Plan};
+use crate::cuda::{
+    Call, DeviceBatch, DeviceOutput, DevicePool, DeviceTable, DeviceTokens, External, Plan, check_summaries,
+};
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
-use crate::select;
 use crate::settings::Selector;
 use crate::summaries::Which;
 
@@ -45,7 +46,7 @@ impl<'a> Place<'a> {
 /// forward, its views checked and known to lie apart.
 pub(super) fn forward(plan: &Plan, place: &Place, step: &StepViews, results: &OutputViews) -> Result<()> {
     let selector = place.layout.settings.selector;
-    check_summaries(place.layout, step.summaries.as_ref())?;
+    check_summaries(place.layout, step.summaries.is_some())?;
     if selector == Selector::External && step.external.is_none() {
         return Err(Error::new(Status::Null, "external", "scores or masks, for selector external", "none"));
     }
@@ -84,7 +85,7 @@ pub(super) fn select(
     batch: &BatchViews,
     (summaries, out): (Option<&SummaryViews>, &SelectionViews),
 ) -> Result<()> {
-    check_summaries(place.layout, summaries)?;
+    check_summaries(place.layout, summaries.is_some())?;
     let inputs = summaries.map_or(Vec::new(), |summaries| summaries.views());
     with_call(plan, place, batch, &[inputs, out.views()].concat(), |mut call| {
         check_select_rows(&call, out)?;
@@ -243,16 +244,6 @@ fn check_list_rows(call: &Call, views: &[View]) -> Result<usize> {
     let rows = spans * call.layout.lists_per_span();
     views.iter().try_for_each(|view| check_rows(view, rows, "most list rows of such a batch"))?;
     Ok(rows)
-}
-
-/// A GPU call may not allocate, so it cannot make summaries of its own.
-fn check_summaries(layout: &Layout, given: Option<&SummaryViews>) -> Result<()> {
-    let selector = layout.settings.selector;
-    if given.is_none() && select::needs_summaries(selector) {
-        let wanted = format!("block means, for selector {} on CUDA", selector.name());
-        return Err(Error::new(Status::Null, "summaries", wanted, "NULL"));
-    }
-    Ok(())
 }
 
 fn address(view: &View) -> u64 {

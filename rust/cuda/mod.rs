@@ -38,6 +38,7 @@ pub use batch::{DeviceBatch, DevicePool, DeviceTokens};
 pub use context::Context;
 pub use memory::DeviceBuffer;
 pub use owned::OwnedCall;
+pub(crate) use plan::check_summaries;
 pub use plan::{Call, DeviceTable, External, Plan};
 
 use crate::error::Result;

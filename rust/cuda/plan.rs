@@ -149,7 +149,7 @@ impl Plan {
     /// one another and from what is read; `call.stream` is one of this GPU's. All of it stays alive until the stream
     /// has passed the call.
     pub unsafe fn forward(&self, call: &Call, output: &DeviceOutput) -> Result<()> {
-        check_summaries(call)?;
+        check_summaries(call.layout, call.k_mean != 0)?;
         // SAFETY: this function's contract.
         let run = unsafe { self.begin(call) }?;
         run.plan_spans()?;
@@ -169,7 +169,7 @@ impl Plan {
     /// # Safety
     /// As [`Plan::forward`].
     pub unsafe fn select(&self, call: &Call, scores: u64, masks: u64) -> Result<()> {
-        check_summaries(call)?;
+        check_summaries(call.layout, call.k_mean != 0)?;
         // SAFETY: this function's contract.
         let mut run = unsafe { self.begin(call) }?;
         run.step.stages.scores = scores;
@@ -378,13 +378,17 @@ fn grid_i(blocks: i32, threads: u32, shared_bytes: u32) -> Grid {
     Grid { blocks: [blocks.cast_unsigned(), 1, 1], threads, shared_bytes }
 }
 
-fn check_summaries(call: &Call) -> Result<()> {
-    let selector = call.layout.settings.selector;
-    if !needs_summaries(selector) || call.k_mean != 0 {
+/// A GPU call may not allocate, so it cannot make summaries of its own.
+///
+/// # Errors
+/// [`Status::Null`].
+pub(crate) fn check_summaries(layout: &Layout, given: bool) -> Result<()> {
+    let selector = layout.settings.selector;
+    if given || !needs_summaries(selector) {
         return Ok(());
     }
-    let wanted = format!("mean keys, for selector {}", selector.name());
-    Err(Error::new(Status::Null, "summaries", wanted, "none"))
+    let wanted = format!("block means, for selector {} on CUDA", selector.name());
+    Err(Error::new(Status::Null, "summaries", wanted, "NULL"))
 }
 
 /// What CUDA does not offer, by name.

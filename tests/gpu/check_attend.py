@@ -82,16 +82,13 @@ def main() -> int:
     parser.add_argument("cubins", type=Path)
     parser.add_argument("--arch", choices=list(ARCHS), default="sm90")
     parser.add_argument("--head-dims", type=int, nargs="*", help="without: all that the kernels of `arch` serve")
-    parser.add_argument("--variant", help="of variants.cu, in bf16, with one of --head-dims; in place of `arch`'s")
     parser.add_argument("--stride", type=int, default=1, help="checks one case of so many")
     args = parser.parse_args()
     failures = 0
     for head_dim in args.head_dims or ARCHS[args.arch]:
-        name, dtypes = args.variant or args.arch, [torch.bfloat16] if args.variant else list(NAMES)
-        kernels = {dtype: Kernels(args.cubins, name, dtype, head_dim) for dtype in dtypes}
+        kernels = {dtype: Kernels(args.cubins, args.arch, dtype, head_dim) for dtype in NAMES}
         shapes = sm90_cases(head_dim) if args.arch == "sm90" else sm80_cases(head_dim)
-        shapes = itertools.islice((shape for shape in shapes if shape.dtype in dtypes), 0, None, args.stride)
-        failures += check(kernels, shapes, f"{name} d{head_dim}")
+        failures += check(kernels, itertools.islice(shapes, 0, None, args.stride), f"{args.arch} d{head_dim}")
     return failures
 
 

@@ -13,16 +13,6 @@ using TwoStages = Tile<Bf16, 128, 128, 2, 2, 8>;
 
 using D64ThreeStages = Tile<Bf16, 64, 128, 3, 3, 4>;
 
-template <class T, bool kHeld>
-struct Halves : T {
-  static constexpr bool kHalves = true;
-  static constexpr bool kHeldWait = kHeld;
-};
-using D64Halves = Halves<TileOf<Bf16, 64>, false>;
-using D64HalvesHeld = Halves<TileOf<Bf16, 64>, true>;
-using D128Halves = Halves<D128, false>;
-using D128HalvesHeld = Halves<D128, true>;
-
 using D256ThreeOfK = Tile<Bf16, 256, 64, 3, 2, 0>;
 using D256TwoStages = Tile<Bf16, 256, 64, 2, 2, 0>;
 using D256SomeQ = Tile<Bf16, 256, 64, 2, 3, 6>;
@@ -40,10 +30,6 @@ VARIANT(plain, D128)
 VARIANT(rescale_always, RescaleAlways)
 VARIANT(two_stages, TwoStages)
 VARIANT(d64_three_stages, D64ThreeStages)
-VARIANT(d64_halves, D64Halves)
-VARIANT(d64_halves_held, D64HalvesHeld)
-VARIANT(d128_halves, D128Halves)
-VARIANT(d128_halves_held, D128HalvesHeld)
 VARIANT(d256_three_of_k, D256ThreeOfK)
 VARIANT(d256_two_stages, D256TwoStages)
 VARIANT(d256_some_q, D256SomeQ)

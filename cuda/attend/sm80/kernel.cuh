@@ -59,7 +59,7 @@ struct Copier {
   int kv_head;
   int limit;  // tokens from here on are seen by no row and are zeros, for 0 * NaN is NaN
 
-  __device__ __forceinline__ Copier(const AttendParams& params, const Walkable& piece)
+  __device__ __forceinline__ Copier(const AttendParams& params, const LoadedPiece& piece)
       : params(params), list_row(piece.item.list_row), kv_head(piece.item.kv_head) {
     limit = piece.stream.visible + piece.item.num_tokens - 1;
   }
@@ -268,7 +268,7 @@ struct Walk {
   int step;
   int entry;  // of the next step that is copied, asked for a step ahead
 
-  __device__ __forceinline__ Walk(const AttendParams& params, const Walkable& piece,
+  __device__ __forceinline__ Walk(const AttendParams& params, const LoadedPiece& piece,
                                   SharedStorage<T>& smem, int& stage)
       : params(params),
         smem(smem),
@@ -291,6 +291,7 @@ struct Walk {
   // it any more, and each warp copies its own queries.
   __device__ __forceinline__ void begin(const WorkItem& item) {
     entry = copier.entry_of(step);
+    // A lane's copies may fall on query rows that the warp's other lanes still read.
     __syncwarp();
     copy_queries<T>(params, item, smem.q);
     copy_keys(stage, step);
@@ -356,16 +357,16 @@ __device__ __forceinline__ void attend(const AttendParams& params) {
   SharedStorage<T>& smem = *reinterpret_cast<SharedStorage<T>*>(bytes);
   static_assert(sizeof(smem) == T::kSharedBytes);
   int stage = 0;
-  // Cuts and items are read again after the walk: what holds them would cost O registers.
+  // Piece and item are read again after the walk: what holds them would cost O registers.
   for (int i = 0; i < Pieces(params.work).count; ++i) {
     Rows<T> rows = {};
 #pragma unroll
     for (int b = 0; b < T::kBlocks; ++b) reset(rows.state[b]);
     {
-      const Walkable piece = Pieces(params.work).at(params.work, i);
+      const LoadedPiece piece = Pieces(params.work).at(params.work, i);
       if (piece.end > piece.begin) Walk<T>(params, piece, smem, stage).run(piece.item, rows);
     }
-    const Walkable piece = Pieces(params.work).at(params.work, i);
+    const LoadedPiece piece = Pieces(params.work).at(params.work, i);
     const int row = threadIdx.x / 32 * T::kWarpRows + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int b = 0; b < T::kBlocks; ++b) {

@@ -92,7 +92,7 @@ struct Consumer {
   }
 
   // O and row sums of one piece.
-  __device__ __forceinline__ void attend(const Walkable& piece, int heads_per_list, Outputs& o,
+  __device__ __forceinline__ void attend(const LoadedPiece& piece, int heads_per_list, Outputs& o,
                                          RowState& rows) {
     Scores s;
     Weights p;

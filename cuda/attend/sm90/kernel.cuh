@@ -9,11 +9,8 @@
 // exponentials, both cost cycles here (tests/bench/record/h100).
 #pragma once
 
-#include <type_traits>
-
 #include "../../common/epilogue.cuh"
 #include "consumer.cuh"
-#include "halves.cuh"
 
 namespace compactattn::sm90 {
 
@@ -75,7 +72,7 @@ __device__ __forceinline__ void produce_tiles(const CUtensorMap& map,
   ptx::Ring<kStages> ring;
   const Pieces pieces(params.work);
   for (int i = 0; i < pieces.count; ++i) {
-    const Walkable piece = pieces.at(params.work, i);
+    const LoadedPiece piece = pieces.at(params.work, i);
     const Tiles<T> range(piece);
     int token = (range.end - 1) * T::kTokens + mine.first;
     int entry = range.end > range.begin ? entry_at(params, piece.stream, token) : 0;
@@ -107,7 +104,7 @@ __device__ __forceinline__ void produce_queries(const CUtensorMap& map, SharedSt
   const Pieces pieces(params.work);
   uint32_t phase = 0;
   for (int i = 0; i < pieces.count; ++i) {
-    const Walkable piece = pieces.at(params.work, i);
+    const LoadedPiece piece = pieces.at(params.work, i);
     if (piece.end == piece.begin) continue;
     smem.q_empty.wait(phase ^ 1);
     smem.q_full.arrive_and_expect_tx(bytes);
@@ -124,13 +121,12 @@ __device__ __forceinline__ void produce_queries(const CUtensorMap& map, SharedSt
 
 template <class T>
 __device__ __forceinline__ void consume(const AttendParams& params, SharedStorage<T>& smem) {
-  std::conditional_t<T::kHalves, HalvesConsumer<T>, Consumer<T>> consumer{
-      smem, place_of_thread(), params.sm_scale * kLog2E, {}, {}, {}};
+  Consumer<T> consumer{smem, place_of_thread(), params.sm_scale * kLog2E, {}, {}, {}};
   const Place at = consumer.at;
   uint32_t q_phase = 0;
   const Pieces pieces(params.work);
   for (int i = 0; i < pieces.count; ++i) {
-    const Walkable piece = pieces.at(params.work, i);
+    const LoadedPiece piece = pieces.at(params.work, i);
     RowState rows;
     reset(rows);
     float o[T::kOutputs] = {};

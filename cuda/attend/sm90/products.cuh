@@ -18,7 +18,7 @@ struct Tiles {
 
   static_assert(kTileTokens % T::kTokens == 0 && kTileRows == T::kRows);
 
-  __device__ explicit Tiles(const Walkable& piece) {
+  __device__ explicit Tiles(const LoadedPiece& piece) {
     constexpr int kParts = kTileTokens / T::kTokens;
     begin = piece.begin * kParts;
     end = piece.end * kParts;

@@ -47,8 +47,6 @@ struct Tile {
   // enough in bf16 and the final division removes the factor (FlashAttention-4, arXiv 2603.05451).
   // 0 rescales always.
   static constexpr float kRescaleAbove = 8.0f;
-  static constexpr bool kHalves = false;    // which consumer: halves.cuh or consumer.cuh
-  static constexpr bool kHeldWait = false;  // halves: products are waited for after exponentials
 };
 
 // As many stages as 227 KB hold beside Q.
