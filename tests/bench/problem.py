@@ -50,9 +50,12 @@ class Problem:
         """Factor on q.k."""
         return float(self.shape.head_dim**-0.5)
 
-    def kept(self, lists: int) -> torch.Tensor:
-        """`[batch, lists, blocks]` bool on the CPU: which blocks each list of a request reads; the chunk's always."""
-        return _kept(self.shape, self.cell.density, lists, self.question.seed)
+    def kept(self, lists: int, span: int = 0) -> torch.Tensor:
+        """`[batch, spans, lists, blocks]` bool on the CPU: which blocks a list reads, its open region's always.
+
+        Each `span` query tokens (0 = the chunk) have lists of their own, that end where the span does.
+        """
+        return _kept(self.shape, (self.cell.density, self.question.list_cv, self.question.seed), lists, span)
 
     def _draw(self, copy: int) -> Tensors:
         seed = self.question.seed * 1000 + copy
@@ -82,13 +85,27 @@ class Problem:
 
 
 @functools.lru_cache(maxsize=4)
-def _kept(shape: Shape, density: float, lists: int, seed: int) -> torch.Tensor:
-    blocks = -(-shape.context // BLOCK)
-    open_blocks = blocks - (shape.context - shape.chunk) // BLOCK
-    kept = torch.zeros(shape.batch, lists, blocks, dtype=torch.bool)
-    kept[..., blocks - open_blocks :] = True
-    # The open region counts: a list reads density * blocks in all.
-    chosen = max(round(density * blocks) - open_blocks, 0)
+def _kept(shape: Shape, drawn: tuple[float, float, int], lists: int, span: int) -> torch.Tensor:
+    density, cv, seed = drawn
+    span = span or shape.chunk
+    blocks, past = -(-shape.context // BLOCK), (shape.context - shape.chunk) // BLOCK
     rng = torch.Generator().manual_seed(seed)
-    ranks = torch.rand(shape.batch, lists, blocks - open_blocks, generator=rng).argsort(-1)
-    return kept.scatter_(-1, ranks[..., :chosen], True)
+    kept = torch.zeros(shape.batch, -(-shape.chunk // span), lists, blocks, dtype=torch.bool)
+    for at in range(kept.shape[1]):
+        end = shape.context - shape.chunk + min((at + 1) * span, shape.chunk)
+        kept[:, at, :, past : -(-end // BLOCK)] = True
+        # The open region counts: lists read density * blocks in all, on average.
+        chosen = density * blocks - (-(-end // BLOCK) - past)
+        budgets = _uneven(chosen, cv, (shape.batch, lists), rng).clamp(0, past)
+        order = torch.rand(shape.batch, lists, past, generator=rng).argsort(-1).argsort(-1)
+        kept[:, at, :, :past] |= order < budgets[..., None]
+    return kept
+
+
+def _uneven(mean: float, cv: float, size: tuple[int, int], rng: torch.Generator) -> torch.Tensor:
+    """Whole numbers around `mean`, with that mean and that coefficient of variation as far as rounding lets them."""
+    if not cv or size[0] * size[1] == 1:
+        return torch.full(size, max(round(mean), 0))
+    weights = torch.rand(size, generator=rng)
+    weights = (weights - weights.mean()) / weights.std(correction=0)
+    return (mean * (1 + cv * weights)).round().long().clamp(min=0)

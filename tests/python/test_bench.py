@@ -76,20 +76,27 @@ def test_plots_show_each_system_against_context(tmp_path: Path) -> None:
     assert f'cy="{(plots.TOP + plots.HEIGHT - plots.BOTTOM) / 2:.1f}"' in speedup
 
 
-def problem(data: str, density: float, page_size: int, layout: str = "HND") -> Any:
+def problem(data: str, density: float, page_size: int, layout: str = "HND", list_cv: float = 0.0) -> Any:
     import problem as problems
     from shapes import Cell, Question, Shape
 
     problems.ROTATED_BYTES = 1
     cell = Cell(Shape.parse("h8k2_d64_b2_q256_kv2048"), page_size, density)
     few = {"dense_below_kv_len": 0}
-    question = Question("q", "?", data, layout, (), (cell,), 10, 3, None, few, "", 0, seed=3)
+    question = Question("q", "?", data, layout, (), (cell,), 10, 3, None, few, list_cv, "", 0, seed=3)
     return problems.Problem(cell, question, "cpu")
 
 
 @pytest.mark.parametrize(
     ("name", "density", "page_size"),
-    [("ours-dense", 1.0, 16), ("ours-group", 0.3, 16), ("ours-head", 0.3, 64), ("ours-group", 0.5, 256)],
+    [
+        ("ours-dense", 1.0, 16),
+        ("ours-group", 0.3, 16),
+        ("ours-head", 0.3, 64),
+        ("ours-group", 0.5, 256),
+        ("ours-tile", 0.4, 16),
+        ("ours-tile-group", 0.4, 64),
+    ],
 )
 @pytest.mark.parametrize("data", ["random", "planted"])
 def test_ours_is_right_and_a_wrong_answer_is_found(data: str, name: str, density: float, page_size: int) -> None:
@@ -100,21 +107,34 @@ def test_ours_is_right_and_a_wrong_answer_is_found(data: str, name: str, density
     made = problem(data, density, page_size)
     system = ALL[name].prepare(made)
     out = system.rows(system.runner.calls[0]())
-    judge = {"causal": system.causal, "lists": system.lists}
+    judge = {"causal": system.causal, "lists": system.lists, "span": system.span}
     assert check.relative_error(made, out, **judge) < check.TOLERANCE
     # Answers to another question: the second copy's, one without the mask, one over other lists, and none.
     assert check.relative_error(made, system.runner.calls[1](), **judge) > check.TOLERANCE
-    assert check.relative_error(made, out, causal=False, lists=system.lists) > check.TOLERANCE
+    assert check.relative_error(made, out, **judge | {"causal": False}) > check.TOLERANCE
     if system.lists:
-        assert check.relative_error(made, out, causal=True, lists=0) > check.TOLERANCE
+        assert check.relative_error(made, out, **judge | {"lists": 0}) > check.TOLERANCE
     assert not check.relative_error(made, out * float("nan"), **judge) <= check.TOLERANCE
 
 
 def test_lists_hold_the_share_that_was_asked_for_and_the_chunk() -> None:
     pytest.importorskip("torch")
     kept = problem("random", 0.5, 16).kept(2)
-    assert kept.shape == (2, 2, 16) and bool((kept.sum(-1) == 8).all())
-    assert bool(kept[..., -2:].all()) and not bool((kept[:, 0] == kept[:, 1]).all())
+    assert kept.shape == (2, 1, 2, 16) and bool((kept.sum(-1) == 8).all())
+    assert bool(kept[..., -2:].all()) and not bool((kept[:, 0, 0] == kept[:, 0, 1]).all())
+    by_tile = problem("random", 0.5, 16).kept(2, 128)
+    assert by_tile.shape == (2, 2, 2, 16) and bool((by_tile.sum(-1) == 8).all())
+    assert bool(by_tile[:, :, :, 14].all()) and bool((by_tile[..., 15] == by_tile.new_tensor([[0], [1]])).all())
+
+
+def test_uneven_lists_are_as_uneven_as_asked_and_read_as_much() -> None:
+    torch = pytest.importorskip("torch")
+    from problem import _uneven
+
+    drawn = _uneven(100.0, 0.4, (2, 8), torch.Generator().manual_seed(5)).double()
+    assert abs(float(drawn.mean()) - 100) < 1 and abs(float(drawn.std(correction=0) / drawn.mean()) - 0.4) < 0.01
+    lengths = problem("random", 0.5, 16, list_cv=0.4).kept(2).sum(-1)
+    assert int(lengths.min()) < int(lengths.max())
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 128])

@@ -14,6 +14,8 @@ ALL: dict[str, System] = {
         Forward("ours-dense", mode="dense"),
         Attend("ours-group", heads_per_list=0),
         Attend("ours-head", heads_per_list=1),
+        Attend("ours-tile", heads_per_list=1, span=128),
+        Attend("ours-tile-group", heads_per_list=0, span=128),
         Forward("ours-op", mode="compactattn"),
         Forward("ours-op-flashprefill", selector="flashprefill"),
         Stage("select"),
