@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from problem import BLOCK, Problem
+from planted import BLOCK
+from problem import Problem
 
 # Out and P are each rounded to bf16: half an ulp, 2^-9 of the number. A mean of values of both signs is smaller than
 # they are, so P's part grows: kernels that are right were seen at 2.7e-3. Three times that still finds one page of 16

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
+import lists as drawing
 import torch
 import traces
 from planted import Tensors, noise, planted
 from root import ROOT
-from shapes import Cell, Question, Shape
+from shapes import Cell, Question
 
-# Tokens that lists choose by; sparse cells have whole blocks before the chunk.
-BLOCK = 128
 # So much data is walked between two uses of one copy that no cache of today holds it (an H100's L2 has 50 MB).
 ROTATED_BYTES = 200e6
 
@@ -35,6 +33,7 @@ class Problem:
         self.shape = cell.shape
         first = self._draw(0)
         count = max(2, -(-int(ROTATED_BYTES) // self.shape.kv_bytes()))
+        self._kept: dict[drawing.Wanted, torch.Tensor] = {}
         self.copies = [self._paged(first if i == 0 else self._draw(i), i) for i in range(count)]
         ints = {"dtype": torch.int32, "device": device}
         self.seq_lens = torch.full((self.shape.batch,), self.shape.context, **ints)
@@ -55,7 +54,15 @@ class Problem:
 
         Each `span` query tokens (0 = the chunk) have lists of their own, that end where the span does.
         """
-        return _kept(self.shape, (self.cell.density, self.question.list_cv, self.question.seed), lists, span)
+        wanted = drawing.Wanted(self.cell.density, self.question.list_cv, self.question.seed, lists, span)
+        if wanted not in self._kept:
+            by_mass = self.question.lists == "mass"
+            self._kept[wanted] = (
+                drawing.by_mass(self.shape, wanted, self.copies[0].tensors)
+                if by_mass
+                else drawing.random_blocks(self.shape, wanted)
+            )
+        return self._kept[wanted]
 
     def _draw(self, copy: int) -> Tensors:
         seed = self.question.seed * 1000 + copy
@@ -82,30 +89,3 @@ class Problem:
         pool = torch.empty_like(pages)
         pool[order] = pages
         return pool.transpose(1, 2).contiguous().transpose(1, 2) if self.question.layout == "HND" else pool
-
-
-@functools.lru_cache(maxsize=4)
-def _kept(shape: Shape, drawn: tuple[float, float, int], lists: int, span: int) -> torch.Tensor:
-    density, cv, seed = drawn
-    span = span or shape.chunk
-    blocks, past = -(-shape.context // BLOCK), (shape.context - shape.chunk) // BLOCK
-    rng = torch.Generator().manual_seed(seed)
-    kept = torch.zeros(shape.batch, -(-shape.chunk // span), lists, blocks, dtype=torch.bool)
-    for at in range(kept.shape[1]):
-        end = shape.context - shape.chunk + min((at + 1) * span, shape.chunk)
-        kept[:, at, :, past : -(-end // BLOCK)] = True
-        # The open region counts: lists read density * blocks in all, on average.
-        chosen = density * blocks - (-(-end // BLOCK) - past)
-        budgets = _uneven(chosen, cv, (shape.batch, lists), rng).clamp(0, past)
-        order = torch.rand(shape.batch, lists, past, generator=rng).argsort(-1).argsort(-1)
-        kept[:, at, :, :past] |= order < budgets[..., None]
-    return kept
-
-
-def _uneven(mean: float, cv: float, size: tuple[int, int], rng: torch.Generator) -> torch.Tensor:
-    """Whole numbers around `mean`, with that mean and that coefficient of variation as far as rounding lets them."""
-    if not cv or size[0] * size[1] == 1:
-        return torch.full(size, max(round(mean), 0))
-    weights = torch.rand(size, generator=rng)
-    weights = (weights - weights.mean()) / weights.std(correction=0)
-    return (mean * (1 + cv * weights)).round().long().clamp(min=0)

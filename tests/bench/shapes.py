@@ -82,7 +82,9 @@ class Question:
     max_rel_err: float | None
     # What an approximate system may change: fields of compactattn.Settings.
     settings: dict[str, Any]
-    # How uneven lists of random blocks are: the coefficient of variation of their lengths.
+    # Blocks of given lists: random, or mass (those that hold most of the softmax's mass).
+    lists: str
+    # How uneven given lists are: the coefficient of variation of their lengths.
     list_cv: float
     # For data = trace: the file (relative to the repository), and the layer.
     trace: str
@@ -117,6 +119,7 @@ _DEFAULTS: dict[str, Any] = {
     "warmups": 3,
     "max_rel_err": None,
     "settings": {},
+    "lists": "random",
     "list_cv": 0.0,
     "trace": "",
     "layer": 0,

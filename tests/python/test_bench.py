@@ -76,14 +76,16 @@ def test_plots_show_each_system_against_context(tmp_path: Path) -> None:
     assert f'cy="{(plots.TOP + plots.HEIGHT - plots.BOTTOM) / 2:.1f}"' in speedup
 
 
-def problem(data: str, density: float, page_size: int, layout: str = "HND", list_cv: float = 0.0) -> Any:
+def problem(
+    data: str, density: float, page_size: int, layout: str = "HND", lists: str = "random", list_cv: float = 0.0
+) -> Any:
     import problem as problems
     from shapes import Cell, Question, Shape
 
     problems.ROTATED_BYTES = 1
     cell = Cell(Shape.parse("h8k2_d64_b2_q256_kv2048"), page_size, density)
     few = {"dense_below_kv_len": 0}
-    question = Question("q", "?", data, layout, (), (cell,), 10, 3, None, few, list_cv, "", 0, seed=3)
+    question = Question("q", "?", data, layout, (), (cell,), 10, 3, None, few, lists, list_cv, "", 0, seed=3)
     return problems.Problem(cell, question, "cpu")
 
 
@@ -129,12 +131,26 @@ def test_lists_hold_the_share_that_was_asked_for_and_the_chunk() -> None:
 
 def test_uneven_lists_are_as_uneven_as_asked_and_read_as_much() -> None:
     torch = pytest.importorskip("torch")
-    from problem import _uneven
+    from lists import uneven
 
-    drawn = _uneven(100.0, 0.4, (2, 8), torch.Generator().manual_seed(5)).double()
+    drawn = uneven(100.0, 0.4, (2, 8), torch.Generator().manual_seed(5)).double()
     assert abs(float(drawn.mean()) - 100) < 1 and abs(float(drawn.std(correction=0) / drawn.mean()) - 0.4) < 0.01
     lengths = problem("random", 0.5, 16, list_cv=0.4).kept(2).sum(-1)
     assert int(lengths.min()) < int(lengths.max())
+
+
+def test_lists_by_mass_hold_more_of_it_than_random_ones() -> None:
+    pytest.importorskip("torch")
+    import check
+    from systems import ALL
+
+    errors = {}
+    for lists in ("random", "mass"):
+        made = problem("planted", 0.4, 16, lists=lists)
+        assert bool((made.kept(8).sum(-1) == made.kept(2).sum(-1)[..., :1]).all())
+        out = ALL["ours-head"].prepare(made).runner.calls[0]()
+        errors[lists] = check.relative_error(made, out, causal=True, lists=0, worst=False)
+    assert errors["mass"] < errors["random"] / 2
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 128])

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from problem import BLOCK, Copy, Problem
+from planted import BLOCK
+from problem import Copy, Problem
 from root import ROOT
 from timing import Runner
 

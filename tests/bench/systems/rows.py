@@ -7,7 +7,8 @@ go as `[batch * num_kv_heads * chunk, group, d]`.
 from __future__ import annotations
 
 import torch
-from problem import BLOCK, Copy, Problem
+from planted import BLOCK
+from problem import Copy, Problem
 from shapes import Shape
 
 from systems.base import Refused
