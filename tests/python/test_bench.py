@@ -180,7 +180,7 @@ def test_the_op_reads_less_and_says_how_much() -> None:
     from systems import ALL
 
     made = problem("planted", 1.0, 16, layout="NHD")
-    for name in ("ours-op", "ours-op-flashprefill"):
+    for name in ("ours-op", "ours-op-flashprefill", "ours-op-pooled_mass", "ours-op-two_level"):
         system = ALL[name].prepare(made)
         out = system.runner.calls[0]()
         density = system.density()

@@ -14,6 +14,9 @@ from timing import Runner
 
 from systems.base import Prepared, Refused, System
 
+# Selectors that score by block means.
+READ_MEANS = ("flashprefill", "pooled_mass", "two_level")
+
 
 @functools.cache
 def package() -> Any:
@@ -100,25 +103,28 @@ class Attend(_Ours):
 
 
 class Stage(_Ours):
-    """One stage of mode compactattn, fed with what the stages before it gave."""
+    """One stage of mode compactattn, or of another selector's settings, fed with what the stages before it gave."""
 
-    def __init__(self, stage: str) -> None:
-        self.name, self._stage = f"ours-{stage}", stage
+    def __init__(self, stage: str, *, selector: str = "") -> None:
+        self.name, self._stage, self._selector = f"ours-{stage}" + f"-{selector}" * bool(selector), stage, selector
 
     def prepare(self, problem: Problem) -> Prepared:
         """Binds one call to each copy of the data."""
         if problem.sparse:
             raise Refused("chooses by itself what it reads")
         ours = package()
-        plan = self._plan(problem, ours.Settings.mode("compactattn").replace(**problem.question.settings))
+        base = ours.Settings.of(self._selector) if self._selector else ours.Settings.mode("compactattn")
+        plan = self._plan(problem, base.replace(**problem.question.settings))
+        reads_means = base.selector in READ_MEANS
         calls = []
         for copy in problem.copies:
             batch = _batch(problem, copy)
-            scores = ours.select(plan, batch)
+            means = {"summaries": ours.BlockMeans(plan).update(batch)} if reads_means else {}
+            scores = ours.select(plan, batch, **means)
             lists = ours.union(plan, batch, scores)
             table = ours.table(plan, batch, lists)
             steps = {
-                "select": functools.partial(ours.select, plan, batch, out=scores),
+                "select": functools.partial(ours.select, plan, batch, out=scores, **means),
                 "union": functools.partial(ours.union, plan, batch, scores, out=lists.bits),
                 "table": functools.partial(ours.table, plan, batch, lists, out=table),
                 "attend": _attend(problem, copy, plan, table),
@@ -134,7 +140,7 @@ def _batch(problem: Problem, copy: Copy) -> Any:
 
 def _forward(problem: Problem, copy: Copy, plan: Any, settings: Any) -> Callable[[], torch.Tensor]:
     ours, batch, out = package(), _batch(problem, copy), torch.empty_like(copy.tensors.q)
-    if settings.selector not in ("flashprefill", "pooled_mass", "two_level"):
+    if settings.selector not in READ_MEANS:
 
         def run() -> torch.Tensor:
             plan.forward(batch, out)
