@@ -2,6 +2,7 @@
 // same bits.
 #include "../common/math.cuh"
 #include "../common/work.cuh"
+#include "../ptx/grid.cuh"
 
 namespace compactattn {
 namespace {
@@ -93,6 +94,7 @@ __device__ void combine(const AttendParams& params) {
 #define COMBINE(name, Element, kHeadDim)                               \
   extern "C" __global__ void __launch_bounds__(256)                    \
       name(const __grid_constant__ compactattn::AttendParams params) { \
+    compactattn::ptx::wait_for_earlier();                              \
     compactattn::combine<Element, kHeadDim>(params);                   \
   }
 

@@ -6,6 +6,7 @@
 // span of n tokens ceil(n / 256) + 1 have work. Weighs a block block_size * 2^(q . k_mean), with
 // the mean key as the sum of two 16-bit vectors: bf16 pairs hold 16 bits of it, fp16 pairs 22 or
 // down to 2^-25.
+#include "../ptx/grid.cuh"
 #include "cells_reader.cuh"
 
 namespace compactattn::select {
@@ -164,10 +165,12 @@ extern __shared__ __align__(16) char shared_bytes[];
 
 extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_pool_bf16(const __grid_constant__ compactattn::Step step, int tile) {
+  compactattn::ptx::wait_for_earlier();
   compactattn::select::pool<__nv_bfloat16>(step, tile, shared_bytes);
 }
 
 extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_pool_fp16(const __grid_constant__ compactattn::Step step, int tile) {
+  compactattn::ptx::wait_for_earlier();
   compactattn::select::pool<__half>(step, tile, shared_bytes);
 }

@@ -4,6 +4,7 @@
 // Two kernels. The first leaves L_j = log2 of the summed weights of block j in the scores and the
 // largest L of each 32 blocks, open ones too, in `cells`; the second turns them into scores.
 #include "../common/shared.h"
+#include "../ptx/grid.cuh"
 #include "tiles.cuh"
 
 namespace compactattn {
@@ -269,11 +270,13 @@ __device__ void sum_weights(const Step& step) {
 // 4 * ceil(max_blocks / 128)].
 extern "C" __global__ void __launch_bounds__(128, 2)
     compactattn_flashprefill_bf16(const __grid_constant__ compactattn::Step step) {
+  compactattn::ptx::wait_for_earlier();
   compactattn::sum_weights<__nv_bfloat16>(step);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2)
     compactattn_flashprefill_fp16(const __grid_constant__ compactattn::Step step) {
+  compactattn::ptx::wait_for_earlier();
   compactattn::sum_weights<__half>(step);
 }
 
@@ -281,6 +284,7 @@ extern "C" __global__ void __launch_bounds__(128, 2)
 extern "C" __global__ void __launch_bounds__(256)
     compactattn_flashprefill_relate(const __grid_constant__ compactattn::Step step) {
   using namespace compactattn;
+  ptx::wait_for_earlier();
   Span span;
   if (!step.stages.k_mean || !load_span(step, blockIdx.x, span)) return;
   const int peaks = (blocks_of(step, span) + kWarpBlocks - 1) / kWarpBlocks;

@@ -2,6 +2,7 @@
 // (rust/union.rs, rust/table.rs). Merging masks is an OR, the smallest set that covers every row
 // under one list (arXiv 2605.16839, section 3); merging scores decides once on the list's own
 // scores.
+#include "../ptx/grid.cuh"
 #include "../table/row.cuh"
 #include "rows.cuh"
 
@@ -95,6 +96,7 @@ __device__ void finish(const Step& step, const List& list) {
 extern "C" __global__ void __launch_bounds__(256)
     compactattn_union_table(const __grid_constant__ compactattn::Step step, int32_t external) {
   using namespace compactattn;
+  ptx::wait_for_earlier();
   extern __shared__ uint32_t dynamic[];
   count_call(step.stages);
   const int per_span = lists_per_span(step.layout);

@@ -20,14 +20,13 @@ const GROUP: usize = 4;
 const LIMITS: Limits = Limits { max_num_reqs: 4, max_total_q: 600, max_kv_len: 16_384 };
 
 /// Every function of the driver that a call may use: nothing that waits, allocates, frees, copies or loads.
-const ALLOWED: [&CStr; 8] = [
+const ALLOWED: [&CStr; 7] = [
     c"cuCtxPushCurrent_v2",
     c"cuCtxPopCurrent_v2",
     c"cuStreamGetCtx",
     c"cuStreamIsCapturing",
-    c"cuMemsetD32Async",
     c"cuTensorMapEncodeTiled",
-    c"cuLaunchKernel",
+    c"cuLaunchKernelEx",
     c"cuGetErrorName",
 ];
 
