@@ -17,12 +17,28 @@ namespace {
 
 constexpr int kMaxRequests = kPlanThreads;
 
-// Spans and items of a request, or of all requests before one. 64 bits: garbage must not wrap.
+// Spans and items of a request, or of all requests before one. Requests that are not broken share
+// no query, so there are no more spans than queries.
 struct Sizes {
-  int64_t lists;
-  int64_t selects;
+  int32_t lists;
+  int32_t selects;
   int64_t items;
 };
+
+__device__ __forceinline__ Sizes operator+(const Sizes& a, const Sizes& b) {
+  return {a.lists + b.lists, a.selects + b.selects, a.items + b.items};
+}
+
+__device__ __forceinline__ Sizes of_lane_below(const Sizes& x, int distance) {
+  return {compactattn::of_lane_below(x.lists, distance),
+          compactattn::of_lane_below(x.selects, distance),
+          compactattn::of_lane_below(x.items, distance)};
+}
+
+__device__ __forceinline__ Sizes of_lane(const Sizes& x, int lane) {
+  return {compactattn::of_lane(x.lists, lane), compactattn::of_lane(x.selects, lane),
+          compactattn::of_lane(x.items, lane)};
+}
 
 // The requests, and where the spans and items of each start; INT32_MAX where they do not fit.
 struct Requests {
@@ -73,10 +89,9 @@ __device__ bool finds_outside(const Step& step, int& req) {
 // The request of this thread. Broken where cu_seqlens_q decreases, leaves the batch or reaches back
 // into the queries of an earlier request: two requests must not write the same rows.
 __device__ Request checked(const Step& step, const Given& given, bool outside) {
-  const bool is_inside = given.start <= step.batch.total_q;
-  const int furthest = scan(is_inside ? given.start : INT_MIN, INT_MIN, [](int a, int b) {
-                         return max(a, b);
-                       }).before;
+  const auto larger = [](int a, int b) { return max(a, b); };
+  const int start = given.start <= step.batch.total_q ? given.start : INT_MIN;
+  const int furthest = scan(start, INT_MIN, larger, step.batch.num_reqs).before;
   if (given.start < 0 || given.end < given.start || given.end > step.batch.total_q ||
       furthest > given.start) {
     return {0, 0, 0, 1};
@@ -148,18 +163,17 @@ __device__ void lay_out(const Step& step, Request request, Requests& requests, C
   const Stages& stages = step.stages;
   const int req = threadIdx.x;
   const Sizes mine = sizes_of(step.layout, request.q_len);
-  const Sizes at{scan_sum(mine.lists).before, scan_sum(mine.selects).before,
-                 scan_sum(mine.items).before};
-  const Sizes next{at.lists + mine.lists, at.selects + mine.selects, at.items + mine.items};
+  const Sizes at = scan_sum(mine, step.batch.num_reqs).before;
+  const Sizes next = at + mine;
   const bool fits = next.lists <= stages.max_list_spans &&
                     next.selects <= stages.max_select_spans && next.items <= stages.max_items;
   if (req < step.batch.num_reqs) {
-    requests.lists[req] = fits ? static_cast<int>(at.lists) : INT32_MAX;
-    requests.selects[req] = fits ? static_cast<int>(at.selects) : INT32_MAX;
+    requests.lists[req] = fits ? at.lists : INT32_MAX;
+    requests.selects[req] = fits ? at.selects : INT32_MAX;
     requests.items[req] = fits ? static_cast<int>(at.items) : INT32_MAX;
     if (fits) {
-      atomicMax(&counters.num_list_spans, static_cast<int>(next.lists));
-      atomicMax(&counters.num_select_spans, static_cast<int>(next.selects));
+      atomicMax(&counters.num_list_spans, next.lists);
+      atomicMax(&counters.num_select_spans, next.selects);
       atomicMax(&counters.num_items, static_cast<int>(next.items));
     } else if (request.q_len > 0) {
       request = {request.q_start, 0, 0, 1};
@@ -232,12 +246,21 @@ extern "C" __global__ void COMPACTATTN_ONE_CLUSTER __launch_bounds__(1024, 1)
   using namespace compactattn;
   __shared__ int32_t outside[kMaxRequests];
   ptx::wait_for_earlier();
-  outside[threadIdx.x] = 0;
+  if (blockIdx.x == 0) {
+    outside[threadIdx.x] = 0;
+    ptx::fence_cluster();
+  }
+  ptx::arrive_at_cluster();
   const Given mine = given_of(step.batch, threadIdx.x);
   int req = 0;
   const bool found = finds_outside(step, req);
-  ptx::sync_cluster();
-  if (found) ptx::store_to_first(outside + req, 1);
-  ptx::sync_cluster();
+  ptx::wait_for_cluster();
+  if (found) {
+    ptx::store_to_first(outside + req, 1);
+    ptx::fence_cluster();
+  }
+  __syncwarp();
+  ptx::arrive_at_cluster();
+  ptx::wait_for_cluster();
   if (blockIdx.x == 0) plan_spans(step, mine, outside);
 }

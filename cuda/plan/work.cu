@@ -133,7 +133,7 @@ __device__ uint32_t sum_costs(const Plan& plan) {
   const int end = min(plan.num_items, begin + each);
   uint32_t mine = 0;
   for (int i = begin; i < end; ++i) mine += plan.costs[i];
-  const Scan<uint32_t> sum = scan_sum(mine);
+  const Scan<uint32_t> sum = scan_sum(mine, plan.num_items);
   uint32_t before = sum.before;
   for (int i = begin; i < end; ++i) {
     const uint32_t cost = plan.costs[i];
@@ -194,7 +194,7 @@ __device__ int cut_for_all(const Step& step, const Plan& plan, uint32_t total) {
   const uint32_t fair = cta < ctas ? until(cta + 1) - until(cta) : 0;
   uint32_t done;
   const int waves = count_waves(plan, ctas, fair, done);
-  const uint32_t before = scan_sum(cta < ctas ? fair - done : 0).before;
+  const uint32_t before = scan_sum(cta < ctas ? fair - done : 0, ctas).before;
   if (cta < ctas) {
     const uint32_t cost = plan.costs[waves * ctas] + before;
     plan.cuts[cta] = cut_at(plan, cost, step.stages.whole_items != 0);
@@ -250,7 +250,7 @@ __device__ void piece_up(const Plan& plan, int ctas, int waves, Cut* cuts) {
     const Cut first = plan.cuts[cta], last = plan.cuts[cta + 1];
     count = waves + last.item - first.item + (last.tiles > 0);
   }
-  const Scan<int> pieces = scan_sum(count);
+  const Scan<int> pieces = scan_sum(count, ctas);
   if (cta < ctas) {
     plan.piece_starts[cta] = pieces.before;
     write_pieces(plan, cta, ctas, waves, plan.pieces + pieces.before);

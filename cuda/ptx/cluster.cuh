@@ -9,12 +9,19 @@ namespace compactattn::ptx {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-// All threads of the cluster; what they wrote before can be seen after.
-__device__ __forceinline__ void sync_cluster() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n\t"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
+// A barrier of all threads of the cluster, in two halves. It orders no memory but what its callers
+// fence: a fence of all would wait for every load under way.
+__device__ __forceinline__ void arrive_at_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wait_for_cluster() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Before the arrival of a thread whose writes to shared memory the others must see.
+__device__ __forceinline__ void fence_cluster() {
+  asm volatile("fence.acq_rel.cluster;" ::: "memory");
 }
 
 // Writes the first CTA's copy of a shared variable.
@@ -31,7 +38,9 @@ __device__ __forceinline__ void store_to_first(int32_t* shared, int32_t value) {
 
 #else
 
-__device__ __forceinline__ void sync_cluster() { __syncthreads(); }
+__device__ __forceinline__ void arrive_at_cluster() { __syncthreads(); }
+__device__ __forceinline__ void wait_for_cluster() {}
+__device__ __forceinline__ void fence_cluster() {}
 
 __device__ __forceinline__ void store_to_first(int32_t* shared, int32_t value) { *shared = value; }
 

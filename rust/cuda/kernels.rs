@@ -311,7 +311,7 @@ fn check_image(image: &Image) -> Result<()> {
 
 /// Kernels that wait for themselves, without the dtype and head_dim that follow. Never the first of a step: what the
 /// caller put on the stream before it need not be done when the kernel before the step's is.
-const OVERLAPPING: [&str; 20] = [
+const OVERLAPPING: [&str; 21] = [
     "attend_sm80",
     "attend_sm90",
     "attn_gate",
@@ -324,6 +324,7 @@ const OVERLAPPING: [&str; 20] = [
     "fill_scores",
     "flashprefill",
     "flashprefill_relate",
+    "flashprefill_sm90",
     "keep_rows",
     "plan_work",
     "table",
