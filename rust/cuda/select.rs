@@ -153,7 +153,7 @@ impl Scoring<'_> {
 
     /// Cells of one tile by mean keys.
     fn cells_pool(&self, tile: i32) -> Result<()> {
-        let tails = self.longest_span().div_ceil(256) + 1;
+        let tails = self.longest_span().div_ceil(128) + 1;
         let tails = u32::try_from(tails).unwrap_or(u32::MAX);
         let name = self.of_dtype("compactattn_cells_pool_bf16", "compactattn_cells_pool_fp16");
         self.cells(name, self.blocks().div_ceil(64) + tails, tile)
