@@ -77,7 +77,7 @@ __device__ bool finds_outside(const Step& step, int& req) {
   const Given given = given_of(batch, req);
   if (given.end <= given.start || !is_length(step, given.seq_len)) return false;
   const int32_t* row = batch.block_table + req * batch.table_stride;
-  const int pages = pieces_of(given.seq_len, 1 << step.layout.log2_page_tokens);
+  const int pages = pieces_of_log2(given.seq_len, step.layout.log2_page_tokens);
   bool outside = false;
 #pragma unroll 8
   for (int i = thread & ((1 << log2_each) - 1); i < pages; i += 1 << log2_each) {

@@ -258,13 +258,13 @@ __device__ void piece_up(const Plan& plan, int ctas, int waves, Cut* cuts) {
   if (cta == 0) plan.piece_starts[ctas] = pieces.total;
 }
 
-// Eight numbers, one a thread; the host reads each whole, whenever it likes.
+// Eight numbers, one a thread; the host reads each whole, whenever it likes. First of all: the way
+// to the host's memory is long, and nobody here waits for it.
 __device__ void mirror_stats(const Stages& stages) {
   constexpr int kNumbers = sizeof(Stats) / sizeof(uint64_t);
   if (stages.stats_mirror == nullptr || threadIdx.x >= kNumbers) return;
   const uint64_t number = reinterpret_cast<const uint64_t*>(stages.stats)[threadIdx.x];
   reinterpret_cast<volatile uint64_t*>(stages.stats_mirror)[threadIdx.x] = number;
-  __threadfence_system();
 }
 
 }  // namespace
@@ -277,6 +277,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
   using namespace compactattn;
   __shared__ Near near;
   ptx::wait_for_earlier();
+  mirror_stats(step.stages);
   const Plan plan = plan_of(step, near);
   write_items(step, plan);
   const uint32_t total = sum_costs(plan);
@@ -289,5 +290,4 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
     cut_for_some(step, plan, total, shares);
   }
   piece_up(plan, ctas, waves, step.stages.cuts);
-  mirror_stats(step.stages);
 }

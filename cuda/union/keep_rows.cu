@@ -17,7 +17,7 @@ __device__ const float* held_row(const Step& step, const float* scores, int n, f
 __device__ void keep_row(const Step& step, const Span& span, int64_t row, uint32_t* bits) {
   const Layout& layout = step.layout;
   const int past = span.past >> layout.log2_block_tokens;
-  const int total = pieces_of(span.kv_end, 1 << layout.log2_block_tokens);
+  const int total = pieces_of_log2(span.kv_end, layout.log2_block_tokens);
   const bool asks = !span.dense && span.votes;
   Row scores = row_of(step.settings, step.stages.scores + row * layout.max_blocks, past);
   if (asks) {

@@ -106,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(256)
   const Members members =
       members_of(step, list.span, static_cast<int>(blockIdx.x) - span * per_span);
   list.past = list.span.past >> step.layout.log2_block_tokens;
-  list.total = pieces_of(list.span.kv_end, 1 << step.layout.log2_block_tokens);
+  list.total = pieces_of_log2(list.span.kv_end, step.layout.log2_block_tokens);
   // Nobody asked for less than everything, as for the last rows of the official block-sparse path.
   list.dense = list.span.dense || members.spans == 0;
   if (!list.dense) {
