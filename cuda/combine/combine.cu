@@ -18,13 +18,19 @@ struct Slots {
   }
 };
 
+// Past the first-level cache: it is read before the wait, which alone says what that cache holds.
+__device__ Cut cut_at(const Work& work, int cut) {
+  const int2 words = __ldcg(reinterpret_cast<const int2*>(work.cuts + cut));
+  return {words.x, words.y};
+}
+
 // By a whole warp, a cut a lane: nearly always one look. The last cut is no item's.
 __device__ Slots slots_of(const Work& work, int cut, int item) {
   const int lane = threadIdx.x % 32;
   int count = 2;
   for (;; count += 32) {
     const int next = cut + count - 1 + lane;
-    const bool other = next > work.num_ctas || __ldg(&work.cuts[next].item) != item;
+    const bool other = next > work.num_ctas || cut_at(work, next).item != item;
     const uint32_t others = __ballot_sync(0xffffffffu, other);
     if (others != 0) return {cut - 1, count + __ffs(others) - 1};
   }
@@ -51,7 +57,7 @@ __device__ void combine_row(const AttendParams& params, const Slots& slots, int 
     top = fmaxf(top, results.partial_lse[slots[i] * kTileRows + row]);
   float4 sum[kTurns] = {};
   float weights = 0;
-#pragma unroll 4
+#pragma unroll 2
   for (int i = 0; i < slots.count; ++i) {
     const int64_t at = static_cast<int64_t>(slots[i]) * kTileRows + row;
     const float lse = results.partial_lse[at];
@@ -81,24 +87,18 @@ __device__ void combine_row(const AttendParams& params, const Slots& slots, int 
 }
 
 // CTAs (num_ctas - 1, any): a warp for each row in turn of the item that cut blockIdx.x + 1 is the
-// first to divide. What plan wrote can be read before the wait: attend had begun when this kernel
-// did, and plan had ended when attend did.
+// first to divide. Cuts are plan's and can be read before the wait: all of attend had begun when
+// this kernel did, and plan had ended when attend did.
 template <class Element, int kHeadDim>
 __device__ void combine(const AttendParams& params) {
   const int cut = blockIdx.x + 1;
-  const Cut* cuts = params.work.cuts;
-  const Cut before = cuts[cut - 1], mine = cuts[cut];
+  const Cut before = cut_at(params.work, cut - 1), mine = cut_at(params.work, cut);
   const bool is_first = mine.tiles > 0 && (before.item != mine.item || before.tiles == 0);
-  WorkItem item{};
-  Slots slots{};
-  if (is_first) {
-    item = params.work.items[mine.item];
-    slots = slots_of(params.work, cut, mine.item);
-  }
+  const Slots slots = is_first ? slots_of(params.work, cut, mine.item) : Slots{};
   ptx::wait_for_earlier();
   if (!is_first) return;
+  const WorkItem item = params.work.items[mine.item];
   const int step = gridDim.y * 8;
-#pragma unroll 2
   for (int row = blockIdx.y * 8 + threadIdx.x / 32; row < kTileRows; row += step) {
     const QueryRow place = query_row(item, params.work.heads_per_list, row);
     if (!place.used) continue;

@@ -282,7 +282,8 @@ pub(super) fn choose(properties: &Properties, images: &[Image]) -> Result<&'stat
 /// its launch need not. tests/gpu/check_sass.py looks for the wait in the machine code of each.
 fn overlaps(name: &str) -> bool {
     let name = name.strip_prefix("compactattn_").unwrap_or(name);
-    let name = name.rsplit_once("_d").filter(|(_, dim)| dim.parse::<u32>().is_ok()).map_or(name, |(name, _)| name);
+    let name =
+        name.rsplit_once("_d").filter(|(_, dim)| dim.parse::<u32>().is_ok()).map_or(name, |(name, _)| name);
     let name = ["_bf16", "_fp16"].iter().find_map(|dtype| name.strip_suffix(dtype)).unwrap_or(name);
     OVERLAPPING.contains(&name)
 }

@@ -18,10 +18,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
-from problem import Problem  # noqa: E402
-from shapes import _DEFAULTS, Cell, Question, Shape  # noqa: E402
-from systems.ours import _batch, package  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
+from problem import Problem
+from shapes import _DEFAULTS, Cell, Question, Shape
+from systems.ours import _batch, package
+from torch.profiler import ProfilerActivity, profile
 
 FORWARDS = 12
 CALLS = ("pooled_mass", "flashprefill", "compactattn", "dense")
