@@ -10,6 +10,7 @@
 #pragma once
 
 #include "../../common/epilogue.cuh"
+#include "../../ptx/grid.cuh"
 #include "consumer.cuh"
 
 namespace compactattn::sm90 {
@@ -171,7 +172,10 @@ __device__ __forceinline__ void attend(const Maps& maps, const AttendParams& par
   extern __shared__ __align__(1024) uint8_t bytes[];
   SharedStorage<T>& smem = *reinterpret_cast<SharedStorage<T>*>(bytes);
   if (threadIdx.x == 0) smem.scale.value = params.sm_scale * kLog2E;
+  // Beside the end of plan: nothing of the step is read before the wait.
+  if (threadIdx.x == 0) ptx::prefetch(maps.q, maps.k, maps.v);
   init_barriers(smem);
+  ptx::wait_for_earlier();
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     const int warp = threadIdx.x / 32;
