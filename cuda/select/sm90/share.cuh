@@ -1,0 +1,121 @@
+// Which blocks of which (select span, KV head) a CTA reads: even shares of all there are, by chunks
+// that no two CTAs split, so that what a cell holds does not depend on the share.
+#pragma once
+
+#include "../cells.cuh"
+#include "traits.h"
+
+namespace compactattn::select::sm90 {
+
+// Blocks of a (select span, KV head) whose cells are read: all that the tile sees, or the
+// candidates and then the open blocks.
+template <bool kListed>
+struct Blocks {
+  const int* list;  // of candidates
+  int listed;
+  int past;
+  int count;
+
+  Blocks() = default;
+
+  __device__ Blocks(const Step& step, const Tile& tile, int span) {
+    count = tile.blocks;
+    if constexpr (kListed) {
+      const int* all = candidate_list_of(step, span, tile.kv_head);
+      list = all + 1;
+      listed = __ldg(all);
+      past = past_blocks(step.layout, tile.span);
+      count += listed - past;
+    }
+  }
+
+  __device__ __forceinline__ int at(int i) const {
+    if constexpr (kListed) return i < listed ? __ldg(list + i) : past + i - listed;
+    return i;
+  }
+};
+
+// Key tiles `begin` .. `end` of a (select span, KV head).
+template <bool kListed>
+struct Segment {
+  Tile tile;
+  Blocks<kListed> blocks;
+  int begin;
+  int end;
+};
+
+// The (select span, KV head)s of a step, in chunks of a whole number of blocks and of key tiles.
+template <class T, bool kListed>
+struct Units {
+  const Step& step;
+  int index;  // of the tile of sampled rows
+
+  __device__ __forceinline__ int tiles_per_chunk() const {
+    return max(1, (1 << step.layout.log2_block_tokens) / T::kTokens);
+  }
+
+  // Chunks of a unit; none where it has no cells to fill.
+  __device__ __forceinline__ int load(int unit, Segment<kListed>& segment) const {
+    const int span = unit / step.layout.num_kv_heads;
+    const int kv_head = unit - span * step.layout.num_kv_heads;
+    if (!tile_at(step, index, span, kv_head, segment.tile)) return 0;
+    segment.blocks = Blocks<kListed>(step, segment.tile, span);
+    const int chunk_tokens = T::kTokens * tiles_per_chunk();
+    const int tokens = segment.blocks.count << step.layout.log2_block_tokens;
+    return (tokens + chunk_tokens - 1) / chunk_tokens;
+  }
+
+  __device__ __forceinline__ int chunks(int unit) const {
+    Segment<kListed> segment;
+    return load(unit, segment);
+  }
+
+  // This CTA's share; called by the whole CTA.
+  __device__ Share share(SharedStorage<T>& smem) const {
+    const int units = step.stages.counters->num_select_spans * step.layout.num_kv_heads;
+    const int each = (units + T::kThreads - 1) / T::kThreads;
+    const int first = static_cast<int>(threadIdx.x) * each, last = min(units, first + each);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int mine = 0;
+    for (int unit = first; unit < last; ++unit) mine += chunks(unit);
+    int before = mine;
+    for (int d = 1; d < 32; d *= 2) {
+      const int below = __shfl_up_sync(0xffffffffu, before, d);
+      if (lane >= d) before += below;
+    }
+    if (lane == 31) smem.chunks[warp] = before;
+    if (threadIdx.x == 0) smem.share = {};
+    __syncthreads();
+    before -= mine;
+    int64_t total = 0;
+    for (int w = 0; w < T::kThreads / 32; ++w) {
+      if (w < warp) before += smem.chunks[w];
+      total += smem.chunks[w];
+    }
+    const int begin = static_cast<int>(total * blockIdx.x / gridDim.x);
+    const int end = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
+    int at = begin - before;
+    if (begin < end && 0 <= at && at < mine) {
+      int unit = first;
+      for (int n = chunks(unit); at >= n; n = chunks(++unit)) at -= n;
+      smem.share = {unit, at, end - begin};
+    }
+    __syncthreads();
+    return smem.share;
+  }
+
+  // The next segment of `share`, which moves past it; false when there is none.
+  __device__ __forceinline__ bool next(Share& share, Segment<kListed>& segment) const {
+    while (share.left > 0) {
+      const int begin = share.chunk, chunks = load(share.unit, segment);
+      const int count = min(chunks - begin, share.left);
+      share = {share.unit + 1, 0, share.left - count};
+      segment.begin = begin * tiles_per_chunk();
+      segment.end = (begin + count) * tiles_per_chunk();
+      if (count > 0) return true;
+    }
+    return false;
+  }
+};
+
+}  // namespace compactattn::select::sm90
