@@ -107,27 +107,22 @@ __device__ __forceinline__ bool find_tile(const Step& step, int index, Tile& til
   return tile_at(step, index, blockIdx.z, blockIdx.y, tile);
 }
 
-// A row of the tile: where its query vector lies and what it sees; rows past the tile's see
-// nothing.
+// A row of the tile: where its query vector lies and what it sees; rows past the tile's have none
+// and see nothing.
 struct Row {
   const char* query;
   int seen;  // KV tokens
-  bool used;
 };
 
 __device__ __forceinline__ Row row_at(const Step& step, const Tile& tile, int index) {
+  if (index >= tile.rows) return {nullptr, 0};
   const Batch& batch = step.batch;
-  Row row;
-  row.used = index < tile.rows;
-  const int head = row.used ? index / tile.samples.tokens : 0;
-  const int i = tile.samples.first + (row.used ? index % tile.samples.tokens : 0);
+  const int head = tile.kv_head * step.layout.group_size + index / tile.samples.tokens;
+  const int i = tile.samples.first + index % tile.samples.tokens;
   const int token = sampled_token(tile.span, tile.samples.count, i);
-  const int q_head = tile.kv_head * step.layout.group_size + head;
   const int64_t offset =
-      (tile.span.q_start + token) * batch.q_token_stride + q_head * batch.q_head_stride;
-  row.query = static_cast<const char*>(batch.q) + 2 * offset;
-  row.seen = row.used ? visible(tile.span, token) : 0;
-  return row;
+      (tile.span.q_start + token) * batch.q_token_stride + head * batch.q_head_stride;
+  return {static_cast<const char*>(batch.q) + 2 * offset, visible(tile.span, token)};
 }
 
 // Starts the copy of the tile's query vectors to `shared`, zeros up to a whole warp's rows, and
@@ -136,7 +131,9 @@ __device__ __forceinline__ void load_rows(const Step& step, const Tile& tile, ui
                                           int (&seen)[kMaxRows]) {
   for (int i = threadIdx.x / kLanesPerVector; i < kMaxRows; i += kThreads / kLanesPerVector) {
     const Row row = row_at(step, tile, i);
-    copy_vector(shared, i, row.query, row.used, step.layout);
+    const bool wanted = row.query != nullptr;
+    const char* query = wanted ? row.query : static_cast<const char*>(step.batch.q);
+    copy_vector(shared, i, query, wanted, step.layout);
     if (threadIdx.x % kLanesPerVector == 0) seen[i] = row.seen;
   }
 }

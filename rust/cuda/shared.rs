@@ -24,6 +24,11 @@ pub(crate) const fn cells(head_dim: u32) -> u32 {
     256 * row(head_dim)
 }
 
+/// Of `compactattn_cells_*_sm90_*`.
+pub(crate) const fn cells_sm90(head_dim: u32) -> u32 {
+    if head_dim == 64 { 215_040 } else { 231_424 }
+}
+
 /// Of `compactattn_attn_gate_keys_*`.
 pub(crate) const fn gate_keys(head_dim: u32) -> u32 {
     192 * head_dim

@@ -19,7 +19,7 @@ CUBINS = {
     "cells_candidates": ("compactattn_two_level_candidates",),
     "summaries": ("compactattn_summaries",),
 }
-SM90 = {64: (128, 214016), 128: (128, 230400), 256: (64, 230400)}  # head_dim: tokens of a key tile, shared memory
+SM90 = {64: (128, 215040), 128: (128, 231424), 256: (64, 231424)}  # head_dim: tokens of a key tile, shared memory
 UNTOUCHED = 777.0
 ROWS = 128
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -240,7 +240,7 @@ class Kernels:
             self.candidates(case)
             return
         if name.endswith("sm90"):
-            self.launch(name, (x or 132,), 288, case.key_map(), case.step, index)
+            self.launch(name, (x or 132,), 544, case.key_map(), case.step, index)
             return
         longest = shape.query_span or case.step.batch.total_q
         pools = math.ceil(case.max_blocks / 64)

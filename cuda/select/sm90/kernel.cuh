@@ -1,9 +1,9 @@
 // select on sm_90a: cells by the blocks' keys, exact (rust/select/cells.rs, Cells::read), as
 // cells_read.cu has them.
 //
-// Grid (any > 0) x 288: the CTAs share all blocks evenly, one an SM fills a GPU. One warp copies
-// boxes of keys from the paged pool into a ring of tiles; two consumer warpgroups multiply them
-// with 64 sampled rows each and fold the products to one number a (row, block).
+// Grid (any > 0) x 544: the CTAs share all blocks evenly, one an SM fills a GPU. One warp copies
+// boxes of keys from the paged pool into a ring of tiles; consumer warpgroups multiply them with 64
+// sampled rows each and fold the products to one number a (row, block).
 #pragma once
 
 #include "../../ptx/wgmma.cuh"
@@ -51,33 +51,43 @@ __device__ __forceinline__ ptx::PoolBox place(const Step& step, const Segment<kL
   return at;
 }
 
-// One warp. Every tile arrives with all its bytes, zeros included.
+// One warp.
 template <class T, bool kListed>
-__device__ __forceinline__ void produce(const CUtensorMap& map, SharedStorage<T>& smem,
-                                        const Units<T, kListed>& units, Share share) {
-  const int lane = threadIdx.x % 32;
-  const BoxLane<T> mine(units.step.layout, lane);
+struct Producer {
+  const CUtensorMap& map;
+  const Step& step;
+  SharedStorage<T>& smem;
+  BoxLane<T> mine;
   ptx::Ring<T::kStages> ring;
-  Segment<kListed> segment;
-  while (units.next(share, segment)) {
-    ptx::PoolBox at = place(units.step, segment, segment.begin * T::kTokens + mine.first);
+
+  __device__ __forceinline__ Producer(const CUtensorMap& map, const Step& step,
+                                      SharedStorage<T>& smem)
+      : map(map), step(step), smem(smem), mine(step.layout, threadIdx.x % 32), ring{} {}
+
+  // Copies the keys of a segment. Every tile arrives with all its bytes, zeros included.
+  __device__ __forceinline__ void run(const Segment<kListed>& segment) {
+    ptx::PoolBox next{};
 #pragma unroll 1
-    for (int tile = segment.begin; tile < segment.end; ++tile) {
-      // Its table entry is under way while this tile waits for room.
-      const ptx::PoolBox next = place(units.step, segment, (tile + 1) * T::kTokens + mine.first);
-      ptx::CopyBarrier& full = smem.full[ring.stage];
-      smem.empty[ring.stage].wait(ring.phase ^ 1);
-      if (lane == 0) full.arrive_and_expect_tx(T::kKeyBytes);
-      __syncwarp();
-      if (mine.copies) {
-        at.columns = mine.columns;
-        ptx::load(map, full, smem.keys[ring.stage] + mine.smem, at, ptx::CacheHint::EVICT_FIRST);
-      }
-      at = next;
-      ring.advance();
+    for (int tile = segment.begin - 1; tile < segment.end; ++tile) {
+      const ptx::PoolBox at = next;
+      // A tile's table entry is under way while the tile before it waits for room.
+      next = place(step, segment, (tile + 1) * T::kTokens + mine.first);
+      if (tile >= segment.begin) copy(at);
     }
   }
-}
+
+  __device__ __forceinline__ void copy(ptx::PoolBox at) {
+    ptx::CopyBarrier& full = smem.full[ring.stage];
+    smem.empty[ring.stage].wait(ring.phase ^ 1);
+    if (threadIdx.x % 32 == 0) full.arrive_and_expect_tx(T::kKeyBytes);
+    __syncwarp();
+    if (mine.copies) {
+      at.columns = mine.columns;
+      ptx::load(map, full, smem.keys[ring.stage] + mine.smem, at, ptx::CacheHint::EVICT_FIRST);
+    }
+    ring.advance();
+  }
+};
 
 // ---- consumers ----
 
@@ -108,7 +118,8 @@ struct Consumer {
 
   const Step& step;
   SharedStorage<T>& smem;
-  int warpgroup;
+  int half;  // of the rows
+  int team;
   int lane;
   int row;  // of the tile; the thread's second row is 8 below
   ptx::Ring<T::kStages> ring;
@@ -120,43 +131,54 @@ struct Consumer {
       : step(step), smem(smem), ring{} {
     lane = threadIdx.x % 32;
     // The compiler learns that operands made of it are the same in all lanes.
-    warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-    row = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4;
+    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+    half = warpgroup % 2;
+    team = warpgroup / 2;
+    row = half * 64 + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane / 4;
   }
 
   __device__ __forceinline__ int log2_block() const { return step.layout.log2_block_tokens; }
 
-  // The warpgroup's rows to shared memory, swizzled as the products want them; zeros past the
+  // All warps of both teams with this half of the rows meet.
+  __device__ __forceinline__ void meet() const {
+    cutlass::arch::NamedBarrier::sync(T::kTeams * 128, half);
+  }
+
+  // This half of the rows to shared memory, swizzled as the products want them; zeros past the
   // tile's.
   __device__ __forceinline__ void load_queries(const Tile& tile) {
     constexpr int kUnits = T::kHeadDim / 8;  // of 16 bytes
-    constexpr int kLoads = 64 * kUnits / 128;
-    uint4 loaded[kLoads];
-    const int thread = threadIdx.x % 128;
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int at = thread + i * 128;
-      const Row from = row_at(step, tile, warpgroup * 64 + at / kUnits);
-      loaded[i] =
-          from.used ? __ldg(reinterpret_cast<const uint4*>(from.query) + at % kUnits) : uint4{};
+    constexpr int kThreads = T::kTeams * 128, kLoads = 64 * kUnits / kThreads;
+    const int thread = team * 128 + threadIdx.x % 128, first = half * 64;
+    meet();  // done with the rows before
+    if (thread < 64) {
+      const Row mine = row_at(step, tile, first + thread);
+      smem.row_queries[first + thread] = mine.query;
+      smem.row_seen[first + thread] = mine.seen;
     }
-    // All warps are done with the rows before.
-    cutlass::arch::NamedBarrier::sync(128, warpgroup);
+    meet();
+    uint4 loaded[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int at = thread + i * 128, to = warpgroup * 64 + at / kUnits, unit = at % kUnits;
+      const int at = thread + i * kThreads;
+      const char* query = smem.row_queries[first + at / kUnits];
+      loaded[i] = query ? __ldg(reinterpret_cast<const uint4*>(query) + at % kUnits) : uint4{};
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int at = thread + i * kThreads, to = first + at / kUnits, unit = at % kUnits;
       uint8_t* group = smem.queries + unit / 8 * T::kQueryGroupBytes + to * T::kRowBytes;
       reinterpret_cast<uint4*>(group)[unit % 8 ^ to % 8] = loaded[i];
     }
     cutlass::arch::fence_view_async_shared();
-    cutlass::arch::NamedBarrier::sync(128, warpgroup);
+    meet();
 #pragma unroll
-    for (int r = 0; r < 2; ++r) seen[r] = row_at(step, tile, row + 8 * r).seen;
+    for (int r = 0; r < 2; ++r) seen[r] = smem.row_seen[row + 8 * r];
   }
 
   __device__ __forceinline__ void multiply(Logits& logits) {
     using Element = typename T::Element;
-    const uint64_t left = ptx::swizzled_operand(smem.queries + warpgroup * 64 * T::kRowBytes);
+    const uint64_t left = ptx::swizzled_operand(smem.queries + half * 64 * T::kRowBytes);
     const uint64_t right = ptx::swizzled_operand(smem.keys[ring.stage]);
     ptx::fence_registers(logits);
     cute::warpgroup_arrive();
@@ -172,23 +194,21 @@ struct Consumer {
     ptx::fence_registers(logits);
   }
 
-  // Fills the cells of a segment.
+  // Fills the cells of a segment, every other chunk of which is the team's.
   __device__ __forceinline__ void run(const Keys& keys) {
-    const bool works = warpgroup * 64 < keys.tile.rows;
+    const bool works = half * 64 < keys.tile.rows;
     if (works) load_queries(keys.tile);
     held.count = 0;
     partial.clear();
-    int block = block_of_lane(keys, keys.begin);
 #pragma unroll 1
-    for (int t = keys.begin; t < keys.end; ++t) {
-      const int next = block_of_lane(keys, t + 1);
+    for (int t = keys.begin; t < keys.end; ++t, ring.advance()) {
+      if ((t - keys.begin) / keys.tiles_per_chunk % T::kTeams != team) continue;
+      const int block = block_of_lane(keys, t);
       Logits logits;
       smem.full[ring.stage].wait(ring.phase);
       if (works) multiply(logits);
       if (lane == 0) smem.empty[ring.stage].arrive();
-      ring.advance();
       if (works) fold_tile(keys, t, block, logits);
-      block = next;
     }
     if (works) write(keys.tile);
   }
@@ -232,11 +252,11 @@ struct Consumer {
   template <int kColumns>
   __device__ __forceinline__ void hide(Logits& logits, int from, int token) const {
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
+    for (int e = 0; e < 4; ++e) {
+      const int left = seen[e / 2] - token - lane % 4 * 2 - e % 2;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int column = token + 8 * n + lane % 4 * 2 + e % 2;
-        if (column >= seen[e / 2]) logits[from / 2 + 4 * n + e] = -INFINITY;
+      for (int n = 0; n < kColumns / 8; ++n) {
+        if (8 * n >= left) logits[from / 2 + 4 * n + e] = -INFINITY;
       }
     }
   }
@@ -298,16 +318,23 @@ __device__ __forceinline__ void read_cells(const CUtensorMap& map, const Step& s
   if (threadIdx.x == 0) {
     for (int i = 0; i < T::kStages; ++i) {
       smem.full[i].init(1);
-      smem.empty[i].init(T::kConsumerWarps);
+      smem.empty[i].init(T::kTeamWarps);
     }
     cutlass::arch::fence_barrier_init();
   }
   const Units<T, kListed> units{step, index};
   Share share = units.share(smem);
-  if (threadIdx.x / 32 == T::kConsumerWarps) return produce<T, kListed>(map, smem, units, share);
-  Consumer<T, kListed> consumer(step, smem);
   Segment<kListed> segment;
-  while (units.next(share, segment)) consumer.run(segment);
+  if (threadIdx.x >= 128 * 4) {
+    cutlass::arch::warpgroup_reg_dealloc<32>();
+    if (threadIdx.x / 32 != T::kConsumerWarps) return;
+    Producer<T, kListed> producer(map, step, smem);
+    while (units.next(share, segment)) producer.run(segment);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<112>();
+    Consumer<T, kListed> consumer(step, smem);
+    while (units.next(share, segment)) consumer.run(segment);
+  }
 }
 
 }  // namespace compactattn::select::sm90

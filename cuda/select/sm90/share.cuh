@@ -7,6 +7,30 @@
 
 namespace compactattn::select::sm90 {
 
+// A CTA's part of the work: `left` chunks from chunk `chunk` of unit `unit` on.
+struct Share {
+  int unit;  // select span * num_kv_heads + KV head
+  int chunk;
+  int left;
+};
+
+template <class T>
+struct SharedStorage {
+  alignas(1024) uint8_t queries[T::kQueryBytes];
+  alignas(1024) uint8_t keys[T::kStages][T::kKeyBytes];
+  ptx::CopyBarrier full[T::kStages];
+  ptx::Barrier empty[T::kStages];
+  Share share;
+  int chunks[T::kThreads / 32];  // of each warp's units
+  const char* row_queries[T::kRows];  // null: a row of zeros
+  int row_seen[T::kRows];
+};
+
+// What host code asks for at launch (rust/cuda/shared.rs).
+static_assert(sizeof(SharedStorage<KeyTileOf<__half, 64>>) == 215040);
+static_assert(sizeof(SharedStorage<KeyTileOf<__half, 128>>) == 231424);
+static_assert(sizeof(SharedStorage<KeyTileOf<__half, 256>>) == 231424);
+
 // Blocks of a (select span, KV head) whose cells are read: all that the tile sees, or the
 // candidates and then the open blocks.
 template <bool kListed>
@@ -42,6 +66,7 @@ struct Segment {
   Blocks<kListed> blocks;
   int begin;
   int end;
+  int tiles_per_chunk;
 };
 
 // The (select span, KV head)s of a step, in chunks of a whole number of blocks and of key tiles.
@@ -94,12 +119,9 @@ struct Units {
     }
     const int begin = static_cast<int>(total * blockIdx.x / gridDim.x);
     const int end = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
-    int at = begin - before;
-    if (begin < end && 0 <= at && at < mine) {
-      int unit = first;
-      for (int n = chunks(unit); at >= n; n = chunks(++unit)) at -= n;
-      smem.share = {unit, at, end - begin};
-    }
+    // `next` passes over the units before it.
+    if (begin < end && before <= begin && begin < before + mine)
+      smem.share = {first, begin - before, end - begin};
     __syncthreads();
     return smem.share;
   }
@@ -108,10 +130,11 @@ struct Units {
   __device__ __forceinline__ bool next(Share& share, Segment<kListed>& segment) const {
     while (share.left > 0) {
       const int begin = share.chunk, chunks = load(share.unit, segment);
-      const int count = min(chunks - begin, share.left);
-      share = {share.unit + 1, 0, share.left - count};
-      segment.begin = begin * tiles_per_chunk();
-      segment.end = (begin + count) * tiles_per_chunk();
+      const int count = max(0, min(chunks - begin, share.left));
+      share = {share.unit + 1, max(0, begin - chunks), share.left - count};
+      segment.tiles_per_chunk = tiles_per_chunk();
+      segment.begin = begin * segment.tiles_per_chunk;
+      segment.end = (begin + count) * segment.tiles_per_chunk;
       if (count > 0) return true;
     }
     return false;

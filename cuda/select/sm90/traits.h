@@ -10,8 +10,10 @@
 
 namespace compactattn::select::sm90 {
 
-// 128 sampled rows, 64 a consumer warpgroup, meet `kTokens` keys at a time. `kStages` tiles are
-// under way: memory answers after about 1 us, in which one SM's share of its bandwidth is 25 KB.
+// 128 sampled rows meet `kTokens` keys at a time. Two teams of two consumer warpgroups, 64 rows
+// each, take turns, so that the products of one run beside the exponentials of the other. `kStages`
+// tiles are under way: memory answers after about 1 us, in which one SM's share of its bandwidth is
+// 25 KB.
 template <class E, int kDim, int kTokens_, int kStages_>
 struct KeyTile {
   using Element = E;  // __nv_bfloat16 or __half
@@ -28,8 +30,10 @@ struct KeyTile {
   static constexpr int kQueryGroupBytes = kRows * kRowBytes;
   static constexpr int kKeyBytes = kGroups * kKeyGroupBytes;
   static constexpr int kQueryBytes = kGroups * kQueryGroupBytes;
-  static constexpr int kConsumerWarps = 8;
-  static constexpr int kThreads = 32 * (kConsumerWarps + 1);
+  static constexpr int kTeams = 2;
+  static constexpr int kTeamWarps = 8;
+  static constexpr int kConsumerWarps = kTeams * kTeamWarps;
+  static constexpr int kThreads = 32 * (kConsumerWarps + 4);
 };
 
 // As many stages as 227 KB hold beside the queries.
@@ -41,27 +45,5 @@ template <class E>
 struct KeyTileOf<E, 128> : KeyTile<E, 128, 128, 6> {};
 template <class E>
 struct KeyTileOf<E, 256> : KeyTile<E, 256, 64, 5> {};
-
-// A CTA's part of the work: `left` chunks from chunk `chunk` of unit `unit` on.
-struct Share {
-  int unit;  // select span * num_kv_heads + KV head
-  int chunk;
-  int left;
-};
-
-template <class T>
-struct SharedStorage {
-  alignas(1024) uint8_t queries[T::kQueryBytes];
-  alignas(1024) uint8_t keys[T::kStages][T::kKeyBytes];
-  ptx::CopyBarrier full[T::kStages];
-  ptx::Barrier empty[T::kStages];
-  Share share;
-  int chunks[T::kConsumerWarps + 1];  // of each warp's units
-};
-
-// What host code asks for at launch (rust/cuda/shared.rs).
-static_assert(sizeof(SharedStorage<KeyTileOf<__half, 64>>) == 214016);
-static_assert(sizeof(SharedStorage<KeyTileOf<__half, 128>>) == 230400);
-static_assert(sizeof(SharedStorage<KeyTileOf<__half, 256>>) == 230400);
 
 }  // namespace compactattn::select::sm90
