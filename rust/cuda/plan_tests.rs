@@ -193,7 +193,7 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
         Selector::PooledMass => &["cells_pool_T", "cells_mass"],
         Selector::TwoLevel => {
             let first = ["cells_pool_T", "cells_mass", "two_level_candidates"];
-            &[&first[..], &["cells_pool_T", "cells_read_candidates_T", "two_level_mass"]].concat()
+            &[&first[..], &["cells_read_candidates_T", "two_level_mass"]].concat()
         }
         Selector::FlashPrefill => &["flashprefill_T", "flashprefill_relate"],
         Selector::XAttention => &["xattention_T", "xattention_mass_T"],

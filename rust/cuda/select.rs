@@ -27,7 +27,10 @@ pub(crate) fn scratch_len(layout: &Layout, gate_len: usize) -> Result<usize> {
         Selector::SampledExact | Selector::Oracle | Selector::PooledMass => {
             product(&[selects, kv_heads, TILE_ROWS, blocks])?
         }
-        Selector::TwoLevel => product(&[selects, kv_heads, TILE_ROWS * blocks + layout.mask_words()])?,
+        // Candidates as bits, and as a list with its length.
+        Selector::TwoLevel => {
+            product(&[selects, kv_heads, TILE_ROWS * blocks + layout.mask_words() + 1 + blocks])?
+        }
         Selector::FlashPrefill => product(&[selects, heads, 4 * blocks.div_ceil(128)])?,
         Selector::XAttention => {
             let stride = layout.settings.xattention_stride;
@@ -91,8 +94,12 @@ impl Scoring<'_> {
         let blocks = [self.kv_heads(), self.selects(), 1];
         let grid = Grid { blocks, threads: 1024, shared_bytes: 0 };
         self.launch("compactattn_two_level_candidates", grid, &[Arg::of(self.step)])?;
+        let has_one = self.tiles() == 1;
         self.by_tiles(|tile| {
-            self.cells_pool(tile)?;
+            // The cells of a span's only tile are still those by mean keys.
+            if !has_one {
+                self.cells_pool(tile)?;
+            }
             self.cells_read(tile, Read::Candidates)?;
             self.mass(tile, "compactattn_two_level_mass")
         })
@@ -159,7 +166,7 @@ impl Scoring<'_> {
         let map = pool_map(self.context, self.layout, self.batch, &self.batch.k, map_tokens)?;
         let ctas = u32::try_from(self.context.num_sms()).unwrap_or(u32::MAX);
         let grid =
-            Grid { blocks: [ctas, 1, 1], threads: 544, shared_bytes: shared::cells_sm90(self.head_dim()) };
+            Grid { blocks: [ctas, 1, 1], threads: 288, shared_bytes: shared::cells_sm90(self.head_dim()) };
         self.launch(name, grid, &[Arg::of(&map), Arg::of(self.step), Arg::of(&tile)])
     }
 
@@ -186,13 +193,17 @@ impl Scoring<'_> {
 
     /// Runs `body` for each tile of sampled rows that a span can have.
     fn by_tiles(&self, body: impl Fn(i32) -> Result<()>) -> Result<()> {
+        (0..self.tiles()).try_for_each(body)
+    }
+
+    fn tiles(&self) -> i32 {
         let longest = self.longest_span();
         let samples = match self.step.settings.sample_rows {
             0 => longest,
             n => longest.min(n.unsigned_abs() as usize),
         };
         let per_tile = (TILE_ROWS / self.layout.shape.group_size()).max(1);
-        (0..int32(samples.div_ceil(per_tile))).try_for_each(body)
+        int32(samples.div_ceil(per_tile))
     }
 
     fn longest_span(&self) -> usize {
@@ -266,7 +277,7 @@ fn product(factors: &[usize]) -> Result<usize> {
 
 /// Which blocks get exact cells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Read {
+pub(crate) enum Read {
     /// All that a sampled row sees.
     Every,
     /// Those that `two_level` scores again, and the open ones.
@@ -274,7 +285,7 @@ enum Read {
 }
 
 /// By [`Read`], then bf16 and f16.
-const READ: [[&str; 2]; 2] = [
+pub(crate) const READ: [[&str; 2]; 2] = [
     ["compactattn_cells_read_bf16", "compactattn_cells_read_fp16"],
     ["compactattn_cells_read_candidates_bf16", "compactattn_cells_read_candidates_fp16"],
 ];

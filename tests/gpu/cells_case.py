@@ -178,6 +178,13 @@ class Case:
         stages.scores, stages.cells = self.scores.data_ptr(), self.cells.data_ptr()
         stages.k_mean, stages.max_select_spans = self.k_mean.data_ptr(), self.max_spans
 
+    @property
+    def tiles(self) -> int:
+        """Launches of sampled rows that the longest span can need."""
+        shape, total_q = self.data.shape, self.step.batch.total_q
+        longest = min(shape.query_span or total_q, total_q)
+        return math.ceil(min(shape.sample_rows or longest, longest) / max(1, ROWS // shape.group))
+
     def key_map(self) -> ctypes.Array:
         """Boxes of keys, as the sm_90a kernels copy them."""
         shape, pool = self.data.shape, self.data.k_pool
@@ -240,7 +247,7 @@ class Kernels:
             self.candidates(case)
             return
         if name.endswith("sm90"):
-            self.launch(name, (x or 132,), 544, case.key_map(), case.step, index)
+            self.launch(name, (x or 132,), 288, case.key_map(), case.step, index)
             return
         longest = shape.query_span or case.step.batch.total_q
         pools = math.ceil(case.max_blocks / 64)
@@ -258,13 +265,16 @@ class Kernels:
 
     def score(self, case: Case, fill: str, mass: str = "cells_mass", x: int = 0) -> None:
         """Every tile of a selector: cells by each of `fill`, then the masses."""
-        shape = case.data.shape
-        longest = min(shape.query_span or case.step.batch.total_q, case.step.batch.total_q)
-        count = min(shape.sample_rows or longest, longest)
-        for tile in range(math.ceil(count / max(1, ROWS // shape.group))):
+        for tile in range(case.tiles):
             for name in fill.split():
                 self.cells(case, name, tile, x)
             self.cells(case, mass, tile)
+
+    def two_level(self, case: Case, own: str = "", x: int = 0) -> None:
+        """What follows pooled scores; the cells of a span's only tile are still those by mean keys."""
+        self.candidates(case)
+        pool = "" if case.tiles == 1 else "cells_pool "
+        self.score(case, pool + "cells_read_candidates" + own, "two_level_mass", x)
 
 
 class Expected:

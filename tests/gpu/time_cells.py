@@ -45,10 +45,9 @@ def time_us(launch: Callable[..., None], *args: object, reps: int = 15) -> float
 
 
 def two_level(kernels: Kernels, case: Case, own: str) -> None:
-    """All launches of the selector, whose samples fit one tile."""
+    """All launches of the selector."""
     kernels.score(case, "cells_pool")
-    kernels.candidates(case)
-    kernels.score(case, "cells_read_candidates" + own, "two_level_mass")
+    kernels.two_level(case, own)
 
 
 def describe(shape: Shape) -> str:

@@ -1,7 +1,7 @@
 // select on sm_90a: cells by the blocks' keys, exact (rust/select/cells.rs, Cells::read), as
 // cells_read.cu has them.
 //
-// Grid (any > 0) x 544: the CTAs share all blocks evenly, one an SM fills a GPU. One warp copies
+// Grid (any > 0) x 288: the CTAs share all blocks evenly, one an SM fills a GPU. One warp copies
 // boxes of keys from the paged pool into a ring of tiles; consumer warpgroups multiply them with 64
 // sampled rows each and fold the products to one number a (row, block).
 #pragma once
@@ -111,6 +111,10 @@ struct Partial {
   }
 };
 
+// Named barriers: one a half each.
+constexpr int kMeet = 0;
+constexpr int kTurn = 2;
+
 template <class T, bool kListed>
 struct Consumer {
   using Logits = float[T::kLogits];
@@ -119,7 +123,6 @@ struct Consumer {
   const Step& step;
   SharedStorage<T>& smem;
   int half;  // of the rows
-  int team;
   int lane;
   int row;  // of the tile; the thread's second row is 8 below
   ptx::Ring<T::kStages> ring;
@@ -131,25 +134,33 @@ struct Consumer {
       : step(step), smem(smem), ring{} {
     lane = threadIdx.x % 32;
     // The compiler learns that operands made of it are the same in all lanes.
-    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-    half = warpgroup % 2;
-    team = warpgroup / 2;
+    half = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
     row = half * 64 + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane / 4;
   }
 
   __device__ __forceinline__ int log2_block() const { return step.layout.log2_block_tokens; }
 
-  // All warps of both teams with this half of the rows meet.
+  // All warps of this half of the rows meet.
   __device__ __forceinline__ void meet() const {
-    cutlass::arch::NamedBarrier::sync(T::kTeams * 128, half);
+    cutlass::arch::NamedBarrier::sync(128, kMeet + half);
+  }
+
+  // The tensor cores are one half's at a time, so that its products run beside the exponentials of
+  // the other: by itself each waits for the same keys and both do the same at once.
+  __device__ __forceinline__ void take_turn() const {
+    cutlass::arch::NamedBarrier::sync(256, kTurn + half);
+  }
+
+  __device__ __forceinline__ void pass_turn() const {
+    cutlass::arch::NamedBarrier::arrive(256, kTurn + 1 - half);
   }
 
   // This half of the rows to shared memory, swizzled as the products want them; zeros past the
   // tile's.
   __device__ __forceinline__ void load_queries(const Tile& tile) {
     constexpr int kUnits = T::kHeadDim / 8;  // of 16 bytes
-    constexpr int kThreads = T::kTeams * 128, kLoads = 64 * kUnits / kThreads;
-    const int thread = team * 128 + threadIdx.x % 128, first = half * 64;
+    constexpr int kLoads = 64 * kUnits / 128;
+    const int thread = threadIdx.x % 128, first = half * 64;
     meet();  // done with the rows before
     if (thread < 64) {
       const Row mine = row_at(step, tile, first + thread);
@@ -160,13 +171,13 @@ struct Consumer {
     uint4 loaded[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int at = thread + i * kThreads;
+      const int at = thread + i * 128;
       const char* query = smem.row_queries[first + at / kUnits];
       loaded[i] = query ? __ldg(reinterpret_cast<const uint4*>(query) + at % kUnits) : uint4{};
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int at = thread + i * kThreads, to = first + at / kUnits, unit = at % kUnits;
+      const int at = thread + i * 128, to = first + at / kUnits, unit = at % kUnits;
       uint8_t* group = smem.queries + unit / 8 * T::kQueryGroupBytes + to * T::kRowBytes;
       reinterpret_cast<uint4*>(group)[unit % 8 ^ to % 8] = loaded[i];
     }
@@ -194,19 +205,20 @@ struct Consumer {
     ptx::fence_registers(logits);
   }
 
-  // Fills the cells of a segment, every other chunk of which is the team's.
+  // Fills the cells of a segment.
   __device__ __forceinline__ void run(const Keys& keys) {
-    const bool works = half * 64 < keys.tile.rows;
+    const bool works = half * 64 < keys.tile.rows, both_work = keys.tile.rows > 64;
     if (works) load_queries(keys.tile);
     held.count = 0;
     partial.clear();
 #pragma unroll 1
     for (int t = keys.begin; t < keys.end; ++t, ring.advance()) {
-      if ((t - keys.begin) / keys.tiles_per_chunk % T::kTeams != team) continue;
       const int block = block_of_lane(keys, t);
       Logits logits;
       smem.full[ring.stage].wait(ring.phase);
+      if (both_work) take_turn();
       if (works) multiply(logits);
+      if (both_work) pass_turn();
       if (lane == 0) smem.empty[ring.stage].arrive();
       if (works) fold_tile(keys, t, block, logits);
     }
@@ -316,23 +328,22 @@ __device__ __forceinline__ void read_cells(const CUtensorMap& map, const Step& s
   extern __shared__ __align__(1024) uint8_t bytes[];
   SharedStorage<T>& smem = *reinterpret_cast<SharedStorage<T>*>(bytes);
   if (threadIdx.x == 0) {
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
     for (int i = 0; i < T::kStages; ++i) {
       smem.full[i].init(1);
-      smem.empty[i].init(T::kTeamWarps);
+      smem.empty[i].init(T::kConsumerWarps);
     }
     cutlass::arch::fence_barrier_init();
   }
   const Units<T, kListed> units{step, index};
   Share share = units.share(smem);
   Segment<kListed> segment;
-  if (threadIdx.x >= 128 * 4) {
-    cutlass::arch::warpgroup_reg_dealloc<32>();
-    if (threadIdx.x / 32 != T::kConsumerWarps) return;
+  if (threadIdx.x / 32 == T::kConsumerWarps) {
     Producer<T, kListed> producer(map, step, smem);
     while (units.next(share, segment)) producer.run(segment);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<112>();
     Consumer<T, kListed> consumer(step, smem);
+    if (consumer.half == 1) consumer.pass_turn();
     while (units.next(share, segment)) consumer.run(segment);
   }
 }

@@ -21,15 +21,16 @@ struct SharedStorage {
   ptx::CopyBarrier full[T::kStages];
   ptx::Barrier empty[T::kStages];
   Share share;
-  int chunks[T::kThreads / 32];  // of each warp's units
+  int unit;                           // some unit that has chunks
+  int chunks[T::kConsumerWarps + 1];  // of each warp's units
+  int alive[T::kConsumerWarps + 1];   // of those, how many have any
   const char* row_queries[T::kRows];  // null: a row of zeros
   int row_seen[T::kRows];
 };
 
-// What host code asks for at launch (rust/cuda/shared.rs).
-static_assert(sizeof(SharedStorage<KeyTileOf<__half, 64>>) == 215040);
-static_assert(sizeof(SharedStorage<KeyTileOf<__half, 128>>) == 231424);
-static_assert(sizeof(SharedStorage<KeyTileOf<__half, 256>>) == 231424);
+static_assert(sizeof(SharedStorage<KeyTileOf<__half, 64>>) == cells_sm90_bytes(64), "a launch's");
+static_assert(sizeof(SharedStorage<KeyTileOf<__half, 128>>) == cells_sm90_bytes(128), "a launch's");
+static_assert(sizeof(SharedStorage<KeyTileOf<__half, 256>>) == cells_sm90_bytes(256), "a launch's");
 
 // Blocks of a (select span, KV head) whose cells are read: all that the tile sees, or the
 // candidates and then the open blocks.
@@ -66,7 +67,6 @@ struct Segment {
   Blocks<kListed> blocks;
   int begin;
   int end;
-  int tiles_per_chunk;
 };
 
 // The (select span, KV head)s of a step, in chunks of a whole number of blocks and of key tiles.
@@ -101,29 +101,51 @@ struct Units {
     const int each = (units + T::kThreads - 1) / T::kThreads;
     const int first = static_cast<int>(threadIdx.x) * each, last = min(units, first + each);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int mine = 0;
-    for (int unit = first; unit < last; ++unit) mine += chunks(unit);
+    int mine = 0, alive = 0;
+    for (int unit = first; unit < last; ++unit) {
+      const int count = chunks(unit);
+      mine += count;
+      if (count > 0) ++alive, smem.unit = unit;
+    }
     int before = mine;
     for (int d = 1; d < 32; d *= 2) {
       const int below = __shfl_up_sync(0xffffffffu, before, d);
       if (lane >= d) before += below;
     }
-    if (lane == 31) smem.chunks[warp] = before;
+    alive = __reduce_add_sync(0xffffffffu, alive);
+    if (lane == 31) smem.chunks[warp] = before, smem.alive[warp] = alive;
     if (threadIdx.x == 0) smem.share = {};
     __syncthreads();
     before -= mine;
+    alive = 0;
     int64_t total = 0;
     for (int w = 0; w < T::kThreads / 32; ++w) {
       if (w < warp) before += smem.chunks[w];
       total += smem.chunks[w];
+      alive += smem.alive[w];
     }
-    const int begin = static_cast<int>(total * blockIdx.x / gridDim.x);
-    const int end = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
-    // `next` passes over the units before it.
-    if (begin < end && before <= begin && begin < before + mine)
-      smem.share = {first, begin - before, end - begin};
+    const int parts = gridDim.x / step.layout.num_kv_heads;
+    if (alive == step.layout.num_kv_heads && 8 * parts * alive >= 7 * gridDim.x) {
+      if (threadIdx.x == 0) smem.share = slice(smem.unit / alive * alive, parts);
+    } else {
+      const int begin = static_cast<int>(total * blockIdx.x / gridDim.x);
+      const int end = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
+      // `next` passes over the units before it.
+      if (begin < end && before <= begin && begin < before + mine)
+        smem.share = {first, begin - before, end - begin};
+    }
     __syncthreads();
     return smem.share;
+  }
+
+  // A share of the only span, whose first unit is `unit`: one of `parts` of one KV head's chunks.
+  // CTAs side by side read the same tokens of all heads, which lie together in most layouts.
+  __device__ __forceinline__ Share slice(int unit, int parts) const {
+    const int part = blockIdx.x / step.layout.num_kv_heads;
+    if (part >= parts) return {};
+    unit += blockIdx.x % step.layout.num_kv_heads;
+    const int count = chunks(unit), each = (count + parts - 1) / parts;
+    return {unit, part * each, min(each, count - part * each)};
   }
 
   // The next segment of `share`, which moves past it; false when there is none.
@@ -132,9 +154,8 @@ struct Units {
       const int begin = share.chunk, chunks = load(share.unit, segment);
       const int count = max(0, min(chunks - begin, share.left));
       share = {share.unit + 1, max(0, begin - chunks), share.left - count};
-      segment.tiles_per_chunk = tiles_per_chunk();
-      segment.begin = begin * segment.tiles_per_chunk;
-      segment.end = (begin + count) * segment.tiles_per_chunk;
+      segment.begin = begin * tiles_per_chunk();
+      segment.end = (begin + count) * tiles_per_chunk();
       if (count > 0) return true;
     }
     return false;

@@ -10,10 +10,8 @@
 
 namespace compactattn::select::sm90 {
 
-// 128 sampled rows meet `kTokens` keys at a time. Two teams of two consumer warpgroups, 64 rows
-// each, take turns, so that the products of one run beside the exponentials of the other. `kStages`
-// tiles are under way: memory answers after about 1 us, in which one SM's share of its bandwidth is
-// 25 KB.
+// 128 sampled rows, 64 a consumer warpgroup, meet `kTokens` keys at a time. `kStages` tiles are
+// under way: memory answers after about 1 us, in which one SM's share of its bandwidth is 25 KB.
 template <class E, int kDim, int kTokens_, int kStages_>
 struct KeyTile {
   using Element = E;  // __nv_bfloat16 or __half
@@ -30,10 +28,8 @@ struct KeyTile {
   static constexpr int kQueryGroupBytes = kRows * kRowBytes;
   static constexpr int kKeyBytes = kGroups * kKeyGroupBytes;
   static constexpr int kQueryBytes = kGroups * kQueryGroupBytes;
-  static constexpr int kTeams = 2;
-  static constexpr int kTeamWarps = 8;
-  static constexpr int kConsumerWarps = kTeams * kTeamWarps;
-  static constexpr int kThreads = 32 * (kConsumerWarps + 4);
+  static constexpr int kConsumerWarps = 8;
+  static constexpr int kThreads = 32 * (kConsumerWarps + 1);
 };
 
 // As many stages as 227 KB hold beside the queries.
