@@ -319,9 +319,9 @@ impl Run<'_> {
     }
 
     fn select(&self) -> Result<()> {
-        let Call { layout, layer, .. } = *self.call;
-        let context = &*self.plan.context;
-        Scoring { context, stream: self.stream, layout, step: &self.step, gate: self.plan.gate(layer) }.run()
+        let Call { layout, layer, batch, .. } = *self.call;
+        let (context, gate) = (&*self.plan.context, self.plan.gate(layer));
+        Scoring { context, stream: self.stream, layout, batch, step: &self.step, gate }.run()
     }
 
     fn keep_rows(&self) -> Result<()> {
