@@ -30,6 +30,7 @@ mod parallel;
 pub mod plan;
 pub mod reference;
 pub mod run;
+pub mod seals;
 pub mod select;
 pub mod settings;
 pub mod stats;

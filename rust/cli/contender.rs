@@ -102,6 +102,27 @@ pub(crate) fn all(open: usize, gate: bool) -> Vec<Contender> {
     all
 }
 
+/// Ways to choose pages that `sweep` compares with the union, the default first.
+pub(crate) fn variants() -> Vec<Contender> {
+    use Selector::{FlashPrefill, Oracle, PooledMass, SampledExact, TwoLevel};
+    let mut all = Vec::new();
+    for scope in [Scope::HEAD_CHUNK, HEAD_256, Scope::HEAD_128, GROUP_256, Scope::GROUP_CHUNK] {
+        for block_size in BLOCKS {
+            let settings = Settings { block_size, ..even(SampledExact, scope) };
+            let corrected = Settings { mean_correction: true, ..settings };
+            all.extend([settings, corrected].map(|settings| Contender { settings, knob: Knob::Threshold }));
+        }
+    }
+    let others =
+        [TwoLevel, PooledMass, FlashPrefill, Oracle].map(|selector| even(selector, Scope::HEAD_CHUNK));
+    let oracles = [64, 32, 16].map(|block_size| Settings { block_size, ..even(Oracle, Scope::HEAD_CHUNK) });
+    let others = others.into_iter().chain(oracles).chain([even(Oracle, Scope::HEAD_128)]);
+    all.extend(others.map(|settings| Contender { settings, knob: Knob::Threshold }));
+    let masses = even(SampledExact, Scope::HEAD_CHUNK);
+    all.extend([Knob::Mass, Knob::Density].map(|knob| Contender { settings: masses, knob }));
+    all
+}
+
 /// A selector on equal terms: blocks of 128, first and last past block always, no floor, cap or guard.
 pub(crate) fn even(selector: Selector, scope: Scope) -> Settings {
     let mut settings = sparse(selector);
@@ -128,6 +149,12 @@ fn quoka(open: usize) -> [Contender; 2] {
 
 /// Tokens per block of every contender that does not say otherwise.
 pub(crate) const BLOCK: usize = 128;
+
+/// Block sizes that `sweep` compares.
+pub(crate) const BLOCKS: [usize; 4] = [BLOCK, 64, 32, 16];
+
+/// One list per query head and 256 query tokens.
+const HEAD_256: Scope = Scope { query_span: 256, heads_per_list: 1 };
 
 /// One list per KV head and 256 query tokens.
 pub(crate) const GROUP_256: Scope = Scope { query_span: 256, heads_per_list: 0 };

@@ -15,6 +15,7 @@ mod inspect;
 
 mod options;
 mod output;
+mod pages;
 mod plot;
 mod plot_error;
 mod plot_heat;
@@ -56,6 +57,8 @@ enum Command {
     Attend(attend::Args),
     /// What the union over heads and queries costs, layer by layer and head by head.
     Inspect(inspect::Args),
+    /// Pages that each way of choosing them needs for the error of the published union.
+    Sweep(pages::Args),
     /// Copy some layers of a trace into a smaller file.
     Extract(extract::Args),
     /// Time this library beside its peers on a GPU: runs tests/bench with Python.
@@ -86,6 +89,7 @@ fn run(command: &Command, out: &mut impl Write) -> std::result::Result<ExitCode,
         Command::Demo(args) => demo::run(args, out)?,
         Command::Attend(args) => attend::run(args, out)?,
         Command::Inspect(args) => inspect::run(args, out)?,
+        Command::Sweep(args) => pages::run(args, out)?,
         Command::Extract(args) => extract::run(args, out)?,
         Command::Bench(args) => return bench::run(args, out),
         Command::Doctor(args) => return doctor::run(args, out),

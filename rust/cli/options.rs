@@ -125,7 +125,7 @@ impl SelectArgs {
 }
 
 /// Parses a share or a score.
-fn share(text: &str) -> std::result::Result<f64, String> {
+pub(crate) fn share(text: &str) -> std::result::Result<f64, String> {
     let number = text.parse().ok().filter(|x: &f64| *x > 0.0 && *x <= 1.0);
     number.ok_or_else(|| format!("wanted a number in (0, 1], got {text:?}"))
 }

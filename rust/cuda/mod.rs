@@ -40,6 +40,7 @@ pub use memory::DeviceBuffer;
 pub use owned::OwnedCall;
 pub(crate) use plan::check_summaries;
 pub use plan::{Call, DeviceTable, External, Plan};
+pub use select::MeansAt;
 
 use crate::error::Result;
 #[cfg(doc)]

@@ -214,7 +214,18 @@ impl Scoring<'_> {
     }
 }
 
-/// Means of the blocks that a step completes, or of all whole blocks; `v_mean` 0 = none.
+/// Addresses of a layer's summaries; 0 = none.
+#[derive(Clone, Copy, Debug)]
+pub struct MeansAt {
+    /// Mean keys.
+    pub k: u64,
+    /// Mean values.
+    pub v: u64,
+    /// Seals of both ([`crate::seals`]).
+    pub seals: u64,
+}
+
+/// Means of the blocks that a step completes, or of all whole blocks; with seals also of those of other keys.
 ///
 /// # Errors
 /// The driver's.
@@ -222,20 +233,28 @@ pub(crate) fn update_summaries(
     context: &Context,
     stream: Stream,
     step: &Step,
-    (which, k_mean, v_mean): (Which, u64, u64),
+    (which, means): (Which, MeansAt),
     dtype: Dtype,
 ) -> Result<()> {
     let kv_heads = step.layout.num_kv_heads.cast_unsigned();
     let completed = (step.batch.total_q >> step.layout.log2_block_tokens) + step.batch.num_reqs;
-    let width = match which {
-        Which::Completed => completed.cast_unsigned(),
-        // CTAs share the blocks evenly, whatever their number.
-        Which::All => u32::try_from(8 * context.num_sms()).unwrap_or(u32::MAX).div_ceil(kv_heads),
+    // CTAs share the blocks evenly, whatever their number.
+    let share = u32::try_from(8 * context.num_sms()).unwrap_or(u32::MAX).div_ceil(kv_heads);
+    let (writers, checkers) = match which {
+        Which::Completed if means.seals != 0 => {
+            let blocks = u64::from(step.layout.max_blocks.cast_unsigned())
+                * u64::from(step.batch.num_reqs.cast_unsigned());
+            let runs = u32::try_from(blocks.div_ceil(CHECKED_RUN)).unwrap_or(u32::MAX);
+            (completed.cast_unsigned(), runs.clamp(1, share))
+        }
+        Which::Completed => (completed.cast_unsigned(), 0),
+        Which::All => (share, 0),
     };
     let name = if dtype == Dtype::Bf16 { "compactattn_summaries_bf16" } else { "compactattn_summaries_fp16" };
-    let grid = Grid { blocks: [width, kv_heads, 1], threads: 128, shared_bytes: 0 };
-    let all = i32::from(which == Which::All);
-    let args = [Arg::of(step), Arg::of(&k_mean), Arg::of(&v_mean), Arg::of(&all)];
+    let grid = Grid { blocks: [writers + checkers, kv_heads, 1], threads: 128, shared_bytes: 0 };
+    let (all, writers) = (i32::from(which == Which::All), writers.cast_signed());
+    let MeansAt { k, v, seals } = means;
+    let args = [Arg::of(step), Arg::of(&k), Arg::of(&v), Arg::of(&seals), Arg::of(&all), Arg::of(&writers)];
     context.kernels().launch(stream, name, grid, &args)
 }
 
@@ -244,6 +263,8 @@ fn product(factors: &[usize]) -> Result<usize> {
     all.ok_or_else(|| Error::new(Status::Overflow, "limits", "buffers within 63 bits", "more"))
 }
 
+/// Blocks whose seals one CTA of `summaries` compares at a time.
+const CHECKED_RUN: u64 = 16;
 const READ: [&str; 2] = ["compactattn_cells_read_bf16", "compactattn_cells_read_fp16"];
 const READ_CANDIDATES: [&str; 2] =
     ["compactattn_cells_read_candidates_bf16", "compactattn_cells_read_candidates_fp16"];
