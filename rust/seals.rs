@@ -62,7 +62,7 @@ fn seal(layout: &Layout, batch: &Batch, at: BlockAt, values: bool) -> u64 {
     let sum = (1..).zip(probes).fold(0, |sum, (i, token)| {
         let page = batch.page(at.req, token / page_size);
         let [low, high] = batch.k().first_bits(page, token % page_size, at.kv_head);
-        sum ^ mix(mix(low ^ i * PROBE_SALT).wrapping_add(high))
+        sum ^ mix(mix(low ^ PROBE_SALT.wrapping_mul(i)).wrapping_add(high))
     });
     sum ^ u64::from(values) * VALUES_SALT | 1
 }
