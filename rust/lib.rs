@@ -18,6 +18,7 @@ pub mod bridge;
 pub mod capi;
 pub mod combine;
 pub mod config;
+pub mod config_file;
 #[allow(unsafe_code)]
 pub mod cuda;
 pub mod error;

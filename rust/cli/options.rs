@@ -131,7 +131,7 @@ pub(crate) fn share(text: &str) -> std::result::Result<f64, String> {
 }
 
 /// Parses a scope.
-fn scope(text: &str) -> std::result::Result<Scope, String> {
+pub(crate) fn scope(text: &str) -> std::result::Result<Scope, String> {
     let wrong = || format!("wanted HEADS[:TOKENS] such as group:chunk, head:128 or 2:256, got {text:?}");
     let (heads, span) = text.split_once(':').unwrap_or((text, "chunk"));
     let heads_per_list = match heads {
