@@ -249,7 +249,8 @@ fn calibrate_writes_what_the_library_reads_and_meets_its_target() {
 
     let vars = [("COMPACTATTN_MODE", "compactattn"), ("COMPACTATTN_CONFIG", text(&file))];
     let vars = vars.map(|(name, value)| (name.to_owned(), value.to_owned()));
-    let config = compactattn::config::resolve(vars.into_iter(), |path| std::fs::read_to_string(path)).unwrap();
+    let config =
+        compactattn::config::resolve(vars.into_iter(), |path| std::fs::read_to_string(path)).unwrap();
     let settings = config.layer(26);
     assert!(matches!(settings.keep, compactattn::settings::Keep::Mass(_)), "{settings:?}");
     assert_eq!((settings.block_size, settings.dense.below_kv_len), (64, 8192));

@@ -102,24 +102,25 @@ pub(crate) fn all(open: usize, gate: bool) -> Vec<Contender> {
     all
 }
 
-/// Ways to choose pages that `sweep` compares with the union, the default first.
-pub(crate) fn variants() -> Vec<Contender> {
+/// Ways to choose pages that `sweep` compares with the union, the default's scope first; `open` as for [`all`].
+pub(crate) fn variants(open: usize) -> Vec<Contender> {
     use Selector::{FlashPrefill, Oracle, PooledMass, SampledExact, TwoLevel};
+    let of = |settings| Contender { settings, knob: Knob::Threshold };
     let mut all = Vec::new();
     for scope in [Scope::HEAD_CHUNK, HEAD_256, Scope::HEAD_128, GROUP_256, Scope::GROUP_CHUNK] {
         for block_size in BLOCKS {
             let settings = Settings { block_size, ..even(SampledExact, scope) };
-            let corrected = Settings { mean_correction: true, ..settings };
-            all.extend([settings, corrected].map(|settings| Contender { settings, knob: Knob::Threshold }));
+            all.extend([settings, Settings { mean_correction: true, ..settings }].map(of));
         }
     }
-    let others =
-        [TwoLevel, PooledMass, FlashPrefill, Oracle].map(|selector| even(selector, Scope::HEAD_CHUNK));
-    let oracles = [64, 32, 16].map(|block_size| Settings { block_size, ..even(Oracle, Scope::HEAD_CHUNK) });
-    let others = others.into_iter().chain(oracles).chain([even(Oracle, Scope::HEAD_128)]);
-    all.extend(others.map(|settings| Contender { settings, knob: Knob::Threshold }));
-    let masses = even(SampledExact, Scope::HEAD_CHUNK);
-    all.extend([Knob::Mass, Knob::Density].map(|knob| Contender { settings: masses, knob }));
+    let by_row = [Scope::HEAD_CHUNK, Scope::GROUP_CHUNK].map(|scope| even(SampledExact, scope));
+    all.extend(by_row.map(|settings| of(Settings { keep_at: KeepAt::Row, ..settings })));
+    let budgets = [Knob::Mass, Knob::Density].map(|knob| Contender { settings: by_row[0], knob });
+    all.extend(budgets);
+    all.extend([TwoLevel, PooledMass, FlashPrefill].map(|selector| of(even(selector, Scope::HEAD_CHUNK))));
+    all.extend(quoka(open));
+    all.extend(BLOCKS.map(|block_size| of(Settings { block_size, ..even(Oracle, Scope::HEAD_CHUNK) })));
+    all.push(of(even(Oracle, Scope::HEAD_128)));
     all
 }
 

@@ -64,9 +64,11 @@ fn report(args: &Args, prefills: &[Prefill], about: &str, out: &mut impl Write) 
     let (density, error) = (fraction(reference.density, 3), fraction(reference.error, 4));
     writeln!(out, "\n{about}: the union's error at density {density} is {error}")?;
     if !args.curves_only {
-        let found = contender::variants().into_iter().map(|contender| {
+        let open = (prefills[0].limits.max_kv_len - prefills[0].q_len()) % BLOCK;
+        let found = contender::variants(open).into_iter().map(|contender| {
             let row = pages_for(&mut sweep, &contender, reference.error)?;
-            Ok(cells(&contender, row.as_ref(), &reference))
+            let sparse = sweep.measure(&contender, SPARSE)?;
+            Ok(cells((&contender, row.as_ref()), &sparse, &reference))
         });
         report::table(out, &COLUMNS, &found.collect::<Result<Vec<_>>>()?)?;
     }
@@ -93,15 +95,18 @@ fn pages_for(sweep: &mut Sweep, contender: &Contender, error: f64) -> Result<Opt
     Ok(best)
 }
 
-fn cells(contender: &Contender, row: Option<&Row>, reference: &Row) -> Vec<String> {
+fn cells((contender, row): (&Contender, Option<&Row>), sparse: &Row, reference: &Row) -> Vec<String> {
     let shown = |of: fn(&Row) -> f64, digits| row.map_or("-".to_owned(), |row| fraction(of(row), digits));
     vec![
         contender.name(),
         contender.scope(),
         contender.settings.block_size.to_string(),
+        format!("{:?}", contender.settings.keep_at).to_lowercase(),
+        format!("{:?}", contender.knob).to_lowercase(),
         shown(|row| row.density, 3),
         row.map_or("-".to_owned(), |row| fraction(row.density / reference.density, 2)),
         shown(|row| row.error, 4),
+        fraction(sparse.error, 4),
     ]
 }
 
@@ -153,14 +158,20 @@ fn union() -> Contender {
     Contender { settings: even(Selector::FlashPrefill, Scope::GROUP_CHUNK), knob: Knob::Threshold }
 }
 
-const COLUMNS: [Column; 6] = [
+const COLUMNS: [Column; 9] = [
     Column("selector", false),
     Column("scope", false),
     Column("block", true),
+    Column("decided by", false),
+    Column("rule", false),
     Column("pages", true),
     Column("x union's", true),
     Column("error", true),
+    Column("error at .10", true),
 ];
+
+/// Where granularity shows most.
+const SPARSE: f64 = 0.10;
 
 const CURVES: [Column; 7] = [
     Column("density", true),
