@@ -64,7 +64,7 @@ fn seal(layout: &Layout, batch: &Batch, at: BlockAt, values: bool) -> u64 {
         let [low, high] = batch.k().first_bits(page, token % page_size, at.kv_head);
         sum ^ mix(mix(low ^ PROBE_SALT.wrapping_mul(i)).wrapping_add(high))
     });
-    sum ^ u64::from(values) * VALUES_SALT | 1
+    sum ^ (u64::from(values) * VALUES_SALT) | 1
 }
 
 /// A bijection of 64 bits in which each one moves about half of all: odd products, folded.

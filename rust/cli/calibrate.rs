@@ -142,8 +142,9 @@ impl Args {
     }
 
     fn settings(&self, selector: Selector) -> Settings {
-        let even = even(selector, self.scope);
-        Settings { block_size: self.block_size, mean_correction: self.mean_correction, ..even }
+        let Settings { flashprefill, .. } = Settings::of(selector);
+        let (block_size, mean_correction) = (self.block_size, self.mean_correction);
+        Settings { block_size, mean_correction, flashprefill, ..even(selector, self.scope) }
     }
 
     /// The traces' layers by number.

@@ -171,7 +171,7 @@ impl History {
         let dropped = self.running[i].pages.split_off(kept.div_ceil(size));
         dropped.iter().rev().for_each(|&page| self.release(page));
         self.running[i].written = kept / size * size;
-        if kept % size > 0 {
+        if !kept.is_multiple_of(size) {
             // The rest of the page is written anew, on a page of its own where others read the old one.
             let page = self.running[i].pages.pop().expect("holds the last tokens");
             self.release(page);
@@ -200,7 +200,7 @@ impl History {
             let start = self.running[i].tokens[t - t % 16];
             self.write((page, t % size), token, start);
             self.running[i].written += 1;
-            if (t + 1) % size == 0 {
+            if (t + 1).is_multiple_of(size) {
                 self.cached.entry(token).or_insert(page);
             }
         }
