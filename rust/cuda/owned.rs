@@ -12,7 +12,7 @@ use super::batch::{DeviceBatch, DevicePool, DeviceTokens};
 use super::context::Context;
 use super::memory::DeviceBuffer;
 use super::plan::{Call, External, Plan};
-use super::select::MeansAt;
+use super::summaries::MeansAt;
 use crate::batch::Batch;
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;

@@ -12,10 +12,11 @@ use super::kernels::{Arg, Grid};
 use super::memory::{DeviceBuffer, MappedHost};
 use super::params::{self, COUNTERS_BYTES, STATS_WORDS};
 use super::scratch::Scratch;
-use super::select::{self, MeansAt, Scoring};
+use super::select::{self, Scoring};
 use super::shared::{self, GateShape};
 use super::step;
 use super::stream::{Stream, memset_u32};
+use super::summaries::{self, MeansAt};
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::run;
@@ -244,7 +245,7 @@ impl Plan {
         let stream = unsafe { self.context.stream(call.stream) }?;
         let entered = self.context.enter()?;
         let step = step::step(call.layout, call.batch, &Scratch::at(0, call.layout, 1, 0)?);
-        select::update_summaries(&self.context, stream, &step, (which, means), call.layout.shape.dtype)?;
+        summaries::update(&self.context, stream, &step, (which, means), call.layout.shape.dtype)?;
         drop(entered);
         Ok(())
     }

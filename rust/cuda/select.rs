@@ -9,7 +9,6 @@ use super::stream::Stream;
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::settings::Selector;
-use crate::summaries::Which;
 use crate::types::Dtype;
 
 /// 4-byte elements of scratch that select and union need for the largest step; `gate_len` is
@@ -214,57 +213,11 @@ impl Scoring<'_> {
     }
 }
 
-/// Addresses of a layer's summaries; 0 = none.
-#[derive(Clone, Copy, Debug)]
-pub struct MeansAt {
-    /// Mean keys.
-    pub k: u64,
-    /// Mean values.
-    pub v: u64,
-    /// Seals of both ([`crate::seals`]).
-    pub seals: u64,
-}
-
-/// Means of the blocks that a step completes, or of all whole blocks; with seals also of those of other keys.
-///
-/// # Errors
-/// The driver's.
-pub(crate) fn update_summaries(
-    context: &Context,
-    stream: Stream,
-    step: &Step,
-    (which, means): (Which, MeansAt),
-    dtype: Dtype,
-) -> Result<()> {
-    let kv_heads = step.layout.num_kv_heads.cast_unsigned();
-    let completed = (step.batch.total_q >> step.layout.log2_block_tokens) + step.batch.num_reqs;
-    // CTAs share the blocks evenly, whatever their number.
-    let share = u32::try_from(8 * context.num_sms()).unwrap_or(u32::MAX).div_ceil(kv_heads);
-    let (writers, checkers) = match which {
-        Which::Completed if means.seals != 0 => {
-            let blocks = u64::from(step.layout.max_blocks.cast_unsigned())
-                * u64::from(step.batch.num_reqs.cast_unsigned());
-            let runs = u32::try_from(blocks.div_ceil(CHECKED_RUN)).unwrap_or(u32::MAX);
-            (completed.cast_unsigned(), runs.clamp(1, share))
-        }
-        Which::Completed => (completed.cast_unsigned(), 0),
-        Which::All => (share, 0),
-    };
-    let name = if dtype == Dtype::Bf16 { "compactattn_summaries_bf16" } else { "compactattn_summaries_fp16" };
-    let grid = Grid { blocks: [writers + checkers, kv_heads, 1], threads: 128, shared_bytes: 0 };
-    let (all, writers) = (i32::from(which == Which::All), writers.cast_signed());
-    let MeansAt { k, v, seals } = means;
-    let args = [Arg::of(step), Arg::of(&k), Arg::of(&v), Arg::of(&seals), Arg::of(&all), Arg::of(&writers)];
-    context.kernels().launch(stream, name, grid, &args)
-}
-
 fn product(factors: &[usize]) -> Result<usize> {
     let all = factors.iter().try_fold(1_usize, |all, &x| all.checked_mul(x));
     all.ok_or_else(|| Error::new(Status::Overflow, "limits", "buffers within 63 bits", "more"))
 }
 
-/// Blocks whose seals one CTA of `summaries` compares at a time.
-const CHECKED_RUN: u64 = 16;
 const READ: [&str; 2] = ["compactattn_cells_read_bf16", "compactattn_cells_read_fp16"];
 const READ_CANDIDATES: [&str; 2] =
     ["compactattn_cells_read_candidates_bf16", "compactattn_cells_read_candidates_fp16"];
