@@ -29,7 +29,8 @@ def test_every_question_loads_and_names_its_cases() -> None:
     from shapes import Question, Shape
 
     questions = [Question.load(path) for path in sorted((BENCH / "definitions").glob("*.toml"))]
-    assert {"dense", "sparse", "op", "contexts", "trace"} <= {question.name for question in questions}
+    wanted = {"dense", "sparse", "op", "contexts", "trace", "long", "pages", "densities"}
+    assert wanted <= {question.name for question in questions}
     for question in questions:
         assert question.repeats >= 10 and question.warmups >= 3 and question.asks and question.cells
         for cell in question.cells:
