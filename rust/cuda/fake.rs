@@ -144,7 +144,7 @@ const TYPED: [(&str, &str); 9] = [
     ("xattention_mass", "456"),
     ("attn_gate_keys", "456,56"),
     ("attn_gate", "456,56"),
-    ("summaries", "456,8,8,4"),
+    ("summaries", "456,8,8,8,4,4"),
 ];
 
 /// A file of its own for each copy, because the loader opens one file only once; it stays open, so that its name

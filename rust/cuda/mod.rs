@@ -30,6 +30,7 @@ mod select;
 mod shared;
 mod step;
 mod stream;
+mod summaries;
 mod symbols;
 mod tensor_map;
 
@@ -40,6 +41,7 @@ pub use memory::DeviceBuffer;
 pub use owned::OwnedCall;
 pub(crate) use plan::check_summaries;
 pub use plan::{Call, DeviceTable, External, Plan};
+pub use summaries::MeansAt;
 
 use crate::error::Result;
 #[cfg(doc)]

@@ -11,7 +11,6 @@ use super::stream::Stream;
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::settings::Selector;
-use crate::summaries::Which;
 use crate::types::Dtype;
 
 /// 4-byte elements of scratch that select and union need for the largest step; `gate_len` is
@@ -251,31 +250,6 @@ impl Scoring<'_> {
     fn head_dim(&self) -> u32 {
         self.step.layout.head_dim.cast_unsigned()
     }
-}
-
-/// Means of the blocks that a step completes, or of all whole blocks; `v_mean` 0 = none.
-///
-/// # Errors
-/// The driver's.
-pub(crate) fn update_summaries(
-    context: &Context,
-    stream: Stream,
-    step: &Step,
-    (which, k_mean, v_mean): (Which, u64, u64),
-    dtype: Dtype,
-) -> Result<()> {
-    let kv_heads = step.layout.num_kv_heads.cast_unsigned();
-    let completed = (step.batch.total_q >> step.layout.log2_block_tokens) + step.batch.num_reqs;
-    let width = match which {
-        Which::Completed => completed.cast_unsigned(),
-        // CTAs share the blocks evenly, whatever their number.
-        Which::All => u32::try_from(8 * context.num_sms()).unwrap_or(u32::MAX).div_ceil(kv_heads),
-    };
-    let name = if dtype == Dtype::Bf16 { "compactattn_summaries_bf16" } else { "compactattn_summaries_fp16" };
-    let grid = Grid { blocks: [width, kv_heads, 1], threads: 128, shared_bytes: 0 };
-    let all = i32::from(which == Which::All);
-    let args = [Arg::of(step), Arg::of(&k_mean), Arg::of(&v_mean), Arg::of(&all)];
-    context.kernels().launch(stream, name, grid, &args)
 }
 
 fn product(factors: &[usize]) -> Result<usize> {

@@ -235,7 +235,8 @@ class Kernels:
         k = ctypes.c_uint64(case.k_mean.data_ptr())
         v = ctypes.c_uint64(case.v_mean.data_ptr() if with_v else 0)
         grid = (x, case.data.shape.kv_heads)
-        self.launch("summaries", grid, 128, case.step, k, v, ctypes.c_int32(which))
+        seals = ctypes.c_uint64(0)
+        self.launch("summaries", grid, 128, case.step, k, v, seals, ctypes.c_int32(which), ctypes.c_int32(x))
 
     def cells(self, case: Case, name: str, tile: int, x: int = 0) -> None:
         """One of the kernels over cells; `x` instead of the usual grid."""
