@@ -260,7 +260,11 @@ impl Plan {
         Ok(())
     }
 
-    unsafe fn begin<'a>(&'a self, call: &'a Call<'a>) -> Result<Run<'a>> {
+    /// The stages of `call`, none of them launched; the device is entered.
+    ///
+    /// # Safety
+    /// As [`Plan::forward`].
+    pub(super) unsafe fn begin<'a>(&'a self, call: &'a Call<'a>) -> Result<Run<'a>> {
         let (kernel, scratch) = self.scratch(call.workspace, call.layer, call.layout)?;
         let mut step = step::step(call.layout, call.batch, &scratch);
         let stats = (call.layer * STATS_WORDS * 8) as u64;
@@ -292,13 +296,13 @@ pub struct DeviceTable {
 }
 
 /// The stages of one call.
-struct Run<'a> {
-    plan: &'a Plan,
+pub(super) struct Run<'a> {
+    pub(super) plan: &'a Plan,
     call: &'a Call<'a>,
     kernel: Kernel,
     scratch: Scratch,
-    step: params::Step,
-    stream: Stream,
+    pub(super) step: params::Step,
+    pub(super) stream: Stream,
     _entered: super::device::Entered<'a>,
 }
 
@@ -312,7 +316,7 @@ impl Run<'_> {
         self.plan.context.kernels().launch(self.stream, name, grid, &[Arg::of(&self.step)])
     }
 
-    fn plan_spans(&self) -> Result<()> {
+    pub(super) fn plan_spans(&self) -> Result<()> {
         let context = &self.plan.context;
         // SAFETY: the counters are the first bytes of the workspace (`Scratch::at`), the caller's promise.
         unsafe {
