@@ -1,8 +1,8 @@
-"""Our tables for other paged kernels: FlashAttention 3 (vLLM's build) and FlashInfer read what our lists name, in place.
+"""Our tables for other paged kernels: FlashAttention 3 (vLLM's build) and FlashInfer read what our lists name.
 
-Such kernels know one page table a request, so each (request, KV head) becomes a request of theirs. In a heads-first pool
-``[pages, num_kv_heads, page_size, head_dim]`` a KV head of a page is a page of its own, number ``page * num_kv_heads +
-head``: nothing is copied but the queries, which go group by group.
+Such kernels know one page table a request, so each (request, KV head) becomes a request of theirs. In a heads-first
+pool ``[pages, num_kv_heads, page_size, head_dim]`` a KV head of a page is a page of its own, number ``page *
+num_kv_heads + head``: nothing is copied but the queries, which go group by group.
 
     python python_plugin/examples/peer_tables.py        # on a GPU, with the peers that are installed
 
@@ -128,12 +128,11 @@ def flashinfer(step: Step, tables: compactattn.Csr) -> torch.Tensor:
     k, v = step.one_head_a_page()
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=step.q.device)
     wrapper = peer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa3")
-    rows = torch.arange(len(tables.last_page_len), device=step.q.device).repeat_interleave(tables.indptr.diff())
-    indices = tables.indices[: len(rows)] * step.num_kv_heads + rows.int() % step.num_kv_heads
+    indices = head_indices(tables, step.num_kv_heads)
     queries = step.by_head()
     heads = (queries.shape[1], 1, queries.shape[2], step.k.shape[2])
     kinds = {"q_data_type": queries.dtype, "kv_data_type": k.dtype}
-    wrapper.plan(step.row_starts(), tables.indptr, indices.int(), tables.last_page_len, *heads, causal=True, **kinds)
+    wrapper.plan(step.row_starts(), tables.indptr, indices, tables.last_page_len, *heads, causal=True, **kinds)
     return step.together(wrapper.run(queries, (k, v)))
 
 
@@ -141,6 +140,14 @@ def head_pages(pages: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """Padded pages as pages of one head: row r is KV head r % num_kv_heads of its request."""
     head = torch.arange(len(pages), device=pages.device, dtype=torch.int32) % num_kv_heads
     return pages * num_kv_heads + head[:, None]
+
+
+def head_indices(tables: compactattn.Csr, num_kv_heads: int) -> torch.Tensor:
+    """CSR pages likewise, and no more of them than rows use."""
+    counts = torch.as_tensor(tables.indptr).diff()
+    head = torch.arange(len(counts), device=counts.device, dtype=torch.int32) % num_kv_heads
+    heads = head.repeat_interleave(counts)
+    return torch.as_tensor(tables.indices)[: len(heads)] * num_kv_heads + heads
 
 
 PEERS: dict[str, tuple[Callable[..., Any], Callable[[Step, Any], torch.Tensor]]] = {
