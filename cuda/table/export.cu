@@ -2,6 +2,7 @@
 #include "../common/bits.cuh"
 #include "../common/cta.cuh"
 #include "../common/spans.cuh"
+#include "../ptx/grid.cuh"
 #include "export.h"
 
 namespace compactattn {
@@ -89,6 +90,7 @@ extern "C" __global__ void __launch_bounds__(256)
     compactattn_export_padded(const __grid_constant__ compactattn::Step step,
                               const __grid_constant__ compactattn::PaddedTables tables) {
   using namespace compactattn;
+  ptx::wait_for_earlier();
   const int64_t row = blockIdx.x;
   const PageRow mine = page_row(step, row);
   int32_t* pages = tables.pages + row * tables.width;
@@ -105,6 +107,7 @@ extern "C" __global__ void __launch_bounds__(256)
     compactattn_export_counts(const __grid_constant__ compactattn::Step step,
                               const __grid_constant__ compactattn::CsrTables tables) {
   using namespace compactattn;
+  ptx::wait_for_earlier();
   const int64_t row = blockIdx.x;
   const PageRow mine = page_row(step, row);
   const int count = each_page(mine, [](int, int) {});
@@ -117,6 +120,7 @@ extern "C" __global__ void __launch_bounds__(256)
 extern "C" __global__ void __launch_bounds__(256)
     compactattn_export_starts(const __grid_constant__ compactattn::CsrTables tables) {
   using namespace compactattn;
+  ptx::wait_for_earlier();
   if (threadIdx.x == 0) tables.indptr[0] = 0;
   int before = 0;
   for (int base = 0; base < tables.rows; base += cta::kThreads) {
@@ -133,6 +137,7 @@ extern "C" __global__ void __launch_bounds__(256)
     compactattn_export_csr(const __grid_constant__ compactattn::Step step,
                            const __grid_constant__ compactattn::CsrTables tables) {
   using namespace compactattn;
+  ptx::wait_for_earlier();
   const int64_t row = blockIdx.x;
   const PageRow mine = page_row(step, row);
   int32_t* indices = tables.indices + tables.indptr[row];
