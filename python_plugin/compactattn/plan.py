@@ -181,12 +181,41 @@ class Plan:
         plan's own for that stream. ``stream``: cudaStream_t; None = torch's current one. On any exception nothing was
         written.
         """
+        args = self.arguments(
+            batch,
+            out,
+            lse,
+            layer=layer,
+            settings=settings,
+            summaries=summaries,
+            external=external,
+            scratch=scratch,
+            stream=stream,
+        )
+        self.run(args)
+
+    def run(self, args: _abi_step.ForwardArgs) -> None:
+        """The forward that :meth:`arguments` has made; they may be run again, with other addresses in them."""
+        call("compactattn_forward", self.handle, byref(args))
+
+    def arguments(
+        self,
+        batch: Batch,
+        out: Any,
+        lse: Any = None,
+        *,
+        layer: int = 0,
+        settings: Settings | None = None,
+        summaries: Summaries | None = None,
+        external: Selection | None = None,
+        scratch: Scratch | None = None,
+        stream: int | None = None,
+    ) -> _abi_step.ForwardArgs:
+        """The C struct of a :meth:`forward`; the caller keeps every tensor alive for as long as it runs it."""
         args = _abi_step.ForwardArgs(layer=int32("layer", layer), batch=ctypes.pointer(batch.struct))
-        written = [view("out", out, writable=True)]
-        args.out, args.lse = written[0].tensor, none()
+        args.out, args.lse = view("out", out, writable=True).tensor, none()
         if lse is not None:
-            written.append(view("lse", lse, writable=True))
-            args.lse = written[1].tensor
+            args.lse = view("lse", lse, writable=True).tensor
         if settings is not None:
             args.settings = ctypes.pointer(settings.to_c())
         if summaries is not None:
@@ -197,7 +226,7 @@ class Plan:
         args.stream = handle = batch.home.stream(stream)
         memory = scratch or self.workspace(batch, handle, layer, settings)
         args.workspace, args.workspace_bytes = memory.address, memory.num_bytes
-        call("compactattn_forward", self.handle, byref(args))
+        return args
 
     def workspace(self, batch: Batch, stream: int | None, layer: int = 0, settings: Settings | None = None) -> Scratch:
         """Scratch memory where the batch lives: this thread's, on CUDA the plan's own for ``stream``.
