@@ -27,7 +27,7 @@ from typing import Any
 
 from gpu_engine import Engines, impls, scheduler
 
-STREAMS = 8
+STREAMS, ITL_TOKENS = 8, 65536
 
 
 @dataclass
@@ -64,10 +64,9 @@ class Bench:
 
     def between(self, llm: Any, count: int) -> tuple[list[float], float]:
         """Milliseconds between tokens of streams that decode while a prompt of ``count`` prefills; its own first."""
+        endless = 300 if self.engines.cpu else 30_000
         for i in range(STREAMS):
-            self.add(
-                llm, f"stream{i}", self.prompt(self.engines.tokens(1024)), 100_000 if not self.engines.cpu else 300
-            )
+            self.add(llm, f"stream{i}", self.prompt(self.engines.tokens(1024)), endless)
         told = dict.fromkeys((f"stream{i}" for i in range(STREAMS)), 0)
         while min(told.values()) < 10:
             told |= {out.request_id: len(out.outputs[0].token_ids) for out in llm.llm_engine.step()}
@@ -77,6 +76,8 @@ class Bench:
         gaps: list[float] = []
         first = None
         while first is None:
+            if self.late:
+                raise TimeoutError("the long prompt was not served in time")
             outputs = llm.llm_engine.step()
             now = time.perf_counter()
             for out in outputs:
@@ -121,11 +122,8 @@ class Bench:
         """One measurement."""
         row = {"what": what, "tokens": count, "budget": budget, "system": name, "density": self.density} | numbers
         self.rows.append(row)
-        print(
-            " ".join(
-                f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()
-            )
-        )
+        texts = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
+        print(" ".join(f"{key}={text}" for key, text in texts.items()))
         sys.stdout.flush()
 
     def set_budget(self, budget: int) -> int:
@@ -213,11 +211,8 @@ def machine(engines: Engines) -> None:
     print(f"compactattn {compactattn.build_info()}")
     if not engines.cpu:
         query = "name,driver_version,clocks.max.sm,power.limit,temperature.gpu"
-        print(
-            subprocess.run(
-                ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], text=True, capture_output=True
-            ).stdout
-        )
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        print(subprocess.run(command, text=True, capture_output=True, check=False).stdout)
 
 
 def main() -> None:
@@ -237,16 +232,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         engines = Engines(Path(folder), given.layers, cpu=given.cpu)
         lengths = [int(length) for length in given.lengths.split(",")]
-        longest = engines.tokens(max(lengths) + 2048)
+        longest = max([*lengths, ITL_TOKENS] if given.itl else lengths)
         at = {
-            "pool_tokens": max(lengths) + 4096,
-            "max_model_len": longest,
+            # The streams keep theirs while the long prompt waits for all of its own.
+            "pool_tokens": longest + 4096 + (STREAMS * 4096 if given.itl and longest < 2 * ITL_TOKENS else 0),
+            "max_model_len": engines.tokens(longest + 2048),
             "max_num_batched_tokens": engines.tokens(8192),
             "max_num_seqs": 64,
         }
         asked = {"min_kv_tokens": engines.tokens(8192), "min_chunk_tokens": engines.tokens(256)} if given.cpu else {}
-        if not given.cpu:
-            at["max_model_len"] = max(lengths) + 2048
         bench = Bench(engines.make(None, **at), engines.make(asked, **at), engines, start + given.seconds)
         print(f"ready after {time.perf_counter() - start:.1f} s")
         machine(engines)
@@ -255,7 +249,7 @@ def main() -> None:
                 if given.ttft:
                     first_tokens(bench, lengths, budget, given.rounds)
                 if given.itl:
-                    between_tokens(bench, 65536, budget)
+                    between_tokens(bench, ITL_TOKENS, budget)
         finally:
             write(bench, given.out)
             summary(bench)
