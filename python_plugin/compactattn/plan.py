@@ -10,6 +10,7 @@ from typing import Any
 
 from . import _abi, _abi_step, context, workspace
 from ._library import call, load
+from ._stats import Stats
 from .batch import Batch
 from .errors import E_DTYPE, E_VALUE, invalid
 from .selection import Selection, Summaries
@@ -90,28 +91,6 @@ class PlanDesc:
         return pointers
 
 
-@dataclass(frozen=True)
-class Stats:
-    """What forward calls have selected since the plan was made; fields as in ``compactattn_stats``."""
-
-    calls: int = 0
-    lists: int = 0
-    candidates: int = 0
-    selected: int = 0
-    forced: int = 0
-    guarded: int = 0
-    dense: int = 0
-    refused: int = 0
-
-    @property
-    def density(self) -> float | None:
-        """Share of past blocks that sparse lists read; None before the first one."""
-        return self.selected / self.candidates if self.candidates else None
-
-    def __add__(self, other: Stats) -> Stats:
-        return Stats(**{name: getattr(self, name) + getattr(other, name) for name in _STATS})
-
-
 class Plan:
     """Immutable; any number of threads may use it at once. Freed with its last reference.
 
@@ -148,7 +127,7 @@ class Plan:
         """What one layer (-1 = all) has selected."""
         stats = _abi_step.Stats()
         call("compactattn_plan_stats", self.handle, int32("layer", layer), byref(stats))
-        return Stats(**{name: getattr(stats, name) for name in _STATS})
+        return Stats.from_c(stats)
 
     def settings(self, layer: int = 0) -> Settings:
         """The layer's settings."""
@@ -269,4 +248,3 @@ _INTS = [
     "attention_sinks",
     "alibi",
 ]
-_STATS = ["calls", "lists", "candidates", "selected", "forced", "guarded", "dense", "refused"]
