@@ -13,6 +13,9 @@ constexpr uint32_t row_bytes(uint32_t head_dim) { return 2 * head_dim + 16; }
 // Means of 128 blocks in two parts, two stages of 64 rows.
 constexpr uint32_t flashprefill_bytes(uint32_t head_dim) { return 384 * row_bytes(head_dim); }
 
+// Four stages of 64 rows, swizzled.
+constexpr uint32_t flashprefill_sm90_bytes(uint32_t head_dim) { return 512 * head_dim; }
+
 // Stages of key groups and folded rows; logits take their place.
 constexpr uint32_t xattention_bytes() { return 110592; }
 

@@ -15,6 +15,12 @@ using Barrier = cutlass::arch::ClusterBarrier;
 using CopyBarrier = cutlass::arch::ClusterTransactionBarrier;
 using CacheHint = cute::TMA::CacheHintSm90;
 
+// Asks for maps before they are first used.
+template <class... Map>
+__device__ __forceinline__ void prefetch(const Map&... maps) {
+  (cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&maps)), ...);
+}
+
 // Where a box of the paged pool starts; the first coordinate, within 64 columns, is always 0.
 struct PoolBox {
   int32_t token;    // in the page

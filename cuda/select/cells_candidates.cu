@@ -4,6 +4,7 @@
 //
 // Grid (num_kv_heads, max_select_spans) x 1024. Radix select by bytes of the ordered score and,
 // where scores tie at the edge, of the block, lower first: integer counts only, so one answer.
+#include "../ptx/grid.cuh"
 #include "cells.cuh"
 
 namespace compactattn::select {
@@ -169,6 +170,7 @@ extern "C" __global__ void __launch_bounds__(1024)
     compactattn_two_level_candidates(const __grid_constant__ compactattn::Step step) {
   using namespace compactattn;
   using namespace compactattn::select;
+  ptx::wait_for_earlier();
   const int kv_head = blockIdx.x, span_index = blockIdx.y;
   const Span* span = scored_span(step, span_index);
   if (!span) return;

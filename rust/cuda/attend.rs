@@ -93,7 +93,7 @@ impl Kernel {
         } else {
             context.kernels().launch(stream, self.name, grid, &[Arg::of(&params)])?;
         }
-        let grid = Grid { blocks: [num_ctas - 1, 16, 1], threads: 256, shared_bytes: 0 };
+        let grid = Grid { blocks: [num_ctas - 1, 8, 1], threads: 256, shared_bytes: 0 };
         context.kernels().launch(stream, self.combine, grid, &[Arg::of(&params)])
     }
 }

@@ -104,6 +104,9 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
     for dtype in ["bf16", "fp16"] {
         kernels.extend(TYPED.map(|(name, params)| (format!("{name}_{dtype}"), params)));
         kernels.extend(maps.map(|params| (format!("attend_sm90_{dtype}_d128"), params)));
+        for dim in [64, 128].iter().filter(|_| maps.is_some()) {
+            kernels.push((format!("flashprefill_sm90_{dtype}_d{dim}"), "456"));
+        }
         for dim in [64, 96, 128, 256] {
             kernels.extend(["attend_sm80", "combine"].map(|name| (format!("{name}_{dtype}_d{dim}"), "272")));
         }

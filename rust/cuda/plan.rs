@@ -10,12 +10,12 @@ use super::context::Context;
 use super::gate::DeviceGate;
 use super::kernels::{Arg, Grid};
 use super::memory::{DeviceBuffer, MappedHost};
-use super::params::{self, COUNTERS_BYTES, STATS_WORDS};
+use super::params::{self, STATS_WORDS};
 use super::scratch::Scratch;
 use super::select::{self, Scoring};
 use super::shared::{self, GateShape};
 use super::step;
-use super::stream::{Stream, memset_u32};
+use super::stream::Stream;
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::run;
@@ -313,13 +313,9 @@ impl Run<'_> {
     }
 
     fn plan_spans(&self) -> Result<()> {
-        let context = &self.plan.context;
-        // SAFETY: the counters are the first bytes of the workspace (`Scratch::at`), the caller's promise.
-        unsafe {
-            memset_u32(context.device(), self.stream, self.step.stages.counters, 0, COUNTERS_BYTES / 4)
-        }?;
-        let blocks = self.call.batch.num_reqs.max(1);
-        self.launch("compactattn_plan_spans", grid(blocks, 256, 0))
+        let clusters = self.plan.context.device().properties().has_clusters();
+        let ctas = if clusters { SPANS_CLUSTER } else { 1 };
+        self.launch("compactattn_plan_spans", grid(ctas, 1024, 0))
     }
 
     fn select(&self) -> Result<()> {
@@ -413,8 +409,10 @@ fn check_layer(context: &Context, layout: &Layout, gate: Option<GateShape>) -> R
     shared::check(context, layout, gate)
 }
 
-/// What one grid of `compactattn_plan_spans` can take.
+/// What `compactattn_plan_spans` can take.
 const MAX_REQS: usize = 1024;
+/// The one cluster of its grid, where the GPU has them.
+const SPANS_CLUSTER: usize = 8;
 
 #[cfg(test)]
 #[path = "plan_tests.rs"]

@@ -26,7 +26,7 @@ pub(crate) fn scratch_len(layout: &Layout, gate_len: usize) -> Result<usize> {
             product(&[selects, kv_heads, TILE_ROWS, blocks])?
         }
         Selector::TwoLevel => product(&[selects, kv_heads, TILE_ROWS * blocks + layout.mask_words()])?,
-        Selector::FlashPrefill => product(&[selects, heads, 4 * blocks.div_ceil(128)])?,
+        Selector::FlashPrefill => product(&[selects, heads, 8 * blocks.div_ceil(128)])?,
         Selector::XAttention => {
             let stride = layout.settings.xattention_stride;
             let groups = layout.select_span().div_ceil(stride);
@@ -96,10 +96,18 @@ impl Scoring<'_> {
     }
 
     fn flashprefill(&self) -> Result<()> {
-        let blocks = [self.selects(), self.kv_heads(), self.blocks().div_ceil(128)];
-        let grid = Grid { blocks, threads: 128, shared_bytes: shared::flashprefill(self.head_dim()) };
-        let name = self.of_dtype("compactattn_flashprefill_bf16", "compactattn_flashprefill_fp16");
-        self.launch(name, grid, &[Arg::of(self.step)])?;
+        let (spans, tiles) = (self.selects(), self.blocks().div_ceil(128));
+        let dtype = self.layout.shape.dtype;
+        let warpgroups = FLASHPREFILL_SM90.iter().find(|(of, dim, name)| {
+            (*of, *dim) == (dtype, self.head_dim()) && self.context.kernels().has(name)
+        });
+        let (name, blocks, threads, shared_bytes) = if let Some((_, dim, name)) = warpgroups {
+            (*name, [spans.div_ceil(2), self.kv_heads(), tiles], 256, shared::flashprefill_sm90(*dim))
+        } else {
+            let name = self.of_dtype("compactattn_flashprefill_bf16", "compactattn_flashprefill_fp16");
+            (name, [spans, self.kv_heads(), tiles], 128, shared::flashprefill(self.head_dim()))
+        };
+        self.launch(name, Grid { blocks, threads, shared_bytes }, &[Arg::of(self.step)])?;
         self.launch("compactattn_flashprefill_relate", self.by_row(256, 0), &[Arg::of(self.step)])
     }
 
@@ -145,7 +153,7 @@ impl Scoring<'_> {
 
     /// Cells of one tile by mean keys.
     fn cells_pool(&self, tile: i32) -> Result<()> {
-        let tails = self.longest_span().div_ceil(256) + 1;
+        let tails = self.longest_span().div_ceil(128) + 1;
         let tails = u32::try_from(tails).unwrap_or(u32::MAX);
         let name = self.of_dtype("compactattn_cells_pool_bf16", "compactattn_cells_pool_fp16");
         self.cells(name, self.blocks().div_ceil(64) + tails, tile)
@@ -247,3 +255,9 @@ fn product(factors: &[usize]) -> Result<usize> {
 const READ: [&str; 2] = ["compactattn_cells_read_bf16", "compactattn_cells_read_fp16"];
 const READ_CANDIDATES: [&str; 2] =
     ["compactattn_cells_read_candidates_bf16", "compactattn_cells_read_candidates_fp16"];
+const FLASHPREFILL_SM90: [(Dtype, u32, &str); 4] = [
+    (Dtype::Bf16, 64, "compactattn_flashprefill_sm90_bf16_d64"),
+    (Dtype::Bf16, 128, "compactattn_flashprefill_sm90_bf16_d128"),
+    (Dtype::F16, 64, "compactattn_flashprefill_sm90_fp16_d64"),
+    (Dtype::F16, 128, "compactattn_flashprefill_sm90_fp16_d128"),
+];

@@ -19,6 +19,11 @@ pub(crate) const fn flashprefill(head_dim: u32) -> u32 {
     384 * row(head_dim)
 }
 
+/// Of `compactattn_flashprefill_sm90_*`.
+pub(crate) const fn flashprefill_sm90(head_dim: u32) -> u32 {
+    512 * head_dim
+}
+
 /// Of `compactattn_cells_*`.
 pub(crate) const fn cells(head_dim: u32) -> u32 {
     256 * row(head_dim)
@@ -138,6 +143,7 @@ mod tests {
         equal("xattention_bytes()", XATTENTION);
         for dim in [64, 96, 128, 256] {
             equal(&format!("flashprefill_bytes({dim})"), flashprefill(dim));
+            equal(&format!("flashprefill_sm90_bytes({dim})"), flashprefill_sm90(dim));
             equal(&format!("cells_bytes({dim})"), cells(dim));
             equal(&format!("gate_keys_bytes({dim})"), gate_keys(dim));
             equal(&format!("gate_bytes(1, {dim}, 64)"), gate(1, dim, 64));

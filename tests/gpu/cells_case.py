@@ -224,7 +224,7 @@ class Kernels:
         usual = {
             "cells_read": 396 // shape.kv_heads,
             "cells_read_candidates": 396 // shape.kv_heads,
-            "cells_pool": math.ceil(longest / 256) + 1,
+            "cells_pool": math.ceil(longest / 128) + 1,
         }
         grid_x = (x or usual[name]) + (pools if name == "cells_pool" else 0)
         self.launch(name, (grid_x, shape.kv_heads, case.max_spans), 128, case.step, index)
