@@ -1,7 +1,8 @@
 // What consumer warpgroups do to a tile: matrix products, operands, buffers given back.
 #pragma once
 
-#include "../../common/work.cuh"
+#include "../../common/means.cuh"
+#include "../../common/softmax.cuh"
 #include "../../ptx/mma.cuh"
 #include "../../ptx/tma.cuh"
 #include "../../ptx/wgmma.cuh"
@@ -9,25 +10,59 @@
 
 namespace compactattn::sm90 {
 
-// Tiles of a piece, from the tile before `end` down to `begin`. Plan's tiles may be longer than
-// this kernel's: of its last one those are left out that no row sees.
+// Tiles of a piece, from the tile before `end` down to `begin`.
 template <class T>
-struct Tiles {
-  int begin;
-  int end;
+using Tiles = TileRange<T::kTokens, T::kMeans>;
 
-  static_assert(kTileTokens % T::kTokens == 0 && kTileRows == T::kRows);
+// What the piece's list leaves out; nothing in kernels that do not correct.
+template <class T>
+__device__ __forceinline__ Skipped skipped_of(const Means* means, const WorkItem& item) {
+  if constexpr (T::kMeans) return skipped_by(*means, item);
+  return {};
+}
 
-  __device__ explicit Tiles(const LoadedPiece& piece) {
-    constexpr int kParts = kTileTokens / T::kTokens;
-    begin = piece.begin * kParts;
-    end = piece.end * kParts;
-    if constexpr (kParts > 1) {
-      const int seen = piece.stream.visible + piece.item.num_tokens - 1;
-      end = min(end, max(seen + T::kTokens - 1, 0) / T::kTokens);
-    }
+// What differs between the tiles of a piece.
+enum class Kind {
+  kWhole,   // every row sees every column
+  kCausal,  // rows differ in what they see
+  kMeans,
+};
+
+// A thread's part of a tile, as far as the tile's kind asks for it.
+template <class T>
+struct Columns {
+  int visible[2];                     // of each row, from the thread's first column
+  uint32_t skipped[T::kScores / 16];  // from the thread's first column: blocks that the means serve
+  float bias;                         // of a mean's weight, in powers of two
+
+  // The next tile of the stream is taken.
+  __device__ __forceinline__ void advance() {
+    visible[0] += T::kTokens;
+    visible[1] += T::kTokens;
+  }
+
+  __device__ __forceinline__ void load(const Skipped& by, int tile, int column) {
+#pragma unroll
+    for (int i = 0; i < T::kTokens / 32; ++i)
+      skipped[i] = by.word(tile * (T::kTokens / 32) + i) >> column;
   }
 };
+
+// Scores of a tile to powers of two below the reference maxima, which may move; whether O must be
+// multiplied by `factor`.
+template <class T, Kind kKind>
+__device__ __forceinline__ bool raise_for(float (&s)[T::kScores], float scale, RowState& rows,
+                                          const Columns<T>& columns, float (&factor)[2]) {
+  if constexpr (kKind == Kind::kCausal) mask_scores(s, columns.visible);
+  if constexpr (kKind == Kind::kMeans) mask_columns(s, columns.skipped);
+  float top[2];
+  tile_max(s, top);
+  if constexpr (kKind == Kind::kMeans) {
+    top[0] += columns.bias / scale;
+    top[1] += columns.bias / scale;
+  }
+  return raise_max<T>(top, scale, rows, factor);
+}
 
 // A thread's place in its warpgroup's 64 rows; rows are query token * heads_per_list + head.
 struct Place {

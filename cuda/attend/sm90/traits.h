@@ -47,6 +47,14 @@ struct Tile {
   // enough in bf16 and the final division removes the factor (FlashAttention-4, arXiv 2603.05451).
   // 0 rescales always.
   static constexpr float kRescaleAbove = 8.0f;
+  static constexpr bool kMeans = false;
+};
+
+// The same with mean correction: a kernel of its own, for what it adds would cost the others
+// registers.
+template <class T>
+struct Corrected : T {
+  static constexpr bool kMeans = true;
 };
 
 // As many stages as 227 KB hold beside Q.
