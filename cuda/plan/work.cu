@@ -5,7 +5,7 @@
 // of a wave are read from device memory once for all their tiles. The last items are cut into
 // contiguous shares that even out the sums, at most one cut in each (stream-K, arXiv 2301.03598,
 // with costs in place of counts).
-#include "../common/work.cuh"
+#include "narrow.cuh"
 
 namespace compactattn {
 namespace {
@@ -89,12 +89,13 @@ __device__ WorkItem item_at(const Step& step, int index) {
   return item;
 }
 
-// Items, and in `costs` the cost of each.
-__device__ void write_items(const Step& step, const Plan& plan) {
+// Items, and in `costs` the cost of each; `means`: null without correction.
+__device__ void write_items(const Step& step, const Plan& plan, const Means* means) {
   for (int i = threadIdx.x; i < plan.num_items; i += kThreads) {
     const WorkItem item = item_at(step, i);
     plan.items[i] = item;
-    plan.costs[i] = kItemCost + kTileCost * stream_of(plan.work, item).tiles;
+    const int before = means ? skipped_by(*means, item).tiles(kTileTokens) : 0;
+    plan.costs[i] = kItemCost + kTileCost * (before + stream_of(plan.work, item).tiles);
   }
   __syncthreads();
 }
@@ -259,16 +260,10 @@ __device__ void mirror_stats(const Stages& stages) {
   __threadfence_system();
 }
 
-}  // namespace
-}  // namespace compactattn
-
-// One CTA of 1024 threads. Reads counters, list_spans and the lengths of the lists; writes items,
-// cuts, pieces and costs.
-extern "C" __global__ void __launch_bounds__(1024, 1)
-    compactattn_plan_work(const __grid_constant__ compactattn::Step step) {
-  using namespace compactattn;
+// By one CTA.
+__device__ __forceinline__ void plan_work(const Step& step, const Means* means) {
   const Plan plan = plan_of(step);
-  write_items(step, plan);
+  write_items(step, plan, means);
   const uint32_t total = sum_costs(plan);
   const uint32_t ctas = step.stages.num_ctas;
   const uint32_t shares = max(1u, min(static_cast<uint32_t>(ctas), total / kLeastCost));
@@ -280,4 +275,34 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
   }
   piece_up(plan, ctas, waves);
   mirror_stats(step.stages);
+}
+
+// The first CTA plans, the others write the rows of means beside it.
+template <class Element>
+__device__ __forceinline__ void plan_corrected(const Step& step, const Means& means) {
+  if (blockIdx.x == 0) return plan_work(step, &means);
+  narrow_means<Element>(step, means, blockIdx.x - 1, gridDim.x - 1);
+}
+
+}  // namespace
+}  // namespace compactattn
+
+// One CTA of 1024 threads. Reads counters, list_spans and the lengths of the lists; writes items,
+// cuts, pieces and costs.
+extern "C" __global__ void __launch_bounds__(1024, 1)
+    compactattn_plan_work(const __grid_constant__ compactattn::Step step) {
+  compactattn::plan_work(step, nullptr);
+}
+
+// The same with mean correction, and the rows of means: 2 or more CTAs of 1024 threads.
+extern "C" __global__ void __launch_bounds__(1024, 1)
+    compactattn_plan_work_means_bf16(const __grid_constant__ compactattn::Step step,
+                                     const __grid_constant__ compactattn::Means means) {
+  compactattn::plan_corrected<__nv_bfloat16>(step, means);
+}
+
+extern "C" __global__ void __launch_bounds__(1024, 1)
+    compactattn_plan_work_means_fp16(const __grid_constant__ compactattn::Step step,
+                                     const __grid_constant__ compactattn::Means means) {
+  compactattn::plan_corrected<__half>(step, means);
 }
