@@ -9,7 +9,8 @@ use super::table::Rows;
 use super::tensor::View;
 use super::views::{OutputViews, SelectionViews, SummaryViews, check_rows};
 use crate::cuda::{
-    Call, DeviceBatch, DeviceOutput, DevicePool, DeviceTable, DeviceTokens, External, Plan, check_summaries,
+    Call, DeviceBatch, DeviceOutput, DevicePool, DeviceTable, DeviceTokens, External, Plan,
+    check_mean_values, check_summaries,
 };
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
@@ -47,34 +48,39 @@ impl<'a> Place<'a> {
 pub(super) fn forward(plan: &Plan, place: &Place, step: &StepViews, results: &OutputViews) -> Result<()> {
     let selector = place.layout.settings.selector;
     check_summaries(place.layout, step.summaries.is_some())?;
+    check_mean_values(place.layout, step.summaries.is_some_and(|summaries| summaries.v_mean.is_some()))?;
     if selector == Selector::External && step.external.is_none() {
         return Err(Error::new(Status::Null, "external", "scores or masks, for selector external", "none"));
     }
     let external = step.external.filter(|_| selector == Selector::External);
     let inputs = step.summaries.map_or(Vec::new(), |summaries| summaries.views());
     with_call(plan, place, &step.batch, &[inputs, results.views()].concat(), |mut call| {
-        call.k_mean = step.summaries.map_or(0, |summaries| address(&summaries.k_mean));
+        (call.k_mean, call.v_mean) = means(step.summaries.as_ref());
         call.external = external.map(|external| external_of(&call, &external)).transpose()?;
         // SAFETY: as in `update_summaries`.
         unsafe { plan.forward(&call, &output(results)) }
     })
 }
 
-/// attend over the caller's table, whose entries are bounds-checked where they are used.
+/// attend over the caller's table, whose entries are bounds-checked where they are used; `corrected`: the lists it was
+/// built from, and the means that stand for the rest.
 pub(super) fn attend(
     plan: &Plan,
     place: &Place,
     batch: &BatchViews,
-    (table, corrected): (&Rows, bool),
+    (table, corrected): (&Rows, Option<(View, SummaryViews)>),
     results: &OutputViews,
 ) -> Result<()> {
-    if corrected {
-        return Err(Error::new(Status::Unsupported, "args.lists", "no mean correction on CUDA", "lists"));
-    }
-    with_call(plan, place, batch, &[&table.views[..], &results.views()].concat(), |call| {
+    let (lists, summaries) = corrected.unzip();
+    let read = summaries.map_or(Vec::new(), |summaries| summaries.views());
+    let read: Vec<View> = read.into_iter().chain(lists).collect();
+    with_call(plan, place, batch, &[&table.views[..], &results.views(), &read].concat(), |mut call| {
         check_list_rows(&call, &table.views)?;
+        check_list_rows(&call, lists.as_slice())?;
+        (call.k_mean, call.v_mean) = means(summaries.as_ref());
+        let lists = lists.map_or(0, |lists| address(&lists));
         // SAFETY: as in `update_summaries`.
-        unsafe { plan.attend(&call, &device_table(table), &output(results)) }
+        unsafe { plan.attend(&call, (&device_table(table), lists), &output(results)) }
     })
 }
 
@@ -89,7 +95,7 @@ pub(super) fn select(
     let inputs = summaries.map_or(Vec::new(), |summaries| summaries.views());
     with_call(plan, place, batch, &[inputs, out.views()].concat(), |mut call| {
         check_select_rows(&call, out)?;
-        call.k_mean = summaries.map_or(0, |summaries| address(&summaries.k_mean));
+        (call.k_mean, call.v_mean) = means(summaries);
         let at = |view: Option<View>| view.map_or(0, |view| address(&view));
         // SAFETY: as in `update_summaries`.
         unsafe { plan.select(&call, at(out.scores), at(out.masks)) }
@@ -142,6 +148,7 @@ pub(super) fn update_summaries(
         layout: place.layout,
         batch: &device,
         k_mean: 0,
+        v_mean: 0,
         external: None,
         workspace: 0,
         stream: place.stream,
@@ -166,6 +173,7 @@ fn with_call(
         layout: place.layout,
         batch: &device,
         k_mean: 0,
+        v_mean: 0,
         external: None,
         workspace: scratch.data.addr() as u64,
         stream: place.stream,
@@ -201,6 +209,12 @@ fn device_batch(plan: &Plan, layout: &Layout, batch: &BatchViews, others: &[View
         total_q: batch.total_q,
         num_pages: batch.num_pages,
     })
+}
+
+/// Mean keys and mean values; 0 = none.
+fn means(from: Option<&SummaryViews>) -> (u64, u64) {
+    let v_mean = from.and_then(|summaries| summaries.v_mean);
+    (from.map_or(0, |summaries| address(&summaries.k_mean)), v_mean.map_or(0, |v_mean| address(&v_mean)))
 }
 
 fn pool(view: &View) -> DevicePool {

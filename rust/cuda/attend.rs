@@ -30,6 +30,8 @@ pub struct DeviceOutput {
 pub(crate) struct Kernel {
     /// As exported by its image.
     pub(crate) name: &'static str,
+    /// The same with mean correction.
+    pub(crate) corrected: &'static str,
     /// Its combine.
     pub(crate) combine: &'static str,
     threads: u32,
@@ -37,8 +39,8 @@ pub(crate) struct Kernel {
     /// The same in images for other GPUs than 9.0.
     small_shared_bytes: u32,
     ctas_per_sm: usize,
-    /// Takes three tensor maps before its parameters, with boxes of K and V of at most this many tokens; 0: takes
-    /// none.
+    /// Takes three tensor maps before its parameters, and two of means where it corrects, with boxes of K and V of at
+    /// most this many tokens; 0: takes none.
     map_tokens: usize,
 }
 
@@ -83,18 +85,16 @@ impl Kernel {
     /// Those of the driver.
     pub(crate) fn launch(&self, context: &Context, stream: Stream, call: &Call) -> Result<()> {
         let params = call.params();
+        let kernels = context.kernels();
         let num_ctas = call.scratch.stages.num_ctas.cast_unsigned();
         let shared_bytes = self.shared_bytes_on(context);
         let grid = Grid { blocks: [num_ctas, 1, 1], threads: self.threads, shared_bytes };
-        if self.map_tokens > 0 {
-            let maps = call.maps(context, self.map_tokens)?;
-            let args = [Arg::of(&maps[0]), Arg::of(&maps[1]), Arg::of(&maps[2]), Arg::of(&params)];
-            context.kernels().launch(stream, self.name, grid, &args)?;
-        } else {
-            context.kernels().launch(stream, self.name, grid, &[Arg::of(&params)])?;
-        }
+        let maps = if self.map_tokens > 0 { call.maps(context, self.map_tokens)? } else { Vec::new() };
+        let name = if call.means.is_some() { self.corrected } else { self.name };
+        let args = maps.iter().map(Arg::of).chain([Arg::of(&params)]).chain(call.means.map(Arg::of));
+        kernels.launch(stream, name, grid, &args.collect::<Vec<_>>())?;
         let grid = Grid { blocks: [num_ctas - 1, 16, 1], threads: 256, shared_bytes: 0 };
-        context.kernels().launch(stream, self.combine, grid, &[Arg::of(&params)])
+        kernels.launch(stream, self.combine, grid, &[Arg::of(&params)])
     }
 }
 
@@ -109,6 +109,8 @@ pub(crate) struct Call<'a> {
     pub(crate) scratch: &'a Scratch,
     /// Results.
     pub(crate) output: &'a DeviceOutput,
+    /// With mean correction.
+    pub(crate) means: Option<&'a params::Means>,
 }
 
 impl Call<'_> {
@@ -145,8 +147,9 @@ impl Call<'_> {
         }
     }
 
-    /// Maps of q, k and v as cuda/attend/sm90/kernel.cuh wants them; a longer box than `max_tokens` is copied in parts.
-    fn maps(&self, context: &Context, max_tokens: usize) -> Result<[TensorMap; 3]> {
+    /// Maps of q, k and v as cuda/attend/sm90/kernel.cuh wants them, and of the means; a longer box than `max_tokens`
+    /// is copied in parts.
+    fn maps(&self, context: &Context, max_tokens: usize) -> Result<Vec<TensorMap>> {
         let shape = &self.layout.shape;
         let (heads, columns) = (self.layout.heads_per_list(), shape.head_dim / MAP_COLUMNS);
         let encode = |address: u64, dims: &[Dim]| {
@@ -182,7 +185,28 @@ impl Call<'_> {
                 ],
             )
         };
-        Ok([q, pool(&self.batch.k)?, pool(&self.batch.v)?])
+        let mut maps = vec![q, pool(&self.batch.k)?, pool(&self.batch.v)?];
+        if let Some(means) = self.means {
+            let len = self.scratch.means.len;
+            let rows = |address: u64| {
+                encode(
+                    address,
+                    &[
+                        inner,
+                        Dim { size: len, stride: shape.head_dim, tile: tile(max_tokens) },
+                        column,
+                        Dim { size: shape.num_kv_heads, stride: len * shape.head_dim, tile: 1 },
+                        Dim {
+                            size: self.batch.num_reqs,
+                            stride: shape.num_kv_heads * len * shape.head_dim,
+                            tile: 1,
+                        },
+                    ],
+                )
+            };
+            maps.extend([rows(means.k)?, rows(means.v)?]);
+        }
+        Ok(maps)
     }
 }
 
@@ -205,42 +229,188 @@ const MAX_CTAS: usize = 1024;
 
 /// Every attend kernel, the best first for each (dtype, head_dim).
 static KERNELS: &[(Dtype, usize, Kernel)] = &[
-    (Dtype::Bf16, 64, sm90("compactattn_attend_sm90_bf16_d64", "compactattn_combine_bf16_d64", 214_016, 128)),
+    (
+        Dtype::Bf16,
+        64,
+        sm90(
+            [
+                "compactattn_attend_sm90_bf16_d64",
+                "compactattn_attend_sm90_bf16_d64_means",
+                "compactattn_combine_bf16_d64",
+            ],
+            214_016,
+            128,
+        ),
+    ),
     (
         Dtype::Bf16,
         128,
-        sm90("compactattn_attend_sm90_bf16_d128", "compactattn_combine_bf16_d128", 230_400, 128),
+        sm90(
+            [
+                "compactattn_attend_sm90_bf16_d128",
+                "compactattn_attend_sm90_bf16_d128_means",
+                "compactattn_combine_bf16_d128",
+            ],
+            230_400,
+            128,
+        ),
     ),
     (
         Dtype::Bf16,
         256,
-        sm90("compactattn_attend_sm90_bf16_d256", "compactattn_combine_bf16_d256", 230_400, 64),
+        sm90(
+            [
+                "compactattn_attend_sm90_bf16_d256",
+                "compactattn_attend_sm90_bf16_d256_means",
+                "compactattn_combine_bf16_d256",
+            ],
+            230_400,
+            64,
+        ),
     ),
-    (Dtype::F16, 64, sm90("compactattn_attend_sm90_fp16_d64", "compactattn_combine_fp16_d64", 214_016, 128)),
+    (
+        Dtype::F16,
+        64,
+        sm90(
+            [
+                "compactattn_attend_sm90_fp16_d64",
+                "compactattn_attend_sm90_fp16_d64_means",
+                "compactattn_combine_fp16_d64",
+            ],
+            214_016,
+            128,
+        ),
+    ),
     (
         Dtype::F16,
         128,
-        sm90("compactattn_attend_sm90_fp16_d128", "compactattn_combine_fp16_d128", 230_400, 128),
+        sm90(
+            [
+                "compactattn_attend_sm90_fp16_d128",
+                "compactattn_attend_sm90_fp16_d128_means",
+                "compactattn_combine_fp16_d128",
+            ],
+            230_400,
+            128,
+        ),
     ),
     (
         Dtype::F16,
         256,
-        sm90("compactattn_attend_sm90_fp16_d256", "compactattn_combine_fp16_d256", 230_400, 64),
+        sm90(
+            [
+                "compactattn_attend_sm90_fp16_d256",
+                "compactattn_attend_sm90_fp16_d256_means",
+                "compactattn_combine_fp16_d256",
+            ],
+            230_400,
+            64,
+        ),
     ),
-    (Dtype::Bf16, 64, sm80("compactattn_attend_sm80_bf16_d64", "compactattn_combine_bf16_d64", D64)),
-    (Dtype::Bf16, 96, sm80("compactattn_attend_sm80_bf16_d96", "compactattn_combine_bf16_d96", D96)),
-    (Dtype::Bf16, 128, sm80("compactattn_attend_sm80_bf16_d128", "compactattn_combine_bf16_d128", D128)),
-    (Dtype::Bf16, 256, sm80("compactattn_attend_sm80_bf16_d256", "compactattn_combine_bf16_d256", D256)),
-    (Dtype::F16, 64, sm80("compactattn_attend_sm80_fp16_d64", "compactattn_combine_fp16_d64", D64)),
-    (Dtype::F16, 96, sm80("compactattn_attend_sm80_fp16_d96", "compactattn_combine_fp16_d96", D96)),
-    (Dtype::F16, 128, sm80("compactattn_attend_sm80_fp16_d128", "compactattn_combine_fp16_d128", D128)),
-    (Dtype::F16, 256, sm80("compactattn_attend_sm80_fp16_d256", "compactattn_combine_fp16_d256", D256)),
+    (
+        Dtype::Bf16,
+        64,
+        sm80(
+            [
+                "compactattn_attend_sm80_bf16_d64",
+                "compactattn_attend_sm80_bf16_d64_means",
+                "compactattn_combine_bf16_d64",
+            ],
+            D64,
+        ),
+    ),
+    (
+        Dtype::Bf16,
+        96,
+        sm80(
+            [
+                "compactattn_attend_sm80_bf16_d96",
+                "compactattn_attend_sm80_bf16_d96_means",
+                "compactattn_combine_bf16_d96",
+            ],
+            D96,
+        ),
+    ),
+    (
+        Dtype::Bf16,
+        128,
+        sm80(
+            [
+                "compactattn_attend_sm80_bf16_d128",
+                "compactattn_attend_sm80_bf16_d128_means",
+                "compactattn_combine_bf16_d128",
+            ],
+            D128,
+        ),
+    ),
+    (
+        Dtype::Bf16,
+        256,
+        sm80(
+            [
+                "compactattn_attend_sm80_bf16_d256",
+                "compactattn_attend_sm80_bf16_d256_means",
+                "compactattn_combine_bf16_d256",
+            ],
+            D256,
+        ),
+    ),
+    (
+        Dtype::F16,
+        64,
+        sm80(
+            [
+                "compactattn_attend_sm80_fp16_d64",
+                "compactattn_attend_sm80_fp16_d64_means",
+                "compactattn_combine_fp16_d64",
+            ],
+            D64,
+        ),
+    ),
+    (
+        Dtype::F16,
+        96,
+        sm80(
+            [
+                "compactattn_attend_sm80_fp16_d96",
+                "compactattn_attend_sm80_fp16_d96_means",
+                "compactattn_combine_fp16_d96",
+            ],
+            D96,
+        ),
+    ),
+    (
+        Dtype::F16,
+        128,
+        sm80(
+            [
+                "compactattn_attend_sm80_fp16_d128",
+                "compactattn_attend_sm80_fp16_d128_means",
+                "compactattn_combine_fp16_d128",
+            ],
+            D128,
+        ),
+    ),
+    (
+        Dtype::F16,
+        256,
+        sm80(
+            [
+                "compactattn_attend_sm80_fp16_d256",
+                "compactattn_attend_sm80_fp16_d256_means",
+                "compactattn_combine_fp16_d256",
+            ],
+            D256,
+        ),
+    ),
 ];
 
 /// As cuda/attend/sm90/traits.h says; `map_tokens` are those of a tile.
-const fn sm90(name: &'static str, combine: &'static str, shared_bytes: u32, map_tokens: usize) -> Kernel {
+const fn sm90(names: [&'static str; 3], shared_bytes: u32, map_tokens: usize) -> Kernel {
+    let [name, corrected, combine] = names;
     Kernel {
         name,
+        corrected,
         combine,
         threads: 384,
         shared_bytes,
@@ -250,9 +420,10 @@ const fn sm90(name: &'static str, combine: &'static str, shared_bytes: u32, map_
     }
 }
 
-const fn sm80(name: &'static str, combine: &'static str, tile: Tile) -> Kernel {
+const fn sm80(names: [&'static str; 3], tile: Tile) -> Kernel {
+    let [name, corrected, combine] = names;
     let Tile { threads, shared_bytes, small_shared_bytes, ctas_per_sm } = tile;
-    Kernel { name, combine, threads, shared_bytes, small_shared_bytes, ctas_per_sm, map_tokens: 0 }
+    Kernel { name, corrected, combine, threads, shared_bytes, small_shared_bytes, ctas_per_sm, map_tokens: 0 }
 }
 
 /// What cuda/attend/sm80/traits.h says of one head_dim: of the image for 9.0, which buffers K and V twice, and of the
@@ -292,6 +463,7 @@ mod tests {
             let element = if dtype == Dtype::Bf16 { "bf16" } else { "fp16" };
             let suffix = format!("_{element}_d{head_dim}");
             assert!(kernel.name.ends_with(&suffix) && kernel.combine.ends_with(&suffix), "{}", kernel.name);
+            assert_eq!(kernel.corrected, format!("{}_means", kernel.name));
             assert_eq!(kernel.map_tokens > 0, kernel.name.contains("sm90"), "{}", kernel.name);
             let same = KERNELS.iter().filter(|entry| (entry.0, entry.1) == (dtype, head_dim));
             let by_maps: Vec<bool> = same.map(|entry| entry.2.map_tokens > 0).collect();

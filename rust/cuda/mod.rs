@@ -38,8 +38,8 @@ pub use batch::{DeviceBatch, DevicePool, DeviceTokens};
 pub use context::Context;
 pub use memory::DeviceBuffer;
 pub use owned::OwnedCall;
-pub(crate) use plan::check_summaries;
 pub use plan::{Call, DeviceTable, External, Plan};
+pub(crate) use plan::{check_mean_values, check_summaries};
 
 use crate::error::Result;
 #[cfg(doc)]

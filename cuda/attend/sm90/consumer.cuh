@@ -90,6 +90,17 @@ struct Consumer {
     v_ring.advance();
   }
 
+  // What a tile of means needs of the list.
+  __device__ __forceinline__ void load_skipped(const Skipped& skipped, const LoadedPiece& piece,
+                                               int tile, Columns<T>& columns) const {
+    constexpr int kWords = T::kTokens / 32;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i)
+      columns.skipped[i] =
+          skipped.word(*means, piece.item.list_row, tile * kWords + i) >> at.column;
+    columns.bias = static_cast<float>(means->log2_block_tokens);
+  }
+
   // O and row sums of one piece.
   __device__ __forceinline__ void attend(const LoadedPiece& piece, int heads_per_list, Outputs& o,
                                          RowState& rows) {
@@ -117,8 +128,7 @@ struct Consumer {
     load_queries<T>(q, smem.q, at, mine);
     if constexpr (!T::kSharedQueries) release_queries();
     if (T::kMeans && tile < range.means) {
-      columns.bias = mean_bias(*means);
-      columns.load(skipped, tile, at.column);
+      load_skipped(skipped, piece, tile, columns);
       first_tile<Kind::kMeans>(s, p, rows, columns);
       --tile;
     } else {
@@ -139,9 +149,8 @@ struct Consumer {
       for (; tile >= range.stream_begin(); --tile) step<Kind::kWhole>(s, o, p, rows, columns);
     }
     if constexpr (T::kMeans) {
-      columns.bias = mean_bias(*means);
       for (; tile >= range.begin; --tile) {
-        columns.load(skipped, tile, at.column);
+        load_skipped(skipped, piece, tile, columns);
         step<Kind::kMeans>(s, o, p, rows, columns);
       }
     }

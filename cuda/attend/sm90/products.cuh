@@ -10,9 +10,30 @@
 
 namespace compactattn::sm90 {
 
-// Tiles of a piece, from the tile before `end` down to `begin`.
+// Tiles of a piece, from the tile before `end` down to `begin`. Plan's tiles may be longer than
+// this kernel's: of its last one those are left out that no row sees.
 template <class T>
-using Tiles = TileRange<T::kTokens, T::kMeans>;
+struct Tiles {
+  int begin;
+  int end;
+  int means;  // tiles before the stream's
+
+  static_assert(kTileRows == T::kRows);
+
+  __device__ Tiles(const LoadedPiece& piece, const Skipped& skipped) {
+    const OwnTiles<T::kTokens, T::kMeans> own(skipped);
+    means = own.means;
+    begin = own.at(piece.begin);
+    end = own.at(piece.end);
+    if constexpr (own.kParts > 1) {
+      const int seen = piece.stream.visible + piece.item.num_tokens - 1;
+      end = min(end, means + max(seen + T::kTokens - 1, 0) / T::kTokens);
+    }
+  }
+
+  // The first tile of the piece that is of the stream.
+  __device__ int stream_begin() const { return T::kMeans ? max(begin, means) : begin; }
+};
 
 // What the piece's list leaves out; nothing in kernels that do not correct.
 template <class T>
@@ -39,12 +60,6 @@ struct Columns {
   __device__ __forceinline__ void advance() {
     visible[0] += T::kTokens;
     visible[1] += T::kTokens;
-  }
-
-  __device__ __forceinline__ void load(const Skipped& by, int tile, int column) {
-#pragma unroll
-    for (int i = 0; i < T::kTokens / 32; ++i)
-      skipped[i] = by.word(tile * (T::kTokens / 32) + i) >> column;
   }
 };
 
