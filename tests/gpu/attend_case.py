@@ -281,6 +281,7 @@ class Case:
         layout = Layout(num_q_heads=s.kv_heads * s.group, num_kv_heads=s.kv_heads, group_size=s.group)
         layout.head_dim, layout.heads_per_list, layout.lists_per_kv_head = s.head_dim, s.list_heads, s.parts
         layout.list_span, layout.max_boxes, layout.sm_scale = s.list_span, self.max_boxes, self.scale
+        layout.log2_box_tokens = int(math.log2(s.box_tokens))
         return layout
 
     def _stages(self) -> Stages:
