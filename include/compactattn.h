@@ -580,7 +580,8 @@ typedef struct compactattn_attend_args {
   const struct compactattn_batch *batch;
   // What to read: checked entry by entry.
   const struct compactattn_table *table;
-  // For mean correction: the lists that table was built from, and summaries with v_mean. Both or neither.
+  // For mean correction: the lists that table was built from, and summaries with v_mean. Both or neither; on CUDA
+  // for layers with mean_correction, whose workspace has room for it.
   const struct compactattn_tensor *lists;
   // See lists.
   const struct compactattn_summaries *summaries;

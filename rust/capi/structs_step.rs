@@ -152,7 +152,8 @@ pub struct compactattn_attend_args {
     pub batch: *const compactattn_batch,
     /// What to read: checked entry by entry.
     pub table: *const compactattn_table,
-    /// For mean correction: the lists that table was built from, and summaries with v_mean. Both or neither.
+    /// For mean correction: the lists that table was built from, and summaries with v_mean. Both or neither; on CUDA
+    /// for layers with mean_correction, whose workspace has room for it.
     pub lists: *const compactattn_tensor,
     /// See lists.
     pub summaries: *const compactattn_summaries,
