@@ -35,7 +35,7 @@ struct Consumer {
     release(smem.k_empty[k_ring.stage], at.lane);
     k_ring.advance();
     float factor[2];
-    raise_for<T, kKind>(s, scale, rows, columns, factor);
+    raise_for<T, kKind>(s, scale, rows, columns, at.column, factor);
     exponentiate<true>(s, scale, rows, kKind == Kind::kMeans ? columns.bias : 0.0f);
     pack<typename T::Element>(s, p);
   }
@@ -60,7 +60,7 @@ struct Consumer {
     release(smem.k_empty[k_ring.stage], at.lane);
     k_ring.advance();
     float factor[2];
-    const bool grown = raise_for<T, kKind>(s, scale, rows, columns, factor);
+    const bool grown = raise_for<T, kKind>(s, scale, rows, columns, at.column, factor);
     exponentiate<kKind != Kind::kWhole>(s, scale, rows,
                                         kKind == Kind::kMeans ? columns.bias : 0.0f);
     cute::warpgroup_wait<0>();
@@ -91,14 +91,15 @@ struct Consumer {
   }
 
   // What a tile of means needs of the list.
-  __device__ __forceinline__ void load_skipped(const Skipped& skipped, const LoadedPiece& piece,
-                                               int tile, Columns<T>& columns) const {
-    constexpr int kWords = T::kTokens / 32;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i)
-      columns.skipped[i] =
-          skipped.word(*means, piece.item.list_row, tile * kWords + i) >> at.column;
+  __device__ __forceinline__ void ask_list(const Skipped& skipped, const LoadedPiece& piece,
+                                           int tile, Columns<T>& columns) const {
+    const int64_t row = static_cast<int64_t>(piece.item.list_row) * means->mask_words;
+    const uint32_t* bits = means->lists + row + tile * columns.kWords;
+    columns.left = skipped.blocks - tile * T::kTokens;
     columns.bias = static_cast<float>(means->log2_block_tokens);
+#pragma unroll
+    for (int i = 0; i < columns.kWords; ++i)
+      columns.listed[i] = i * 32 < columns.left ? __ldg(bits + i) : 0;
   }
 
   // O and row sums of one piece.
@@ -128,7 +129,7 @@ struct Consumer {
     load_queries<T>(q, smem.q, at, mine);
     if constexpr (!T::kSharedQueries) release_queries();
     if (T::kMeans && tile < range.means) {
-      load_skipped(skipped, piece, tile, columns);
+      ask_list(skipped, piece, tile, columns);
       first_tile<Kind::kMeans>(s, p, rows, columns);
       --tile;
     } else {
@@ -150,7 +151,7 @@ struct Consumer {
     }
     if constexpr (T::kMeans) {
       for (; tile >= range.begin; --tile) {
-        load_skipped(skipped, piece, tile, columns);
+        ask_list(skipped, piece, tile, columns);
         step<Kind::kMeans>(s, o, p, rows, columns);
       }
     }

@@ -52,9 +52,24 @@ enum class Kind {
 // A thread's part of a tile, as far as the tile's kind asks for it.
 template <class T>
 struct Columns {
-  int visible[2];                     // of each row, from the thread's first column
-  uint32_t skipped[T::kScores / 16];  // from the thread's first column: blocks that the means serve
-  float bias;                         // of a mean's weight, in powers of two
+  static constexpr int kWords = T::kTokens / 32;
+  int visible[2];           // of each row, from the thread's first column
+  uint32_t listed[kWords];  // means: the list's bits as they are, so that nothing waits for them
+  int left;                 // means from the tile's first on
+  float bias;               // of a mean's weight, in powers of two
+
+  // Drops the blocks that the list reads itself, and what is no block; `column` is the thread's
+  // first.
+  __device__ __forceinline__ void mask_listed(float (&s)[T::kScores], int column) const {
+    uint32_t skipped[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      skipped[i] = ~listed[i];
+      if (left < T::kTokens) skipped[i] &= range_word(i, 0, left);
+      skipped[i] >>= column;
+    }
+    mask_columns(s, skipped);
+  }
 
   // The next tile of the stream is taken.
   __device__ __forceinline__ void advance() {
@@ -67,9 +82,10 @@ struct Columns {
 // multiplied by `factor`.
 template <class T, Kind kKind>
 __device__ __forceinline__ bool raise_for(float (&s)[T::kScores], float scale, RowState& rows,
-                                          const Columns<T>& columns, float (&factor)[2]) {
+                                          const Columns<T>& columns, int column,
+                                          float (&factor)[2]) {
   if constexpr (kKind == Kind::kCausal) mask_scores(s, columns.visible);
-  if constexpr (kKind == Kind::kMeans) mask_columns(s, columns.skipped);
+  if constexpr (kKind == Kind::kMeans) columns.mask_listed(s, column);
   float top[2];
   tile_max(s, top);
   if constexpr (kKind == Kind::kMeans) {
