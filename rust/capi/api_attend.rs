@@ -191,7 +191,8 @@ unsafe fn attend_args(plan: &PlanObject, args: &compactattn_attend_args) -> Resu
     check_apart(&outputs, &[&views.views[..], &table.views, &read].concat())?;
     if let Some(cuda) = &plan.cuda {
         let place = Place { layer: plan.layer(args.layer)?, layout, stream: args.stream, scratch };
-        return device::attend(cuda, &place, &views, (&table, correction.is_some()), &results);
+        let corrected = correction.map(|correction| (correction.lists, correction.summaries));
+        return device::attend(cuda, &place, &views, (&table, corrected), &results);
     }
     // SAFETY: this function's contract; outputs lie apart from it.
     let batch = unsafe { views.open(plan, args.layer) }?;

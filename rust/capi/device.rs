@@ -10,7 +10,7 @@ use super::tensor::View;
 use super::views::{OutputViews, SelectionViews, SummaryViews, check_rows};
 use crate::cuda::{
     Call, DeviceBatch, DeviceOutput, DevicePool, DeviceTable, DeviceTokens, External, MeansAt, Plan,
-    check_summaries,
+    check_mean_values, check_summaries,
 };
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
@@ -49,13 +49,14 @@ impl<'a> Place<'a> {
 pub(super) fn forward(plan: &Plan, place: &Place, step: &StepViews, results: &OutputViews) -> Result<()> {
     let selector = place.layout.settings.selector;
     check_summaries(place.layout, step.summaries.is_some())?;
+    check_mean_values(place.layout, step.summaries.is_some_and(|summaries| summaries.v_mean.is_some()))?;
     if selector == Selector::External && step.external.is_none() {
         return Err(Error::new(Status::Null, "external", "scores or masks, for selector external", "none"));
     }
     let external = step.external.filter(|_| selector == Selector::External);
     let inputs = step.summaries.map_or(Vec::new(), |summaries| summaries.views());
     with_call(plan, place, &step.batch, &[inputs, results.views()].concat(), |mut call| {
-        call.k_mean = step.summaries.map_or(0, |summaries| address(&summaries.k_mean));
+        (call.k_mean, call.v_mean) = means(step.summaries.as_ref());
         if reads_summaries(&place.layout.settings) {
             refresh(plan, &call, step.summaries.as_ref())?;
         }
@@ -65,21 +66,25 @@ pub(super) fn forward(plan: &Plan, place: &Place, step: &StepViews, results: &Ou
     })
 }
 
-/// attend over the caller's table, whose entries are bounds-checked where they are used.
+/// attend over the caller's table, whose entries are bounds-checked where they are used; `corrected`: the lists it was
+/// built from, and the means that stand for the rest.
 pub(super) fn attend(
     plan: &Plan,
     place: &Place,
     batch: &BatchViews,
-    (table, corrected): (&Rows, bool),
+    (table, corrected): (&Rows, Option<(View, SummaryViews)>),
     results: &OutputViews,
 ) -> Result<()> {
-    if corrected {
-        return Err(Error::new(Status::Unsupported, "args.lists", "no mean correction on CUDA", "lists"));
-    }
-    with_call(plan, place, batch, &[&table.views[..], &results.views()].concat(), |call| {
+    let (lists, summaries) = corrected.unzip();
+    let read = summaries.map_or(Vec::new(), |summaries| summaries.views());
+    let read: Vec<View> = read.into_iter().chain(lists).collect();
+    with_call(plan, place, batch, &[&table.views[..], &results.views(), &read].concat(), |mut call| {
         check_list_rows(&call, &table.views)?;
+        check_list_rows(&call, lists.as_slice())?;
+        (call.k_mean, call.v_mean) = means(summaries.as_ref());
+        let lists = lists.map_or(0, |lists| address(&lists));
         // SAFETY: as in `update_summaries`.
-        unsafe { plan.attend(&call, &device_table(table), &output(results)) }
+        unsafe { plan.attend(&call, (&device_table(table), lists), &output(results)) }
     })
 }
 
@@ -94,7 +99,7 @@ pub(super) fn select(
     let inputs = summaries.map_or(Vec::new(), |summaries| summaries.views());
     with_call(plan, place, batch, &[inputs, out.views()].concat(), |mut call| {
         check_select_rows(&call, out)?;
-        call.k_mean = summaries.map_or(0, |summaries| address(&summaries.k_mean));
+        (call.k_mean, call.v_mean) = means(summaries);
         refresh(plan, &call, summaries)?;
         let at = |view: Option<View>| view.map_or(0, |view| address(&view));
         // SAFETY: as in `update_summaries`.
@@ -147,6 +152,7 @@ pub(super) fn update_summaries(
         layout: place.layout,
         batch: &device,
         k_mean: 0,
+        v_mean: 0,
         external: None,
         workspace: 0,
         stream: place.stream,
@@ -183,6 +189,7 @@ pub(super) fn with_call(
         layout: place.layout,
         batch: &device,
         k_mean: 0,
+        v_mean: 0,
         external: None,
         workspace: scratch.data.addr() as u64,
         stream: place.stream,
@@ -218,6 +225,12 @@ fn device_batch(plan: &Plan, layout: &Layout, batch: &BatchViews, others: &[View
         total_q: batch.total_q,
         num_pages: batch.num_pages,
     })
+}
+
+/// Mean keys and mean values; 0 = none.
+fn means(from: Option<&SummaryViews>) -> (u64, u64) {
+    let v_mean = from.and_then(|summaries| summaries.v_mean);
+    (from.map_or(0, |summaries| address(&summaries.k_mean)), v_mean.map_or(0, |v_mean| address(&v_mean)))
 }
 
 fn pool(view: &View) -> DevicePool {

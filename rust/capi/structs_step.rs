@@ -158,7 +158,7 @@ pub struct compactattn_attend_args {
     /// What to read: checked entry by entry.
     pub table: *const compactattn_table,
     /// For mean correction: the lists that table was built from, and summaries with v_mean, which are read as they are.
-    /// Both or neither.
+    /// Both or neither; on CUDA for layers with mean_correction, whose workspace has room for it.
     pub lists: *const compactattn_tensor,
     /// See lists.
     pub summaries: *const compactattn_summaries,

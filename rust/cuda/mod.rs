@@ -43,8 +43,8 @@ pub use export::{DeviceCsr, DevicePadded, most_pages, most_rows};
 pub use memory::DeviceBuffer;
 pub use merge::DeviceSide;
 pub use owned::OwnedCall;
-pub(crate) use plan::check_summaries;
 pub use plan::{Call, DeviceTable, External, Plan};
+pub(crate) use plan::{check_mean_values, check_summaries};
 pub use summaries::MeansAt;
 
 use crate::error::Result;

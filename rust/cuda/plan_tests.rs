@@ -80,11 +80,9 @@ fn a_stream_of_another_context_is_refused_before_anything_runs() {
 fn what_the_gpu_does_not_offer_is_unsupported_by_name() {
     let usual = || desc(Settings::of(Selector::SampledExact), Dtype::Bf16, 128);
     let quoka = Settings { block_size: 16, ..Settings::of(Selector::Quoka) };
-    let corrected = Settings { mean_correction: true, ..Settings::of(Selector::SampledExact) };
     let crowded = Limits { max_num_reqs: 1025, max_total_q: 2000, ..LIMITS };
     for (desc, named) in [
         (desc(quoka, Dtype::Bf16, 128), "quoka"),
-        (desc(corrected, Dtype::Bf16, 128), "mean_correction"),
         (desc(Settings::paper(), Dtype::F32, 128), "f32"),
         (PlanDesc { splits: 2, ..usual() }, "num_splits"),
         (PlanDesc { limits: crowded, ..usual() }, "max_num_reqs"),
@@ -168,12 +166,47 @@ fn exports_and_merges_launch_their_kernels_and_nothing_else() {
     }
 }
 
+/// Planning writes the rows of means too, attend reads them; the workspace has room for two of every request.
+#[test]
+fn mean_correction_has_kernels_and_room_of_its_own() {
+    let corrected = Settings { mean_correction: true, ..Settings::of(Selector::SampledExact) };
+    for (dtype, head_dim) in HEAD_DIMS.iter().flat_map(|&dim| [(Dtype::Bf16, dim), (Dtype::F16, dim)]) {
+        let plain = World::new("", desc(Settings::of(Selector::SampledExact), dtype, head_dim)).unwrap();
+        let world = World::new("", desc(corrected, dtype, head_dim)).unwrap();
+        let names = |world: &World| -> Vec<String> {
+            let launches = world.run(world.stream()).unwrap();
+            launches.iter().map(|line| line.split(' ').next().unwrap().to_owned()).collect()
+        };
+        let suffix = if dtype == Dtype::Bf16 { "_means_bf16" } else { "_means_fp16" };
+        let expected = names(&plain).into_iter().map(|name| match &name {
+            _ if name.ends_with("plan_work") => name + suffix,
+            _ if name.contains("attend_sm") => name + "_means",
+            _ => name,
+        });
+        assert_eq!(names(&world), expected.collect::<Vec<_>>());
+        // Blocks of 128: a row of 16384 tokens has 128 means, of 2 bytes an element.
+        let rows = 2 * LIMITS.max_num_reqs * KV_HEADS * 128 * head_dim * 2;
+        assert_eq!(world.workspace.len_bytes(), plain.workspace.len_bytes() + rows);
+    }
+}
+
+#[test]
+fn mean_values_are_asked_for() {
+    let corrected = Settings { mean_correction: true, ..Settings::of(Selector::FlashPrefill) };
+    let mut world = World::new("", desc(corrected, Dtype::Bf16, 64)).unwrap();
+    world.v_mean = 0;
+    let error = world.run(world.stream()).unwrap_err();
+    assert!(error.status() == Status::Null && error.to_string().contains("v_mean"), "{error}");
+    assert!(world.fake.launches().is_empty());
+}
+
 struct World {
     fake: Fake,
     plan: Plan,
     plan_of_host: run::Plan,
     workspace: DeviceBuffer,
     k_mean: u64,
+    v_mean: u64,
 }
 
 impl World {
@@ -185,7 +218,7 @@ impl World {
         let plan = Plan::new(Arc::clone(&context), &plan_of_host, desc.splits)?;
         let bytes = plan.workspace_bytes(0, &plan_of_host.layouts()[0])?;
         let workspace = context.alloc(bytes)?;
-        Ok(Self { fake, plan, plan_of_host, workspace, k_mean: SOMEWHERE })
+        Ok(Self { fake, plan, plan_of_host, workspace, k_mean: SOMEWHERE, v_mean: SOMEWHERE })
     }
 
     fn stream(&self) -> *mut c_void {
@@ -213,6 +246,7 @@ impl World {
             layout,
             batch: &batch,
             k_mean: self.k_mean,
+            v_mean: self.v_mean,
             external: external.then_some(External::Scores(SOMEWHERE)),
             workspace: self.workspace.address(),
             stream,

@@ -32,6 +32,7 @@ pub(crate) struct Parts {
     pub(crate) table: Part,
     pub(crate) given: Part,
     pub(crate) k_mean: Part,
+    pub(crate) v_mean: Part,
     pub(crate) seals: Part,
     pub(crate) scores: Part,
     pub(crate) masks: Part,
@@ -107,7 +108,7 @@ impl<'a, 'd> Step<'a, 'd> {
         ok("table_build", unsafe {
             compactattn_table_build(plan, 0, &raw const batch, &raw const lists, &raw const table)
         })?;
-        self.attend(&batch, &table)
+        self.attend(&batch, &table, self.corrects().then_some((&lists, summaries)))
     }
 
     /// Means of every whole block, if the selector reads them.
@@ -178,15 +179,21 @@ impl<'a, 'd> Step<'a, 'd> {
         })
     }
 
-    fn attend(&self, batch: &compactattn_batch, table: &compactattn_table) -> Done {
+    /// `corrected`: the lists that `table` was built from, and means for what they leave out.
+    fn attend(
+        &self,
+        batch: &compactattn_batch,
+        table: &compactattn_table,
+        corrected: Option<(&compactattn_tensor, *const compactattn_summaries)>,
+    ) -> Done {
         let [out, lse] = self.results(self.parts.staged);
         let args = compactattn_attend_args {
             struct_size: struct_size::<compactattn_attend_args>(),
             layer: 0,
             batch,
             table,
-            lists: std::ptr::null(),
-            summaries: std::ptr::null(),
+            lists: corrected.map_or(std::ptr::null(), |(lists, _)| lists),
+            summaries: corrected.map_or(std::ptr::null(), |(_, summaries)| summaries),
             out,
             lse,
             workspace: self.workspace.cast(),
@@ -220,6 +227,7 @@ fn place(memory: &mut Memory, case: &Case, given: &Given, sizes: &compactattn_si
     let slots = case.pools.num_pages as i64 * sizes.summary_slots_per_page;
     let vectors = case.shape.num_kv_heads * case.shape.head_dim;
     parts.k_mean = words(slots * vectors as i64);
+    parts.v_mean = words(slots * vectors as i64);
     parts.seals = words(slots * case.shape.num_kv_heads as i64 * 2);
     parts.scores = words(rows * sizes.max_blocks);
     parts.masks = words(rows * sizes.mask_words);

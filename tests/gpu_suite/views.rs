@@ -66,7 +66,7 @@ impl Step<'_, '_> {
             struct_size: struct_size::<compactattn_summaries>(),
             reserved: 0,
             k_mean: self.tensor(self.parts.k_mean, F32, &dims),
-            v_mean: NONE,
+            v_mean: if self.corrects() { self.tensor(self.parts.v_mean, F32, &dims) } else { NONE },
             seals: if self.sealed { self.tensor(self.parts.seals, U32, &seals) } else { NONE },
         }
     }
@@ -113,7 +113,11 @@ impl Step<'_, '_> {
     }
 
     pub(crate) fn needs_summaries(&self) -> bool {
-        select::needs_summaries(self.case.settings.selector)
+        self.corrects() || select::needs_summaries(self.case.settings.selector)
+    }
+
+    pub(crate) fn corrects(&self) -> bool {
+        self.case.settings.mean_correction
     }
 
     pub(crate) fn keeps_rows(&self) -> bool {
