@@ -21,8 +21,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask  # type: 
 
 from . import _hf_contiguous, _hf_paged, api
 from . import _hf_engine as engine
+from ._stats import Stats
 from .errors import Unsupported
-from .plan import Stats
 from .settings import Settings
 
 NAME = "compactattn"

@@ -68,7 +68,7 @@ def select(
         plan.handle,
         int32("layer", layer),
         byref(struct),
-        byref(means.struct) if means else None,
+        means.for_step() if means else None,
         out.for_writing(),
     )
     return out
@@ -233,7 +233,7 @@ def _means(plan: Plan, batch: Batch, at: tuple[int, int | None], given: Summarie
     settings = plan.settings(layer)
     if given or settings.selector not in READS_MEANS:
         return given
-    made = Summaries.empty(plan, batch.k.shape[0], layer=layer, home=batch.home)
+    made = Summaries.empty(plan, batch.k.shape[0], layer=layer, seals=False, home=batch.home)
     update_summaries(plan, batch, made, layer=layer, which="all", stream=stream)
     return made
 

@@ -107,6 +107,9 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
         for dim in [64, 128].iter().filter(|_| maps.is_some()) {
             kernels.push((format!("flashprefill_sm90_{dtype}_d{dim}"), "456"));
         }
+        let cells = ["cells_read", "cells_read_candidates"];
+        let cells = cells.map(|name| (format!("{name}_sm90_{dtype}_d128"), "128,456,4"));
+        kernels.extend(cells.into_iter().filter(|_| maps.is_some()));
         for dim in [64, 96, 128, 256] {
             kernels.extend(["attend_sm80", "combine"].map(|name| (format!("{name}_{dtype}_d{dim}"), "272")));
         }
@@ -145,7 +148,7 @@ const TYPED: [(&str, &str); 10] = [
     ("xattention_mass", "456"),
     ("attn_gate_keys", "456,56"),
     ("attn_gate", "456,56"),
-    ("summaries", "456,8,8,4"),
+    ("summaries", "456,8,8,8,4,4"),
     ("merge", "136"),
 ];
 

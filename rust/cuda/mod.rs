@@ -32,6 +32,7 @@ mod select;
 mod shared;
 mod step;
 mod stream;
+mod summaries;
 mod symbols;
 mod tensor_map;
 
@@ -44,6 +45,7 @@ pub use merge::DeviceSide;
 pub use owned::OwnedCall;
 pub(crate) use plan::check_summaries;
 pub use plan::{Call, DeviceTable, External, Plan};
+pub use summaries::MeansAt;
 
 use crate::error::Result;
 #[cfg(doc)]

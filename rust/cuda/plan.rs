@@ -16,6 +16,7 @@ use super::select::{self, Scoring};
 use super::shared::{self, GateShape};
 use super::step;
 use super::stream::Stream;
+use super::summaries::{self, MeansAt};
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::run;
@@ -232,30 +233,19 @@ impl Plan {
         run.attend(output)
     }
 
-    /// Block means of the blocks that the step completes, or of all; `v_mean` 0 = none.
+    /// Block means of the blocks that the step completes, or of all; with seals also of those of other keys.
     ///
     /// # Errors
     /// The driver's.
     ///
     /// # Safety
     /// As [`Plan::forward`].
-    pub unsafe fn update_summaries(
-        &self,
-        call: &Call,
-        which: Which,
-        (k_mean, v_mean): (u64, u64),
-    ) -> Result<()> {
+    pub unsafe fn update_summaries(&self, call: &Call, which: Which, means: MeansAt) -> Result<()> {
         // SAFETY: this function's contract.
         let stream = unsafe { self.context.stream(call.stream) }?;
         let entered = self.context.enter()?;
         let step = step::step(call.layout, call.batch, &Scratch::at(0, call.layout, 1, 0)?);
-        select::update_summaries(
-            &self.context,
-            stream,
-            &step,
-            (which, k_mean, v_mean),
-            call.layout.shape.dtype,
-        )?;
+        summaries::update(&self.context, stream, &step, (which, means), call.layout.shape.dtype)?;
         drop(entered);
         Ok(())
     }
@@ -323,9 +313,9 @@ impl Run<'_> {
     }
 
     fn select(&self) -> Result<()> {
-        let Call { layout, layer, .. } = *self.call;
-        let context = &*self.plan.context;
-        Scoring { context, stream: self.stream, layout, step: &self.step, gate: self.plan.gate(layer) }.run()
+        let Call { layout, layer, batch, .. } = *self.call;
+        let (context, gate) = (&*self.plan.context, self.plan.gate(layer));
+        Scoring { context, stream: self.stream, layout, batch, step: &self.step, gate }.run()
     }
 
     fn keep_rows(&self) -> Result<()> {

@@ -237,7 +237,7 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
         Selector::PooledMass => &["cells_pool_T", "cells_mass"],
         Selector::TwoLevel => {
             let first = ["cells_pool_T", "cells_mass", "two_level_candidates"];
-            &[&first[..], &["cells_pool_T", "cells_read_candidates_T", "two_level_mass"]].concat()
+            &[&first[..], &["cells_read_candidates_T", "two_level_mass"]].concat()
         }
         Selector::FlashPrefill if dim == 64 => &["flashprefill_sm90_T_d64", "flashprefill_relate"],
         Selector::FlashPrefill if dim == 128 => &["flashprefill_sm90_T_d128", "flashprefill_relate"],
@@ -251,7 +251,12 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
     let attend = if dim == 128 { "attend_sm90_T_d128" } else { &format!("attend_sm80_T_d{dim}") };
     let last = ["union_table", "plan_work", attend, &format!("combine_T_d{dim}")];
     let all = [&["plan_spans"], scoring, keeping, &last].concat();
-    all.iter().map(|name| format!("compactattn_{}", name.replace("_T", &format!("_{dtype}")))).collect()
+    let full = |name: &&str| match *name {
+        "cells_read_T" | "cells_read_candidates_T" if dim == 128 => name.replace("_T", "_sm90_T_d128"),
+        _ => (*name).to_owned(),
+    };
+    let typed = |name: String| format!("compactattn_{}", name.replace("_T", &format!("_{dtype}")));
+    all.iter().map(full).map(typed).collect()
 }
 
 fn desc(settings: Settings, dtype: Dtype, head_dim: usize) -> PlanDesc {

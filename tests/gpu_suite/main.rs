@@ -29,6 +29,7 @@ mod laws;
 mod memory;
 mod repeats;
 mod scenes;
+mod stale;
 mod step;
 mod views;
 
@@ -42,6 +43,7 @@ use memory::Packing;
 const USAGE: &str = "gpu_suite [PART] [OPTION VALUE]...
   differential      random cases against the f64 oracle   --cases 20000 --seed 1 --case I --threads N
   laws              each request of batches of 16 alone
+  stale             summaries kept while pages are used again     --count
   combine           two results merged, against f64       --count
   gate              selector attn_gate, its weights in every form  --count
   sanitizer-cases   40 small cases through every kernel, for compute-sanitizer
@@ -64,9 +66,10 @@ struct Options {
 }
 
 /// Parts of [`USAGE`], in the order they run.
-const PARTS: [&str; 9] = [
+const PARTS: [&str; 10] = [
     "differential",
     "laws",
+    "stale",
     "combine",
     "gate",
     "sanitizer-cases",
@@ -140,6 +143,7 @@ fn run_part(device: &Device, options: &Options, part: &str, quick: bool) -> bool
             differential::run(device, range)
         }
         "laws" => differential::batches_of_16(device),
+        "stale" => stale::run(device, few(options.count)),
         "combine" => combine::run(device, few(options.count.min(200)), Packing::Together),
         "gate" => gate::run(device, few(options.count.min(120)), Packing::Together),
         "sanitizer-cases" => {
