@@ -6,7 +6,6 @@ use std::ffi::c_void;
 use super::batch::int32;
 use super::kernels::{Arg, Grid};
 use super::plan::{Call, Plan, Run};
-use super::stream::memset_u32;
 use crate::error::Result;
 
 /// Padded tables in device memory, laid out as [`crate::export::PaddedMut`].
@@ -90,12 +89,12 @@ impl Plan {
     /// # Safety
     /// As [`Plan::forward`], for `out.indptr`, which has an entry, and `stream`.
     pub unsafe fn export_no_rows(&self, out: &DeviceCsr, stream: *mut c_void) -> Result<()> {
+        let tables = CsrTables { indptr: out.indptr, indices: 0, last_page_len: 0, rows: 0, reserved: 0 };
         let context = self.context();
         // SAFETY: this function's contract.
         let stream = unsafe { context.stream(stream) }?;
         let entered = context.enter()?;
-        // SAFETY: as above.
-        unsafe { memset_u32(context.device(), stream, out.indptr, 0, 1) }?;
+        context.kernels().launch(stream, "compactattn_export_starts", ctas(1), &[Arg::of(&tables)])?;
         drop(entered);
         Ok(())
     }
@@ -110,9 +109,12 @@ impl Plan {
     }
 }
 
-fn launch(run: &Run, name: &'static str, ctas: i32, args: &[Arg]) -> Result<()> {
-    let grid = Grid { blocks: [ctas.cast_unsigned(), 1, 1], threads: 256, shared_bytes: 0 };
-    run.plan.context().kernels().launch(run.stream, name, grid, args)
+fn launch(run: &Run, name: &'static str, count: i32, args: &[Arg]) -> Result<()> {
+    run.plan.context().kernels().launch(run.stream, name, ctas(count), args)
+}
+
+fn ctas(count: i32) -> Grid {
+    Grid { blocks: [count.cast_unsigned(), 1, 1], threads: 256, shared_bytes: 0 }
 }
 
 /// As cuda/table/export.h.
