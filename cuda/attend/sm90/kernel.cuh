@@ -5,8 +5,8 @@
 // its start, so that only the first few need the causal mask (visible columns of query token t:
 // stream_len - tokens after t). Schedule after FlashAttention-3 (arXiv 2407.08608): Q K^T of a tile
 // is issued before P V of the tile before it, and one warpgroup's products run beside the other's
-// exponentials. Taking turns by barriers, and holding the wait for P V back behind the
-// exponentials, both cost cycles here (tests/bench/record/h100).
+// exponentials. Whether warpgroups take turns by barriers, and whether the wait for P V is held
+// back behind the exponentials, was measured for each head_dim (traits.h, tests/bench/record/h100).
 #pragma once
 
 #include "../../common/epilogue.cuh"
@@ -126,6 +126,7 @@ __device__ __forceinline__ void consume(const AttendParams& params, SharedStorag
   const Place at = consumer.at;
   uint32_t q_phase = 0;
   const Pieces pieces(params.work);
+  consumer.begin();
   for (int i = 0; i < pieces.count; ++i) {
     const LoadedPiece piece = pieces.at(params.work, i);
     RowState rows;
@@ -142,6 +143,7 @@ __device__ __forceinline__ void consume(const AttendParams& params, SharedStorag
       store_partial(params, piece.slot, at.row, o, rows);
     }
   }
+  consumer.end();
 }
 
 // ---- roles ----
@@ -169,6 +171,7 @@ template <class T>
 __device__ __forceinline__ void attend(const Maps& maps, const AttendParams& params) {
   extern __shared__ __align__(1024) uint8_t bytes[];
   SharedStorage<T>& smem = *reinterpret_cast<SharedStorage<T>*>(bytes);
+  if (threadIdx.x == 0) smem.scale.value = params.sm_scale * kLog2E;
   // Beside the end of plan: nothing of the step is read before the wait.
   if (threadIdx.x == 0) ptx::prefetch(maps.q, maps.k, maps.v);
   init_barriers(smem);
