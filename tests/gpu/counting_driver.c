@@ -379,15 +379,10 @@ DRIVER(cuFuncGetParamInfo, (void* function, size_t index, size_t* offset, size_t
 
 // CUlaunchConfig and CUlaunchAttribute of cuda.h.
 struct Attribute {
-  int id;
-  int padding;
-  int value[16];
+  int id, padding, value[16];
 };
-
 struct Launch {
-  unsigned grid[3];
-  unsigned block[3];
-  unsigned shared;
+  unsigned grid[3], block[3], shared;
   void* on;
   struct Attribute* attributes;
   unsigned num_attributes;
@@ -396,13 +391,11 @@ struct Launch {
 // Whether it asks to overlap with the kernel before it; -1 for anything else.
 static int overlap_of(const struct Launch* launch) {
   if (launch->num_attributes == 0) return 0;
-  const struct Attribute* only = launch->attributes;
-  int known = launch->num_attributes == 1 && only->id == 6 && only->value[0] == 1;
-  return known && capability() >= 90 ? 1 : -1;
+  int known = launch->num_attributes == 1 && launch->attributes->id == 6;
+  return known && launch->attributes->value[0] == 1 && capability() >= 90 ? 1 : -1;
 }
 
-DRIVER(cuLaunchKernelEx,
-       (const struct Launch* launch, void* function, void** values, void** extra),
+DRIVER(cuLaunchKernelEx, (const struct Launch* launch, void* function, void** values, void** extra),
        (launch, function, values, extra)) {
   struct Function* of = function;
   const unsigned *grid = launch->grid, *block = launch->block;
