@@ -16,17 +16,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum {
-  kOk,
-  kInvalidValue,
-  kOutOfMemory,
-  kStub = 34,
-  kNoDevice = 100,
-  kInvalidDevice,
-  kBadImage = 200
-};
-enum { kInvalidContext = 201, kNoBinary = 209, kInvalidHandle = 400, kNotFound = 500, kLost = 700 };
-enum { kMismatch = 803, kCapture = 900, kImplicit = 906 };
+enum { kOk, kInvalidValue, kOutOfMemory, kStub = 34, kNoDevice = 100, kInvalidDevice };
+enum { kBadImage = 200, kInvalidContext = 201, kNoBinary = 209, kInvalidHandle = 400 };
+enum { kNotFound = 500, kLost = 700, kMismatch = 803, kCapture = 900, kImplicit = 906 };
 enum {
   kMaxNames = 64,
   kMaxBlocks = 4096,
@@ -431,6 +423,17 @@ DRIVER(cuStreamIsCapturing, (void* of, int* status), (of, status)) {
 DRIVER(cuStreamSynchronize, (void* of), (of)) {
   UNUSED(of);
   return is("capture") ? kCapture : kOk;
+}
+
+DRIVER(cuMemsetD32Async, (Address to, unsigned value, size_t words, void* on),
+       (to, value, words, on)) {
+  UNUSED(on);
+  struct Block* block = block_of(to);
+  if (!has_context()) return kInvalidContext;
+  if (!block || to % 4 || to + 4 * words > (Address)(uintptr_t)block->start + block->bytes)
+    return kInvalidValue;
+  for (size_t i = 0; i < words; ++i) ((uint32_t*)(uintptr_t)to)[i] = value;
+  return kOk;
 }
 
 DRIVER(cuMemAlloc_v2, (Address * out, size_t bytes), (out, bytes)) {
