@@ -18,7 +18,9 @@ from sglang.srt.layers.attention import flashattention_backend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 HEADS, KV_HEADS, DIM, PAGE, PAGES = 4, 2, 64, 16, 400
-LONG = '{"keep_density": 1.0, "min_density": 1.0, "max_density": 1.0, "dense_below_kv_len": 0, "min_chunk_tokens": 64, %s}'
+LONG = (
+    '{"keep_density": 1.0, "min_density": 1.0, "max_density": 1.0, "dense_below_kv_len": 0, "min_chunk_tokens": 64, %s}'
+)
 
 # 1200 keys at most, a rounding each in either sum, of averages of numbers below 5.
 TOLERANCE = 2 * 5 * 1200 * 2**-24
@@ -48,6 +50,9 @@ class Engine:
         monkeypatch.setattr(facts, "_options", None)
         monkeypatch.setattr(facts, "server_args", lambda: SimpleNamespace(chunked_prefill_size=2048))
         monkeypatch.setattr(flashattention_backend, "flash_attn_with_kvcache", self.kernel)
+        # By version; asked, they would read the arguments of a server.
+        for context_parallel in ("is_cp_active", "is_cp_v2_active"):
+            monkeypatch.setattr(flashattention_backend, context_parallel, lambda batch: False, raising=False)
         self.pool, self.engine_rows = Pool(), []
         # Row 0 is nobody's; a request's pages lie anywhere, its slots within a page are neighbours.
         pages = torch.randperm(PAGES, generator=seeded(3), dtype=torch.int32)[: 4 * 90].view(4, 90)
@@ -60,14 +65,22 @@ class Engine:
         backend = CompactAttentionBackend.__new__(CompactAttentionBackend)
         # What the constructor of either version sets and prefill without extras reads.
         plain_off = dict.fromkeys(
-            ("use_mla", "use_sliding_window_kv_pool", "has_swa", "is_encoder_decoder", "fa_skip_kv_cache", "has_softcap"),
+            (
+                "use_mla",
+                "use_sliding_window_kv_pool",
+                "has_swa",
+                "is_encoder_decoder",
+                "fa_skip_kv_cache",
+                "has_softcap",
+            ),
             False,
         )
         others = {"attn_cp_size": 1, "topk": 0, "speculative_step_id": 0, "fa_impl_ver": 3, "num_splits": 0}
         others |= {"kv_cache_dtype_str": "auto", "kv_cache_is_mxfp8": False, "attention_chunk_size": None}
         others |= {"max_context_len": 1440, "page_size": PAGE, "device": "cpu", "local_attn_builder": None}
         others |= {"is_prefill_aware_swa": False, "has_local_attention": False, "kv_index_translator": Translator()}
-        others |= {"full_cg_prefill_metadata": None, "sliding_window_size": None}
+        others |= {"full_cg_prefill_metadata": None, "sliding_window_size": None, "kv_cache_dtype": torch.float32}
+        others |= {"_unified_dense": False, "speculative_num_steps": 0}
         others |= {"_disable_scheduler_metadata_precompute": True, "speculative_num_draft_tokens": 0}
         others |= {"token_to_kv_pool": self.pool, "req_to_token_pool": req_to_token, "req_to_token": self.slots}
         backend.__dict__.update(plain_off | others)
@@ -106,7 +119,9 @@ class Engine:
         keys, values = (pool.view(PAGES, PAGE, KV_HEADS, DIM) for pool in (self.pool.k, self.pool.v))
         tables, starts = self.slots[1:, ::PAGE] // PAGE, batch.starts
         rows = q.view(-1, HEADS, DIM)
-        wanted = [plain(rows[starts[r] : starts[r + 1]], keys, values, tables[r], kv) for r, (_, kv) in enumerate(requests)]
+        wanted = [
+            plain(rows[starts[r] : starts[r + 1]], keys, values, tables[r], kv) for r, (_, kv) in enumerate(requests)
+        ]
         return out.view(-1, HEADS, DIM), torch.cat(wanted)
 
 

@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex};
 
 use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
+use compactattn::Parallel;
 use compactattn::batch::{Batch, BatchParts, BlockTable};
 use compactattn::plan::Limits;
 use compactattn::run::{Output, Plan, PlanDesc, Step};
@@ -12,7 +13,6 @@ use compactattn::stats::Stats;
 use compactattn::tensor::{Elements, ElementsMut, Pool, Tokens, TokensMut};
 use compactattn::types::{self, Dtype};
 use compactattn::workspace::Workspace;
-use compactattn::Parallel;
 
 use crate::model::Config;
 
@@ -103,12 +103,24 @@ impl Compact {
         let plan = Plan::new(&desc, Parallel::new(0)).map_err(candle_core::Error::wrap)?;
         let workspace = plan.workspace().map_err(candle_core::Error::wrap)?;
         let num_pages = max_kv_len.div_ceil(PAGE_SIZE);
-        let pool = || Tensor::zeros((num_pages, PAGE_SIZE, config.num_kv_heads, config.head_dim), DType::F32, &Device::Cpu);
+        let pool = || {
+            Tensor::zeros(
+                (num_pages, PAGE_SIZE, config.num_kv_heads, config.head_dim),
+                DType::F32,
+                &Device::Cpu,
+            )
+        };
         let pools = (0..config.num_layers).map(|_| Ok((pool()?, pool()?))).collect::<Result<Vec<_>>>()?;
         // An engine hands out what is free; here, the last page first.
         let pages = (0..num_pages).rev().map(|page| page as i32).collect();
         let kv_tokens = vec![0; config.num_layers];
-        Ok(Self { plan: plan.into(), pools, pages: Arc::new(pages), kv_tokens, workspace: Arc::new(Mutex::new(workspace)) })
+        Ok(Self {
+            plan: plan.into(),
+            pools,
+            pages: Arc::new(pages),
+            kv_tokens,
+            workspace: Arc::new(Mutex::new(workspace)),
+        })
     }
 
     /// What a layer has selected so far.
@@ -125,7 +137,11 @@ impl Compact {
             let run = (PAGE_SIZE - row).min(tokens - done);
             let page = self.pages[logical] as usize;
             for (pool, new) in [(&self.pools[layer].0, k), (&self.pools[layer].1, v)] {
-                pool.flatten(0, 1)?.slice_set(&new.narrow(0, done, run)?.contiguous()?, 0, page * PAGE_SIZE + row)?;
+                pool.flatten(0, 1)?.slice_set(
+                    &new.narrow(0, done, run)?.contiguous()?,
+                    0,
+                    page * PAGE_SIZE + row,
+                )?;
             }
             done += run;
         }
@@ -181,18 +197,28 @@ impl CustomOp3 for PagedAttention {
             v: pool(v, v_layout)?,
             cu_seqlens_q: &cu_seqlens_q,
             seq_lens: &seq_lens,
-            block_table: BlockTable { entries: &self.pages, stride_row: self.pages.len(), width: self.pages.len() },
+            block_table: BlockTable {
+                entries: &self.pages,
+                stride_row: self.pages.len(),
+                width: self.pages.len(),
+            },
             total_q,
         };
         let shape = self.plan.layouts()[self.layer].shape;
         let batch = Batch::new(shape, parts).map_err(candle_core::Error::wrap)?;
         let mut out = vec![0.0; total_q * heads * head_dim];
         let elements = ElementsMut::F32(&mut out);
-        let mut output =
-            Output { out: TokensMut { elements, stride_token: heads * head_dim, stride_head: head_dim }, lse: None };
+        let mut output = Output {
+            out: TokensMut { elements, stride_token: heads * head_dim, stride_head: head_dim },
+            lse: None,
+        };
         let step = Step { layer: self.layer, ..Step::default() };
-        let Ok(mut workspace) = self.workspace.lock() else { bail!("another thread panicked with the workspace") };
-        self.plan.forward(&batch, &step, &mut output, workspace.bytes_mut()).map_err(candle_core::Error::wrap)?;
+        let Ok(mut workspace) = self.workspace.lock() else {
+            bail!("another thread panicked with the workspace")
+        };
+        self.plan
+            .forward(&batch, &step, &mut output, workspace.bytes_mut())
+            .map_err(candle_core::Error::wrap)?;
         Ok((CpuStorage::F32(out), q_layout.shape().clone()))
     }
 }
@@ -203,6 +229,14 @@ fn elements<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Elements<'a>
 }
 
 fn pool<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Pool<'a>> {
-    let [stride_page, stride_token, stride_head, 1] = *layout.stride() else { bail!("pool: heads must be contiguous") };
-    Ok(Pool { elements: elements(storage, layout)?, num_pages: layout.dims()[0], stride_page, stride_token, stride_head })
+    let [stride_page, stride_token, stride_head, 1] = *layout.stride() else {
+        bail!("pool: heads must be contiguous")
+    };
+    Ok(Pool {
+        elements: elements(storage, layout)?,
+        num_pages: layout.dims()[0],
+        stride_page,
+        stride_token,
+        stride_head,
+    })
 }

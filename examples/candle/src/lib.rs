@@ -18,7 +18,13 @@ pub fn prefill(model: &Model, prompt: &[u32], chunk: usize, attention: &mut dyn 
 }
 
 /// The `count` likeliest tokens after a prompt, one by one.
-pub fn generate(model: &Model, prompt: &[u32], chunk: usize, count: usize, attention: &mut dyn Attention) -> Result<Vec<u32>> {
+pub fn generate(
+    model: &Model,
+    prompt: &[u32],
+    chunk: usize,
+    count: usize,
+    attention: &mut dyn Attention,
+) -> Result<Vec<u32>> {
     let mut next = argmax(&prefill(model, prompt, chunk, attention)?)?;
     let mut found = vec![next];
     while found.len() < count {

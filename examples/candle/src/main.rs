@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
 use candle_core::DType;
-use compactattn::settings::{Selector, Settings};
+use compactattn::settings::{DenseRules, Selector, Settings};
 use compactattn_candle::attention::{Attention, Compact, Own};
 use compactattn_candle::generate;
 use compactattn_candle::model::Model;
@@ -29,10 +29,14 @@ fn main() -> Result<()> {
 
     run("candle's own", &model, prompt, &mut Own::new(&model.config, DType::F32))?;
     // The preset is made for longer prompts than this one.
-    let settings = Settings { block_size: 64, ..Settings::of(Selector::SampledExact) };
+    let preset = Settings::of(Selector::SampledExact);
+    let dense = DenseRules { below_kv_len: 512, ..preset.dense };
+    let settings = Settings { block_size: 64, dense, ..preset };
     let mut compact = Compact::new(&model.config, settings, CHUNK, prompt.len() + NEW_TOKENS)?;
     run("compactattn", &model, prompt, &mut compact)?;
-    let stats = (0..model.config.num_layers).map(|layer| compact.stats(layer)).collect::<candle_core::Result<Vec<_>>>()?;
+    let stats = (0..model.config.num_layers)
+        .map(|layer| compact.stats(layer))
+        .collect::<candle_core::Result<Vec<_>>>()?;
     let (selected, candidates): (u64, u64) =
         (stats.iter().map(|s| s.counts.selected).sum(), stats.iter().map(|s| s.counts.candidates).sum());
     println!("compactattn read {selected} of {candidates} past blocks");
@@ -51,5 +55,9 @@ fn run(name: &str, model: &Model, prompt: &[u32], attention: &mut dyn Attention)
 fn long_prompt() -> String {
     let filler = "The river runs past the old mill, and in the evening the swallows come back to the barn. ";
     let fact = "The secret word of the miller is pomegranate. ";
-    format!("{}{fact}{}Question: what is the secret word of the miller? Answer: the secret word is", filler.repeat(40), filler.repeat(50))
+    format!(
+        "{}{fact}{}Question: what is the secret word of the miller? Answer: the secret word is",
+        filler.repeat(40),
+        filler.repeat(50)
+    )
 }

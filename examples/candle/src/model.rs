@@ -62,8 +62,10 @@ impl Model {
         let config = config(&content)?;
         let tokenizer = tokenizer(&mut content)?;
         let device = Device::Cpu;
-        let mut weight = |name: &str| content.tensor(&mut file, &format!("{name}.weight"), &device)?.dequantize(&device);
-        let blocks = (0..config.num_layers).map(|layer| Block::load(&mut |name| weight(&format!("blk.{layer}.{name}"))));
+        let mut weight =
+            |name: &str| content.tensor(&mut file, &format!("{name}.weight"), &device)?.dequantize(&device);
+        let blocks = (0..config.num_layers)
+            .map(|layer| Block::load(&mut |name| weight(&format!("blk.{layer}.{name}"))));
         let blocks = blocks.collect::<Result<Vec<_>>>()?;
         let (embedding, norm) = (weight("token_embd")?, weight("output_norm")?);
         let (cos, sin) = rotations(&content, config.head_dim)?;
@@ -82,7 +84,14 @@ impl Model {
         last.matmul(&self.embedding.t()?)?.squeeze(0)
     }
 
-    fn attend(&self, block: &Block, layer: usize, x: &Tensor, position: usize, attention: &mut dyn Attention) -> Result<Tensor> {
+    fn attend(
+        &self,
+        block: &Block,
+        layer: usize,
+        x: &Tensor,
+        position: usize,
+        attention: &mut dyn Attention,
+    ) -> Result<Tensor> {
         let Config { num_q_heads, num_kv_heads, head_dim, .. } = self.config;
         let (tokens, x) = (x.dim(0)?, self.normed(x, &block.attn_norm)?);
         let q = self.rotated(&x.matmul(&block.q)?.reshape((tokens, num_q_heads, head_dim))?, position)?;
@@ -105,7 +114,10 @@ impl Model {
     fn rotated(&self, x: &Tensor, position: usize) -> Result<Tensor> {
         let tokens = x.dim(0)?;
         let (cos, sin) = (self.cos.narrow(0, position, tokens)?, self.sin.narrow(0, position, tokens)?);
-        rope_i(&x.transpose(0, 1)?.unsqueeze(0)?.contiguous()?, &cos, &sin)?.squeeze(0)?.transpose(0, 1)?.contiguous()
+        rope_i(&x.transpose(0, 1)?.unsqueeze(0)?.contiguous()?, &cos, &sin)?
+            .squeeze(0)?
+            .transpose(0, 1)?
+            .contiguous()
     }
 }
 
@@ -113,9 +125,20 @@ impl Block {
     fn load(weight: &mut dyn FnMut(&str) -> Result<Tensor>) -> Result<Self> {
         // Stored as [out, in]; contiguous for the products, once.
         let mut matrix = |name: &str| weight(name)?.t()?.contiguous();
-        let (q, k, v, attn_out) = (matrix("attn_q")?, matrix("attn_k")?, matrix("attn_v")?, matrix("attn_output")?);
+        let (q, k, v, attn_out) =
+            (matrix("attn_q")?, matrix("attn_k")?, matrix("attn_v")?, matrix("attn_output")?);
         let (gate, up, down) = (matrix("ffn_gate")?, matrix("ffn_up")?, matrix("ffn_down")?);
-        Ok(Self { attn_norm: weight("attn_norm")?, q, k, v, attn_out, ffn_norm: weight("ffn_norm")?, gate, up, down })
+        Ok(Self {
+            attn_norm: weight("attn_norm")?,
+            q,
+            k,
+            v,
+            attn_out,
+            ffn_norm: weight("ffn_norm")?,
+            gate,
+            up,
+            down,
+        })
     }
 }
 
@@ -145,7 +168,9 @@ fn rotations(content: &Content, head_dim: usize) -> Result<(Tensor, Tensor)> {
     let context = metadata(content, "context_length")?.to_u32()? as usize;
     let base = metadata(content, "rope.freq_base")?.to_f32()?;
     let angles: Vec<f32> = (0..context)
-        .flat_map(|at| (0..head_dim / 2).map(move |i| at as f32 / base.powf(2.0 * i as f32 / head_dim as f32)))
+        .flat_map(|at| {
+            (0..head_dim / 2).map(move |i| at as f32 / base.powf(2.0 * i as f32 / head_dim as f32))
+        })
         .collect();
     let angles = Tensor::from_vec(angles, (context, head_dim / 2), &Device::Cpu)?;
     Ok((angles.cos()?, angles.sin()?))

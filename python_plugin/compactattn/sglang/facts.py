@@ -45,7 +45,8 @@ def of_runner(runner: Any, chosen: Options) -> dict[str, Any]:
         "disaggregation": getattr(args, "disaggregation_mode", "null") not in (None, "null"),
         "hicache_storage": bool(getattr(args, "hicache_storage_backend", None)),
         "two_batch": bool(getattr(args, "enable_two_batch_overlap", False)),
-        "unified_memory": bool(getattr(getattr(runner, "kv_index_translator", None), "is_translating", False)),
+        "unified_memory": bool(getattr(args, "enable_unified_memory", False))
+        or bool(getattr(getattr(runner, "kv_index_translator", None), "is_translating", False)),
         "kv_sharding": "PageInterleave" in "".join(base.__name__ for base in type(pool).__mro__),
         "needs_means": chosen.needs_means,
     }
