@@ -92,8 +92,11 @@ test-sglang: $(BUILD)/sglang/ready
 	    PYTHONPATH=$(BUILD)/sglang/$$version $(BUILD)/sglang/venv/bin/pytest -q tests/sglang || exit 1; \
 	done
 
-$(BUILD)/sglang/ready: tests/sglang/requirements.txt
+# torch is the one that test-hf has fetched: 2.6 GB, once. What is installed here comes before what is there.
+$(BUILD)/sglang/ready: tests/sglang/requirements.txt $(HF_VENV)/ready
 	$(PYTHON) -m venv $(BUILD)/sglang/venv
+	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	    $(HF_VENV)/bin/python -c "$$site" > "$$($(BUILD)/sglang/venv/bin/python -c "$$site")/torch.pth"
 	$(BUILD)/sglang/venv/bin/pip install -q -r $<
 	for version in $(SGLANG_VERSIONS); do \
 	    $(BUILD)/sglang/venv/bin/pip install -q --no-deps --upgrade --target $(BUILD)/sglang/$$version sglang==$$version || exit 1; \

@@ -190,4 +190,4 @@ def _cut(metadata: Any, part: Part) -> Piece:
 def _capturing() -> bool:
     import torch
 
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return bool(torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
