@@ -2,6 +2,7 @@
 // same bits.
 #include "../common/math.cuh"
 #include "../common/work.cuh"
+#include "../ptx/grid.cuh"
 
 namespace compactattn {
 namespace {
@@ -17,10 +18,22 @@ struct Slots {
   }
 };
 
-__device__ Slots slots_of(const Work& work, int cut) {
+// Past the first-level cache: it is read before the wait, which alone says what that cache holds.
+__device__ Cut cut_at(const Work& work, int cut) {
+  const int2 words = __ldcg(reinterpret_cast<const int2*>(work.cuts + cut));
+  return {words.x, words.y};
+}
+
+// By a whole warp, a cut a lane: nearly always one look. The last cut is no item's.
+__device__ Slots slots_of(const Work& work, int cut, int item) {
+  const int lane = threadIdx.x % 32;
   int count = 2;
-  while (work.cuts[cut + count - 1].item == work.cuts[cut].item) ++count;
-  return {cut - 1, count};
+  for (;; count += 32) {
+    const int next = cut + count - 1 + lane;
+    const bool other = next > work.num_ctas || cut_at(work, next).item != item;
+    const uint32_t others = __ballot_sync(0xffffffffu, other);
+    if (others != 0) return {cut - 1, count + __ffs(others) - 1};
+  }
 }
 
 __device__ void add(float4& sum, float weight, const float4& x) {
@@ -39,10 +52,12 @@ __device__ void combine_row(const AttendParams& params, const Slots& slots, int 
   const int lane = threadIdx.x % 32;
   const Results& results = params.results;
   float top = -INFINITY;
+#pragma unroll 4
   for (int i = 0; i < slots.count; ++i)
     top = fmaxf(top, results.partial_lse[slots[i] * kTileRows + row]);
   float4 sum[kTurns] = {};
   float weights = 0;
+#pragma unroll 2
   for (int i = 0; i < slots.count; ++i) {
     const int64_t at = static_cast<int64_t>(slots[i]) * kTileRows + row;
     const float lse = results.partial_lse[at];
@@ -71,20 +86,25 @@ __device__ void combine_row(const AttendParams& params, const Slots& slots, int 
   }
 }
 
-// CTAs (num_ctas - 1, 16): a warp for each row of the item that cut blockIdx.x + 1 is the first to
-// divide.
+// CTAs (num_ctas - 1, any): a warp for each row in turn of the item that cut blockIdx.x + 1 is the
+// first to divide. Cuts are plan's and can be read before the wait: all of attend had begun when
+// this kernel did, and plan had ended when attend did.
 template <class Element, int kHeadDim>
 __device__ void combine(const AttendParams& params) {
   const int cut = blockIdx.x + 1;
-  const Cut* cuts = params.work.cuts;
-  if (cuts[cut].tiles == 0) return;
-  if (cuts[cut - 1].item == cuts[cut].item && cuts[cut - 1].tiles > 0) return;
-  const WorkItem item = params.work.items[cuts[cut].item];
-  const int row = blockIdx.y * 8 + threadIdx.x / 32;
-  const QueryRow mine = query_row(item, params.work.heads_per_list, row);
-  if (!mine.used) return;
-  combine_row<Element, kHeadDim>(params, slots_of(params.work, cut), row, item.q_token + mine.token,
-                                 item.q_head + mine.head);
+  const Cut before = cut_at(params.work, cut - 1), mine = cut_at(params.work, cut);
+  const bool is_first = mine.tiles > 0 && (before.item != mine.item || before.tiles == 0);
+  const Slots slots = is_first ? slots_of(params.work, cut, mine.item) : Slots{};
+  ptx::wait_for_earlier();
+  if (!is_first) return;
+  const WorkItem item = params.work.items[mine.item];
+  const int step = gridDim.y * 8;
+  for (int row = blockIdx.y * 8 + threadIdx.x / 32; row < kTileRows; row += step) {
+    const QueryRow place = query_row(item, params.work.heads_per_list, row);
+    if (!place.used) continue;
+    combine_row<Element, kHeadDim>(params, slots, row, item.q_token + place.token,
+                                   item.q_head + place.head);
+  }
 }
 
 }  // namespace

@@ -13,11 +13,17 @@ constexpr uint32_t row_bytes(uint32_t head_dim) { return 2 * head_dim + 16; }
 // Means of 128 blocks in two parts, two stages of 64 rows.
 constexpr uint32_t flashprefill_bytes(uint32_t head_dim) { return 384 * row_bytes(head_dim); }
 
+// Four stages of 64 rows, swizzled.
+constexpr uint32_t flashprefill_sm90_bytes(uint32_t head_dim) { return 512 * head_dim; }
+
 // Stages of key groups and folded rows; logits take their place.
 constexpr uint32_t xattention_bytes() { return 110592; }
 
 // A tile of 128 sampled rows, two of 64 keys.
 constexpr uint32_t cells_bytes(uint32_t head_dim) { return 256 * row_bytes(head_dim); }
+
+// The same on sm_90a: 128 rows, and as many tiles of keys as fit beside them.
+constexpr uint32_t cells_sm90_bytes(uint32_t head_dim) { return head_dim == 64 ? 215040 : 231424; }
 
 // Features of 16 blocks: maximum, minimum and mean.
 constexpr uint32_t gate_keys_bytes(uint32_t head_dim) { return 16 * 3 * 4 * head_dim; }

@@ -27,6 +27,11 @@ __host__ __device__ inline int pieces_of(int q_len, int step) {
   return q_len / step + (q_len % step != 0);
 }
 
+// Pages, blocks or boxes of 2^log2 tokens.
+__host__ __device__ inline int pieces_of_log2(int tokens, int log2) {
+  return (tokens >> log2) + ((tokens & ((1 << log2) - 1)) != 0);
+}
+
 // The first select spans of a chunk vote, all but the last `non_voting_spans`; at least one does.
 __host__ __device__ inline int voting_selects(const Step& step, int q_len) {
   const int selects = pieces_of(q_len, step.layout.select_span > 0 ? step.layout.select_span : 1);

@@ -2,84 +2,106 @@
 //
 // A refused request keeps its queries and loses its KV, so that nothing after this kernel follows a
 // length or a page id that it has not seen here. What does not fit the buffers is refused too.
-#include "../common/cta.cuh"
+//
+// One cluster looks through the block tables; its first CTA does the rest, a thread a request. So
+// nothing in memory needs to be zero before, or right after a step that was cut short.
+#include <climits>
+
 #include "../common/spans.cuh"
+#include "../ptx/cluster.cuh"
+#include "../ptx/grid.cuh"
+#include "scan.cuh"
 
 namespace compactattn {
 namespace {
 
-constexpr int kMaxRequests = 1024;
-constexpr int kRequestsPerThread = kMaxRequests / cta::kThreads;
+constexpr int kMaxRequests = kPlanThreads;
 
-// Spans and items of a request, or of all requests before one. 64 bits: garbage must not wrap.
+// Spans and items of a request, or of all requests before one. Requests that are not broken share
+// no query, so there are no more spans than queries.
 struct Sizes {
-  int64_t lists;
-  int64_t selects;
+  int32_t lists;
+  int32_t selects;
   int64_t items;
 };
 
-// Where the spans and items of each request start; INT32_MAX where they do not fit.
-struct Starts {
+__device__ __forceinline__ Sizes operator+(const Sizes& a, const Sizes& b) {
+  return {a.lists + b.lists, a.selects + b.selects, a.items + b.items};
+}
+
+__device__ __forceinline__ Sizes of_lane_below(const Sizes& x, int distance) {
+  return {compactattn::of_lane_below(x.lists, distance),
+          compactattn::of_lane_below(x.selects, distance),
+          compactattn::of_lane_below(x.items, distance)};
+}
+
+__device__ __forceinline__ Sizes of_lane(const Sizes& x, int lane) {
+  return {compactattn::of_lane(x.lists, lane), compactattn::of_lane(x.selects, lane),
+          compactattn::of_lane(x.items, lane)};
+}
+
+// The requests, and where the spans and items of each start; INT32_MAX where they do not fit.
+struct Requests {
+  Request of[kMaxRequests];
   int32_t lists[kMaxRequests];
   int32_t selects[kMaxRequests];
   int32_t items[kMaxRequests];
 };
 
-// Queries of a request; broken where cu_seqlens_q decreases, leaves the batch or reaches back into
-// the queries of an earlier request: two requests must not write the same rows.
-__device__ Request queries_of(const Batch& batch, int req) {
-  const int start = batch.cu_seqlens_q[req], end = batch.cu_seqlens_q[req + 1];
-  bool broken = start < 0 || end < start || end > batch.total_q;
-  for (int i = threadIdx.x; i < req; i += cta::kThreads) {
-    const int earlier = batch.cu_seqlens_q[i];
-    broken |= earlier > start && earlier <= batch.total_q;
-  }
-  broken = __syncthreads_or(broken);
-  return broken ? Request{0, 0, 0, 1} : Request{start, end - start, 0, 0};
+// A request as the engine gives it.
+struct Given {
+  int32_t start;
+  int32_t end;
+  int32_t seq_len;
+};
+
+__device__ Given given_of(const Batch& batch, int req) {
+  if (req >= batch.num_reqs) return {INT_MAX, INT_MAX, 0};
+  return {batch.cu_seqlens_q[req], batch.cu_seqlens_q[req + 1], batch.seq_lens[req]};
 }
 
-// Whether length or valid prefix of the table row is out of range; the same in all threads.
-__device__ bool is_refused(const Step& step, int req, int seq_len) {
+__device__ bool is_length(const Step& step, int seq_len) {
+  const int64_t most = static_cast<int64_t>(step.batch.table_width) << step.layout.log2_page_tokens;
+  return seq_len >= 0 && seq_len <= step.layout.max_kv_len && seq_len <= most;
+}
+
+// Whether this thread finds a page outside the pool in the valid prefix of its request's row. Each
+// request has as many threads of the cluster as there are for it, a power of two.
+__device__ bool finds_outside(const Step& step, int& req) {
   const Batch& batch = step.batch;
-  const int log2_page = step.layout.log2_page_tokens;
-  const int64_t most = static_cast<int64_t>(batch.table_width) << log2_page;
-  if (seq_len < 0 || seq_len > step.layout.max_kv_len || seq_len > most) return true;
+  if (batch.num_reqs > kMaxRequests) return false;
+  const int threads = gridDim.x * kPlanThreads, thread = blockIdx.x * kPlanThreads + threadIdx.x;
+  const int log2_each = 31 - __clz(threads / max(1, batch.num_reqs));
+  req = thread >> log2_each;
+  if (req >= batch.num_reqs) return false;
+  const Given given = given_of(batch, req);
+  if (given.end <= given.start || !is_length(step, given.seq_len)) return false;
   const int32_t* row = batch.block_table + req * batch.table_stride;
-  const int pages = pieces_of(seq_len, 1 << log2_page);
+  const int pages = pieces_of_log2(given.seq_len, step.layout.log2_page_tokens);
   bool outside = false;
 #pragma unroll 8
-  for (int i = threadIdx.x; i < pages; i += cta::kThreads) {
+  for (int i = thread & ((1 << log2_each) - 1); i < pages; i += 1 << log2_each) {
     outside |= static_cast<uint32_t>(row[i]) >= static_cast<uint32_t>(batch.num_pages);
   }
-  return __syncthreads_or(outside);
+  return outside;
 }
 
-__device__ void check_request(const Step& step, int req) {
-  Request request = queries_of(step.batch, req);
+// The request of this thread. Broken where cu_seqlens_q decreases, leaves the batch or reaches back
+// into the queries of an earlier request: two requests must not write the same rows.
+__device__ Request checked(const Step& step, const Given& given, bool outside) {
+  const auto larger = [](int a, int b) { return max(a, b); };
+  const int start = given.start <= step.batch.total_q ? given.start : INT_MIN;
+  const int furthest = scan(start, INT_MIN, larger, step.batch.num_reqs).before;
+  if (given.start < 0 || given.end < given.start || given.end > step.batch.total_q ||
+      furthest > given.start) {
+    return {0, 0, 0, 1};
+  }
+  Request request{given.start, given.end - given.start, 0, 0};
   if (request.q_len > 0) {
-    const int seq_len = step.batch.seq_lens[req];
-    request.refused = is_refused(step, req, seq_len);
-    request.kv_len = request.refused ? 0 : seq_len;
+    request.refused = outside || !is_length(step, given.seq_len);
+    request.kv_len = request.refused ? 0 : given.seq_len;
   }
-  if (threadIdx.x == 0) step.stages.requests[req] = request;
-}
-
-// Whether this is the last CTA to come here; it sees what the others wrote before.
-__device__ bool is_last(Counters* counters) {
-  __shared__ bool last;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(&counters->ticket, 1) == static_cast<int>(gridDim.x) - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  return last;
-}
-
-// Past the first-level cache, which may hold what a CTA before this one left there.
-__device__ Request load(const Request* request) {
-  return {__ldcg(&request->q_start), __ldcg(&request->q_len), __ldcg(&request->kv_len),
-          __ldcg(&request->refused)};
+  return request;
 }
 
 __device__ int64_t items_of(const Layout& layout, int span_tokens) {
@@ -95,11 +117,6 @@ __device__ Sizes sizes_of(const Layout& layout, int q_len) {
   return {lists, pieces_of(q_len, span_step(layout.select_span, q_len)), items};
 }
 
-__device__ Sizes sizes_before(const Sizes& mine) {
-  return {cta::exclusive_sum(mine.lists).before, cta::exclusive_sum(mine.selects).before,
-          cta::exclusive_sum(mine.items).before};
-}
-
 // Whether the policy leaves a request dense.
 __device__ bool is_dense(const Step& step, const Request& request, int past) {
   const Settings& settings = step.settings;
@@ -109,9 +126,8 @@ __device__ bool is_dense(const Step& step, const Request& request, int past) {
          past >> step.layout.log2_block_tokens == 0;
 }
 
-// Span `index` of the request, of `tokens` tokens (0 = the chunk).
-__device__ Span span_of(const Step& step, int req, int tokens, int index) {
-  const Request request = load(step.stages.requests + req);
+// Span `index` of request `req`, of `tokens` tokens (0 = the chunk).
+__device__ Span span_of(const Step& step, const Request& request, int req, int tokens, int index) {
   const int size = span_step(tokens, request.q_len);
   Span span{};
   span.req = req;
@@ -141,88 +157,110 @@ __device__ int request_at(const int32_t* starts, int num_reqs, int index) {
   return low;
 }
 
-// Fills `starts` and the counters. Sums grow with the requests, so from the first request that does
-// not fit on, none with queries does.
-__device__ void lay_out(const Step& step, Starts& starts, Counters& counters) {
+// Lays out the request of this thread and counts. Sums grow with the requests, so from the first
+// request that does not fit on, none with queries does.
+__device__ void lay_out(const Step& step, Request request, Requests& requests, Counters& counters) {
   const Stages& stages = step.stages;
-  const int begin = threadIdx.x * kRequestsPerThread;
-  const int end = min(begin + kRequestsPerThread, step.batch.num_reqs);
-  Sizes mine{0, 0, 0};
-  for (int req = begin; req < end; ++req) {
-    const Sizes sizes = sizes_of(step.layout, load(stages.requests + req).q_len);
-    mine = {mine.lists + sizes.lists, mine.selects + sizes.selects, mine.items + sizes.items};
-  }
-  Sizes at = sizes_before(mine);
-  int refused = 0;
-  for (int req = begin; req < end; ++req) {
-    const Request request = load(stages.requests + req);
-    const Sizes sizes = sizes_of(step.layout, request.q_len);
-    const Sizes next{at.lists + sizes.lists, at.selects + sizes.selects, at.items + sizes.items};
-    const bool fits = next.lists <= stages.max_list_spans &&
-                      next.selects <= stages.max_select_spans && next.items <= stages.max_items;
-    starts.lists[req] = fits ? static_cast<int>(at.lists) : INT32_MAX;
-    starts.selects[req] = fits ? static_cast<int>(at.selects) : INT32_MAX;
-    starts.items[req] = fits ? static_cast<int>(at.items) : INT32_MAX;
+  const int req = threadIdx.x;
+  const Sizes mine = sizes_of(step.layout, request.q_len);
+  const Sizes at = scan_sum(mine, step.batch.num_reqs).before;
+  const Sizes next = at + mine;
+  const bool fits = next.lists <= stages.max_list_spans &&
+                    next.selects <= stages.max_select_spans && next.items <= stages.max_items;
+  if (req < step.batch.num_reqs) {
+    requests.lists[req] = fits ? at.lists : INT32_MAX;
+    requests.selects[req] = fits ? at.selects : INT32_MAX;
+    requests.items[req] = fits ? static_cast<int>(at.items) : INT32_MAX;
     if (fits) {
-      atomicMax(&counters.num_list_spans, static_cast<int>(next.lists));
-      atomicMax(&counters.num_select_spans, static_cast<int>(next.selects));
+      atomicMax(&counters.num_list_spans, next.lists);
+      atomicMax(&counters.num_select_spans, next.selects);
       atomicMax(&counters.num_items, static_cast<int>(next.items));
     } else if (request.q_len > 0) {
-      stages.requests[req] = {request.q_start, 0, 0, 1};
+      request = {request.q_start, 0, 0, 1};
     }
-    refused += request.refused || (!fits && request.q_len > 0);
-    at = next;
+    if (request.refused) atomicAdd(&counters.refused, 1);
+    requests.of[req] = request;
+    stages.requests[req] = request;
   }
-  atomicAdd(&counters.refused, refused);
   __syncthreads();
 }
 
-__device__ void write_list_spans(const Step& step, const Starts& starts, int count) {
+__device__ void write_list_spans(const Step& step, const Requests& requests, int count) {
   const Layout& layout = step.layout;
-  for (int i = threadIdx.x; i < count; i += cta::kThreads) {
-    const int req = request_at(starts.lists, step.batch.num_reqs, i);
-    const int index = i - starts.lists[req];
-    Span span = span_of(step, req, layout.list_span, index);
+  for (int i = threadIdx.x; i < count; i += kPlanThreads) {
+    const int req = request_at(requests.lists, step.batch.num_reqs, i);
+    const int index = i - requests.lists[req];
+    Span span = span_of(step, requests.of[req], req, layout.list_span, index);
     const int select_size = layout.select_span > 0 ? layout.select_span : span.len;
-    span.first_select = starts.selects[req] + span.first / select_size;
+    span.first_select = requests.selects[req] + span.first / select_size;
     span.num_selects = pieces_of(span.len, select_size);
     span.first_item =
-        starts.items[req] + static_cast<int>(index * items_of(layout, layout.list_span));
+        requests.items[req] + static_cast<int>(index * items_of(layout, layout.list_span));
     step.stages.list_spans[i] = span;
   }
 }
 
-__device__ void write_select_spans(const Step& step, const Starts& starts, int count) {
-  for (int i = threadIdx.x; i < count; i += cta::kThreads) {
-    const int req = request_at(starts.selects, step.batch.num_reqs, i);
+__device__ void write_select_spans(const Step& step, const Requests& requests, int count) {
+  for (int i = threadIdx.x; i < count; i += kPlanThreads) {
+    const int req = request_at(requests.selects, step.batch.num_reqs, i);
     step.stages.select_spans[i] =
-        span_of(step, req, step.layout.select_span, i - starts.selects[req]);
+        span_of(step, requests.of[req], req, step.layout.select_span, i - requests.selects[req]);
   }
+}
+
+// By the first CTA; `outside`: by request.
+__device__ void plan_spans(const Step& step, const Given& given, const int32_t* outside) {
+  __shared__ Requests requests;
+  __shared__ Counters counters;
+  const int num_reqs = step.batch.num_reqs;
+  const Request mine = checked(step, given, outside[threadIdx.x]);
+  if (threadIdx.x == 0) counters = {};
+  __syncthreads();
+  if (num_reqs <= kMaxRequests && step.batch.total_q > 0) {
+    lay_out(step, mine, requests, counters);
+  } else {
+    for (int req = threadIdx.x; req < num_reqs; req += kPlanThreads) {
+      step.stages.requests[req] = num_reqs <= kMaxRequests ? mine : Request{0, 0, 0, 1};
+    }
+  }
+  write_list_spans(step, requests, counters.num_list_spans);
+  write_select_spans(step, requests, counters.num_select_spans);
+  if (threadIdx.x != 0) return;
+  if (num_reqs > kMaxRequests) counters.refused = num_reqs;
+  *step.stages.counters = counters;
 }
 
 }  // namespace
 }  // namespace compactattn
 
-// Grid max(1, num_reqs), at most 1024, x 256. `counters` are zero. More than 1024 requests: none
-// has spans, all are refused.
-extern "C" __global__ void __launch_bounds__(256, 1)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define COMPACTATTN_ONE_CLUSTER __cluster_dims__(8, 1, 1)
+#else
+#define COMPACTATTN_ONE_CLUSTER
+#endif
+
+// Grid 8 on sm_90 and later, else 1, x 1024. More than 1024 requests: none has spans, all are
+// refused.
+extern "C" __global__ void COMPACTATTN_ONE_CLUSTER __launch_bounds__(1024, 1)
     compactattn_plan_spans(const __grid_constant__ compactattn::Step step) {
   using namespace compactattn;
-  __shared__ Starts starts;
-  __shared__ Counters counted;
-  const int num_reqs = step.batch.num_reqs;
-  if (static_cast<int>(blockIdx.x) < num_reqs) check_request(step, blockIdx.x);
-  if (!is_last(step.stages.counters)) return;
-  if (threadIdx.x == 0) counted = {};
-  __syncthreads();
-  if (num_reqs <= kMaxRequests && step.batch.total_q > 0) lay_out(step, starts, counted);
-  write_list_spans(step, starts, counted.num_list_spans);
-  write_select_spans(step, starts, counted.num_select_spans);
-  if (threadIdx.x == 0) {
-    Counters& out = *step.stages.counters;
-    out.num_list_spans = counted.num_list_spans;
-    out.num_select_spans = counted.num_select_spans;
-    out.num_items = counted.num_items;
-    out.refused = num_reqs > kMaxRequests ? num_reqs : counted.refused;
+  __shared__ int32_t outside[kMaxRequests];
+  ptx::wait_for_earlier();
+  if (blockIdx.x == 0) {
+    outside[threadIdx.x] = 0;
+    ptx::fence_cluster();
   }
+  ptx::arrive_at_cluster();
+  const Given mine = given_of(step.batch, threadIdx.x);
+  int req = 0;
+  const bool found = finds_outside(step, req);
+  ptx::wait_for_cluster();
+  if (found) {
+    ptx::store_to_first(outside + req, 1);
+    ptx::fence_cluster();
+  }
+  __syncwarp();
+  ptx::arrive_at_cluster();
+  ptx::wait_for_cluster();
+  if (blockIdx.x == 0) plan_spans(step, mine, outside);
 }

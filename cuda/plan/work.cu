@@ -6,11 +6,17 @@
 // contiguous shares that even out the sums, at most one cut in each (stream-K, arXiv 2301.03598,
 // with costs in place of counts).
 #include "../common/work.cuh"
+#include "../ptx/grid.cuh"
+#include "scan.cuh"
 
 namespace compactattn {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = kPlanThreads;
+constexpr int kMaxCtas = kPlanThreads;  // of attend
+// Where sums and searches over fewer stay in shared memory.
+constexpr int kNearItems = 4096;
+constexpr int kNearSpans = 1024;
 // In half tiles: a tile is 2, what an item costs beside its tiles 3 (prologue and epilogue,
 // about 2.5 us of 1.7 a tile).
 constexpr int kTileCost = 2;
@@ -18,6 +24,13 @@ constexpr int kItemCost = 3;
 constexpr int kFewestTiles = 4;  // of a piece: fewer are not worth a partial result
 // Of a share; it also keeps two cuts of one item apart.
 constexpr int kLeastCost = kItemCost + kTileCost * kFewestTiles;
+
+// What this stage keeps at hand.
+struct Near {
+  uint32_t costs[kNearItems + 1];
+  Cut cuts[kMaxCtas + 1];
+  int32_t first_items[kNearSpans];  // by list span
+};
 
 // What this stage writes, with the costs as the unsigned sums that they are.
 struct Plan {
@@ -27,31 +40,45 @@ struct Plan {
   Piece* pieces;
   int* piece_starts;
   uint32_t* costs;
+  const int32_t* first_items;  // null: in the spans alone
   int num_items;
+  int num_spans;
 };
 
-__device__ Plan plan_of(const Step& step) {
+__device__ Plan plan_of(const Step& step, Near& near) {
   const Stages& stages = step.stages;
+  const Counters counters = *stages.counters;
   Plan plan = {};
   plan.work.items = stages.items;
   plan.work.boxes = stages.boxes;
   plan.work.max_boxes = step.layout.max_boxes;
   plan.work.log2_box_tokens = step.layout.log2_box_tokens;
   plan.items = stages.items;
-  plan.cuts = stages.cuts;
+  plan.cuts = near.cuts;
   plan.pieces = stages.pieces;
   plan.piece_starts = stages.piece_starts;
-  plan.costs = reinterpret_cast<uint32_t*>(stages.costs);
-  plan.num_items = min(stages.counters->num_items, stages.max_items);
+  plan.num_items = min(counters.num_items, stages.max_items);
+  plan.num_spans = counters.num_list_spans;
+  plan.costs =
+      plan.num_items <= kNearItems ? near.costs : reinterpret_cast<uint32_t*>(stages.costs);
+  if (plan.num_spans <= kNearSpans) {
+    for (int i = threadIdx.x; i < plan.num_spans; i += kThreads) {
+      near.first_items[i] = stages.list_spans[i].first_item;
+    }
+    plan.first_items = near.first_items;
+    __syncthreads();
+  }
   return plan;
 }
 
 // The list span whose items include `item`: the last that starts at or before it.
-__device__ int span_of(const Stages& stages, int item) {
-  int low = 0, high = stages.counters->num_list_spans - 1;
+__device__ int span_of(const Stages& stages, const Plan& plan, int item) {
+  int low = 0, high = plan.num_spans - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (stages.list_spans[middle].first_item <= item) {
+    const int first =
+        plan.first_items ? plan.first_items[middle] : stages.list_spans[middle].first_item;
+    if (first <= item) {
       low = middle;
     } else {
       high = middle - 1;
@@ -67,9 +94,9 @@ __device__ int stream_len_of(const Step& step, int list_row) {
 }
 
 // Items of a span: list by list, then tile by tile.
-__device__ WorkItem item_at(const Step& step, int index) {
+__device__ WorkItem item_at(const Step& step, const Plan& plan, int index) {
   const Layout& layout = step.layout;
-  const int list_span = span_of(step.stages, index);
+  const int list_span = span_of(step.stages, plan, index);
   const Span span = step.stages.list_spans[list_span];
   const int tile_tokens = kTileRows / layout.heads_per_list;
   const int tiles = (span.len + tile_tokens - 1) / tile_tokens;
@@ -92,31 +119,11 @@ __device__ WorkItem item_at(const Step& step, int index) {
 // Items, and in `costs` the cost of each.
 __device__ void write_items(const Step& step, const Plan& plan) {
   for (int i = threadIdx.x; i < plan.num_items; i += kThreads) {
-    const WorkItem item = item_at(step, i);
+    const WorkItem item = item_at(step, plan, i);
     plan.items[i] = item;
     plan.costs[i] = kItemCost + kTileCost * stream_of(plan.work, item).tiles;
   }
   __syncthreads();
-}
-
-// Exclusive sum over the CTA's threads; the total in `total`.
-__device__ uint32_t exclusive_sum(uint32_t x, uint32_t& total) {
-  __shared__ uint32_t warps[kThreads / 32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t sum = x;
-  for (int d = 1; d < 32; d *= 2) {
-    const uint32_t below = __shfl_up_sync(0xffffffffu, sum, d);
-    if (lane >= d) sum += below;
-  }
-  if (lane == 31) warps[warp] = sum;
-  __syncthreads();
-  uint32_t before = 0;
-  total = 0;
-  for (int w = 0; w < kThreads / 32; ++w) {
-    if (w < warp) before += warps[w];
-    total += warps[w];
-  }
-  return before + sum - x;
 }
 
 // costs[i] becomes the cost of the items before i; the total.
@@ -124,17 +131,18 @@ __device__ uint32_t sum_costs(const Plan& plan) {
   const int each = (plan.num_items + kThreads - 1) / kThreads;
   const int begin = min(plan.num_items, static_cast<int>(threadIdx.x) * each);
   const int end = min(plan.num_items, begin + each);
-  uint32_t mine = 0, total;
+  uint32_t mine = 0;
   for (int i = begin; i < end; ++i) mine += plan.costs[i];
-  uint32_t before = exclusive_sum(mine, total);
+  const Scan<uint32_t> sum = scan_sum(mine, plan.num_items);
+  uint32_t before = sum.before;
   for (int i = begin; i < end; ++i) {
     const uint32_t cost = plan.costs[i];
     plan.costs[i] = before;
     before += cost;
   }
-  if (threadIdx.x == 0) plan.costs[plan.num_items] = total;
+  if (threadIdx.x == 0) plan.costs[plan.num_items] = sum.total;
   __syncthreads();
-  return total;
+  return sum.total;
 }
 
 // The cut nearest below `cost` that leaves no tiny piece; between items, the nearest.
@@ -184,9 +192,9 @@ __device__ int cut_for_all(const Step& step, const Plan& plan, uint32_t total) {
     return static_cast<uint32_t>(static_cast<uint64_t>(total) * c / ctas);
   };
   const uint32_t fair = cta < ctas ? until(cta + 1) - until(cta) : 0;
-  uint32_t done, left;
+  uint32_t done;
   const int waves = count_waves(plan, ctas, fair, done);
-  const uint32_t before = exclusive_sum(cta < ctas ? fair - done : 0, left);
+  const uint32_t before = scan_sum(cta < ctas ? fair - done : 0, ctas).before;
   if (cta < ctas) {
     const uint32_t cost = plan.costs[waves * ctas] + before;
     plan.cuts[cta] = cut_at(plan, cost, step.stages.whole_items != 0);
@@ -232,31 +240,31 @@ __device__ void write_pieces(const Plan& plan, int cta, int ctas, int waves, Pie
   }
 }
 
-// Pieces from cuts, CTA by CTA.
-__device__ void piece_up(const Plan& plan, int ctas, int waves) {
+// Pieces from cuts, CTA by CTA; the cuts themselves to `cuts`.
+__device__ void piece_up(const Plan& plan, int ctas, int waves, Cut* cuts) {
   __syncthreads();
   const int cta = threadIdx.x;
+  for (int i = cta; i <= ctas; i += kThreads) cuts[i] = plan.cuts[i];
   int count = 0;
   if (cta < ctas) {
     const Cut first = plan.cuts[cta], last = plan.cuts[cta + 1];
     count = waves + last.item - first.item + (last.tiles > 0);
   }
-  uint32_t total;
-  const uint32_t start = exclusive_sum(count, total);
+  const Scan<int> pieces = scan_sum(count, ctas);
   if (cta < ctas) {
-    plan.piece_starts[cta] = start;
-    write_pieces(plan, cta, ctas, waves, plan.pieces + start);
+    plan.piece_starts[cta] = pieces.before;
+    write_pieces(plan, cta, ctas, waves, plan.pieces + pieces.before);
   }
-  if (cta == 0) plan.piece_starts[ctas] = total;
+  if (cta == 0) plan.piece_starts[ctas] = pieces.total;
 }
 
-// Eight numbers, one a thread; the host reads each whole, whenever it likes.
+// Eight numbers, one a thread; the host reads each whole, whenever it likes. First of all: the way
+// to the host's memory is long, and nobody here waits for it.
 __device__ void mirror_stats(const Stages& stages) {
   constexpr int kNumbers = sizeof(Stats) / sizeof(uint64_t);
   if (stages.stats_mirror == nullptr || threadIdx.x >= kNumbers) return;
   const uint64_t number = reinterpret_cast<const uint64_t*>(stages.stats)[threadIdx.x];
   reinterpret_cast<volatile uint64_t*>(stages.stats_mirror)[threadIdx.x] = number;
-  __threadfence_system();
 }
 
 }  // namespace
@@ -267,7 +275,10 @@ __device__ void mirror_stats(const Stages& stages) {
 extern "C" __global__ void __launch_bounds__(1024, 1)
     compactattn_plan_work(const __grid_constant__ compactattn::Step step) {
   using namespace compactattn;
-  const Plan plan = plan_of(step);
+  __shared__ Near near;
+  ptx::wait_for_earlier();
+  mirror_stats(step.stages);
+  const Plan plan = plan_of(step, near);
   write_items(step, plan);
   const uint32_t total = sum_costs(plan);
   const uint32_t ctas = step.stages.num_ctas;
@@ -278,6 +289,5 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
   } else {
     cut_for_some(step, plan, total, shares);
   }
-  piece_up(plan, ctas, waves);
-  mirror_stats(step.stages);
+  piece_up(plan, ctas, waves, step.stages.cuts);
 }

@@ -15,6 +15,12 @@ using Barrier = cutlass::arch::ClusterBarrier;
 using CopyBarrier = cutlass::arch::ClusterTransactionBarrier;
 using CacheHint = cute::TMA::CacheHintSm90;
 
+// Asks for maps before they are first used.
+template <class... Map>
+__device__ __forceinline__ void prefetch(const Map&... maps) {
+  (cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&maps)), ...);
+}
+
 // Where a box of the paged pool starts; the first coordinate, within 64 columns, is always 0.
 struct PoolBox {
   int32_t token;    // in the page
@@ -24,10 +30,10 @@ struct PoolBox {
 };
 
 __device__ __forceinline__ void load(const CUtensorMap& map, CopyBarrier& done, void* smem,
-                                     PoolBox at) {
+                                     PoolBox at, CacheHint hint = CacheHint::EVICT_LAST) {
   cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<uint64_t*>(&done),
-                               static_cast<uint64_t>(CacheHint::EVICT_LAST), smem, 0, at.token,
-                               at.columns, at.kv_head, at.page);
+                               static_cast<uint64_t>(hint), smem, 0, at.token, at.columns,
+                               at.kv_head, at.page);
 }
 
 // Where a query tile starts.

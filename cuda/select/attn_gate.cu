@@ -5,6 +5,7 @@
 // into `cells`; the second makes a span's gate queries, and scores by a softmax over the blocks
 // that the span's last token sees.
 #include "../common/shared.h"
+#include "../ptx/grid.cuh"
 #include "gate.h"
 #include "tiles.cuh"
 #include "turn.cuh"
@@ -308,12 +309,14 @@ __device__ void score_span(const Step& step, const Gate& gate) {
 extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_attn_gate_keys_bf16(const __grid_constant__ compactattn::Step step,
                                     const __grid_constant__ compactattn::Gate gate) {
+  compactattn::ptx::wait_for_earlier();
   compactattn::make_keys<__nv_bfloat16>(step, gate);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_attn_gate_keys_fp16(const __grid_constant__ compactattn::Step step,
                                     const __grid_constant__ compactattn::Gate gate) {
+  compactattn::ptx::wait_for_earlier();
   compactattn::make_keys<__half>(step, gate);
 }
 
@@ -322,11 +325,13 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_attn_gate_bf16(const __grid_constant__ compactattn::Step step,
                                const __grid_constant__ compactattn::Gate gate) {
+  compactattn::ptx::wait_for_earlier();
   compactattn::score_span<__nv_bfloat16>(step, gate);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_attn_gate_fp16(const __grid_constant__ compactattn::Step step,
                                const __grid_constant__ compactattn::Gate gate) {
+  compactattn::ptx::wait_for_earlier();
   compactattn::score_span<__half>(step, gate);
 }

@@ -4,6 +4,7 @@
 // Grid (num_q_heads, max_select_spans) x 1024. The first tile of a span stores its scores, later
 // ones add, in launch order: the same bits in every run and whatever else is in the batch. A NaN
 // cell makes NaN of its whole row, hence of its head's scores.
+#include "../ptx/grid.cuh"
 #include "cells.cuh"
 
 namespace compactattn::select {
@@ -99,11 +100,13 @@ __device__ __forceinline__ void add_mass(const Step& step, int index) {
 // Adds the masses of tile `tile` to the scores.
 extern "C" __global__ void __launch_bounds__(1024)
     compactattn_cells_mass(const __grid_constant__ compactattn::Step step, int tile) {
+  compactattn::ptx::wait_for_earlier();
   compactattn::select::add_mass<compactattn::select::EveryBlock>(step, tile);
 }
 
 // As compactattn_cells_mass, but blocks that are no candidates score 0 (or NaN).
 extern "C" __global__ void __launch_bounds__(1024)
     compactattn_two_level_mass(const __grid_constant__ compactattn::Step step, int tile) {
+  compactattn::ptx::wait_for_earlier();
   compactattn::select::add_mass<compactattn::select::Candidates>(step, tile);
 }

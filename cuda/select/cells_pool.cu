@@ -3,9 +3,10 @@
 //
 // Grid (ceil(max_blocks / 64) + tails, num_kv_heads, max_select_spans) x 128, shared memory as
 // cells_read.cu. `tails` CTAs (any > 0) of a (span, KV head) share the blocks seen in part; of a
-// span of n tokens ceil(n / 256) + 1 have work. Weighs a block block_size * 2^(q . k_mean), with
+// span of n tokens ceil(n / 128) + 1 have work. Weighs a block block_size * 2^(q . k_mean), with
 // the mean key as the sum of two 16-bit vectors: bf16 pairs hold 16 bits of it, fp16 pairs 22 or
 // down to 2^-25.
+#include "../ptx/grid.cuh"
 #include "cells_reader.cuh"
 
 namespace compactattn::select {
@@ -149,7 +150,8 @@ __device__ __forceinline__ void pool(const Step& step, int index, char* shared) 
     return write_pooled(step, tile, first, logits, seen, shared);
   }
   const int least = tile.least_visible >> step.layout.log2_block_tokens;
-  const Share share(step.layout, tile.blocks - least, tail, gridDim.x - pools);
+  // As short as there are CTAs for: all of them run at once, and the step waits for the last.
+  const Share share(step.layout, tile.blocks - least, tail, gridDim.x - pools, 1);
   if (share.count <= 0) return;
   load_rows(step, tile, queries, seen);
   __syncthreads();
@@ -164,10 +166,12 @@ extern __shared__ __align__(16) char shared_bytes[];
 
 extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_pool_bf16(const __grid_constant__ compactattn::Step step, int tile) {
+  compactattn::ptx::wait_for_earlier();
   compactattn::select::pool<__nv_bfloat16>(step, tile, shared_bytes);
 }
 
 extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_pool_fp16(const __grid_constant__ compactattn::Step step, int tile) {
+  compactattn::ptx::wait_for_earlier();
   compactattn::select::pool<__half>(step, tile, shared_bytes);
 }

@@ -5,6 +5,7 @@
 // bytes of shared memory. CTAs of a (span, KV head) share its blocks evenly; 3 fit an SM, so about
 // 3 * SMs / num_kv_heads of them fill a GPU. What a cell holds does not depend on how many there
 // are.
+#include "../ptx/grid.cuh"
 #include "cells_reader.cuh"
 
 namespace compactattn::select {
@@ -111,12 +112,14 @@ extern __shared__ __align__(16) char shared_bytes[];
 // Every block that a row of tile `tile` sees.
 extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_read_bf16(const __grid_constant__ compactattn::Step step, int tile) {
+  compactattn::ptx::wait_for_earlier();
   using namespace compactattn::select;
   read_all<__nv_bfloat16>(step, tile, shared_address(shared_bytes));
 }
 
 extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_read_fp16(const __grid_constant__ compactattn::Step step, int tile) {
+  compactattn::ptx::wait_for_earlier();
   using namespace compactattn::select;
   read_all<__half>(step, tile, shared_address(shared_bytes));
 }
@@ -125,6 +128,7 @@ extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
 extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_read_candidates_bf16(const __grid_constant__ compactattn::Step step,
                                            int tile) {
+  compactattn::ptx::wait_for_earlier();
   using namespace compactattn::select;
   read_candidates<__nv_bfloat16>(step, tile, shared_address(shared_bytes));
 }
@@ -132,6 +136,7 @@ extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
 extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_read_candidates_fp16(const __grid_constant__ compactattn::Step step,
                                            int tile) {
+  compactattn::ptx::wait_for_earlier();
   using namespace compactattn::select;
   read_candidates<__half>(step, tile, shared_address(shared_bytes));
 }

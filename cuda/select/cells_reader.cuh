@@ -198,16 +198,17 @@ struct Reader {
   }
 };
 
-// This CTA's even share of `count` blocks: a whole number of tiles of keys, `kLeastTiles` or more.
+// This CTA's even share of `count` blocks: a whole number of tiles of keys, `least_tiles` or more.
 struct Share {
   int first;
   int count;
 
   static constexpr int kLeastTiles = 4;  // fewer do not repay loading the rows
 
-  __device__ __forceinline__ Share(const Layout& layout, int count, int part, int parts) {
+  __device__ __forceinline__ Share(const Layout& layout, int count, int part, int parts,
+                                   int least_tiles = kLeastTiles) {
     const int per_tile = max(1, kTileKeys >> layout.log2_block_tokens);
-    const int tile_blocks = max(1, (kLeastTiles * kTileKeys) >> layout.log2_block_tokens);
+    const int tile_blocks = max(1, (least_tiles * kTileKeys) >> layout.log2_block_tokens);
     const int even = (count + parts - 1) / parts;
     const int each = max(tile_blocks, (even + per_tile - 1) / per_tile * per_tile);
     first = part * each;

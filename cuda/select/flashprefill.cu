@@ -2,61 +2,19 @@
 // (arXiv 2603.06199; rust/select/flashprefill.rs).
 //
 // Two kernels. The first leaves L_j = log2 of the summed weights of block j in the scores and the
-// largest L of each 32 blocks, open ones too, in `cells`; the second turns them into scores.
+// largest L of each 16 blocks, open ones too, in `cells`; the second turns them into scores.
 #include "../common/shared.h"
-#include "tiles.cuh"
+#include "../ptx/grid.cuh"
+#include "flashprefill.cuh"
 
 namespace compactattn {
 namespace {
 
 // M: blocks, 32 a warp. N: query rows of one head.
 constexpr int kThreads = 128;
-constexpr int kBlocks = 128;
 constexpr int kRows = 64;
 constexpr int kWarpBlocks = 32;
 static_assert(2 * (kBlocks + kRows) * row_bytes(64) == flashprefill_bytes(64), "a launch's");
-
-// Numbers in `cells` per (span, query head).
-__device__ __forceinline__ int peaks_stride(const Step& step) {
-  return (step.layout.max_blocks + kBlocks - 1) / kBlocks * (kBlocks / kWarpBlocks);
-}
-
-__device__ __forceinline__ float* peaks_of(const Step& step, int span, int q_head) {
-  const int64_t row = static_cast<int64_t>(span) * step.layout.num_q_heads + q_head;
-  return step.stages.cells + row * peaks_stride(step);
-}
-
-// Blocks that the maximum runs over.
-__device__ __forceinline__ int blocks_of(const Step& step, const Span& span) {
-  return step.settings.relative_to_past ? past_blocks_of(step, span)
-                                        : span.kv_end >> step.layout.log2_block_tokens;
-}
-
-// Slot of a whole block's mean, kept under the page of its last token.
-__device__ __forceinline__ int mean_slot(const Step& step, int req, int block) {
-  const Layout& layout = step.layout;
-  const int log2_slots = max(0, layout.log2_page_tokens - layout.log2_block_tokens);
-  const int page = page_of(step, req, ((block + 1) << layout.log2_block_tokens) - 1);
-  return (page << log2_slots) + (block & ((1 << log2_slots) - 1));
-}
-
-// One CTA's share: blocks `first` .. `end` of a span's request for the heads of one KV head.
-struct Tile {
-  Span span;
-  int span_index;
-  int kv_head;
-  int first;
-  int end;
-  int row_bytes;
-};
-
-// Two elements of a mean as a sum of two 16-bit numbers each: off by 2^-16 of themselves at most.
-template <class Element>
-__device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t& low) {
-  high = pack_pair<Element>(x, y);
-  const float2 top = unpack_pair<Element>(high);
-  low = pack_pair<Element>(isfinite(x) ? x - top.x : 0.f, isfinite(y) ? y - top.y : 0.f);
-}
 
 // The warp's kWarpBlocks means, zeros past the last block. A lane looks up one block's slot, and
 // eight loads are on their way at a time: their latency is not hidden otherwise.
@@ -196,18 +154,9 @@ __device__ void finish(const Step& step, const Tile& tile, int head, LogSum (&su
     if (block < past && lane % 4 == 0) scores[block] = value;
   }
   best = warp_reduce(best, [](float a, float b) { return fmaxf(a, b); });
-  if (lane == 0) {
-    peaks_of(step, tile.span_index, head)[tile.first / kWarpBlocks + warp] = best;
-  }
-}
-
-// Without means nothing can be judged.
-__device__ void give_up(const Step& step, const Tile& tile, int group) {
-  const int past = min(past_blocks_of(step, tile.span), tile.first + kBlocks);
-  for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
-    float* scores = scores_of(step, tile.span_index, head);
-    for (int j = tile.first + threadIdx.x; j < past; j += kThreads)
-      scores[j] = __int_as_float(0x7fc00000);
+  constexpr int kPeaks = kWarpBlocks / kPeakBlocks;  // the same one each
+  if (lane < kPeaks) {
+    peaks_of(step, tile.span_index, head)[tile.first / kPeakBlocks + warp * kPeaks + lane] = best;
   }
 }
 
@@ -266,14 +215,16 @@ __device__ void sum_weights(const Step& step) {
 
 // Grid: (max_select_spans, num_kv_heads, ceil(max_blocks / 128)) x 128; dynamic shared memory
 // `flashprefill_bytes`. `cells`: [max_select_spans, num_q_heads,
-// 4 * ceil(max_blocks / 128)].
+// 8 * ceil(max_blocks / 128)].
 extern "C" __global__ void __launch_bounds__(128, 2)
     compactattn_flashprefill_bf16(const __grid_constant__ compactattn::Step step) {
+  compactattn::ptx::wait_for_earlier();
   compactattn::sum_weights<__nv_bfloat16>(step);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2)
     compactattn_flashprefill_fp16(const __grid_constant__ compactattn::Step step) {
+  compactattn::ptx::wait_for_earlier();
   compactattn::sum_weights<__half>(step);
 }
 
@@ -281,9 +232,10 @@ extern "C" __global__ void __launch_bounds__(128, 2)
 extern "C" __global__ void __launch_bounds__(256)
     compactattn_flashprefill_relate(const __grid_constant__ compactattn::Step step) {
   using namespace compactattn;
+  ptx::wait_for_earlier();
   Span span;
   if (!step.stages.k_mean || !load_span(step, blockIdx.x, span)) return;
-  const int peaks = (blocks_of(step, span) + kWarpBlocks - 1) / kWarpBlocks;
+  const int peaks = (blocks_of(step, span) + kPeakBlocks - 1) / kPeakBlocks;
   const float* peak = peaks_of(step, blockIdx.x, blockIdx.y);
   float best = -FLT_MAX;
   for (int i = threadIdx.x % 32; i < peaks; i += 32) best = fmaxf(best, peak[i]);

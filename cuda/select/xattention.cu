@@ -6,6 +6,7 @@
 // log2 of the summed weights of each cell, a block's key groups or 128 of them, in `cells`. The
 // second turns cells into masses.
 #include "../common/shared.h"
+#include "../ptx/grid.cuh"
 #include "tiles.cuh"
 
 namespace compactattn {
@@ -372,21 +373,25 @@ __device__ void sum_masses(const Step& step) {
 // max_blocks * max(1, block / S / 128)]. select_span is 1..256.
 extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_xattention_bf16(const __grid_constant__ compactattn::Step step) {
+  compactattn::ptx::wait_for_earlier();
   compactattn::weigh_cells<__nv_bfloat16>(step);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     compactattn_xattention_fp16(const __grid_constant__ compactattn::Step step) {
+  compactattn::ptx::wait_for_earlier();
   compactattn::weigh_cells<__half>(step);
 }
 
 // After the kernel of the same type. Grid: (max_select_spans, num_q_heads) x 256.
 extern "C" __global__ void __launch_bounds__(256)
     compactattn_xattention_mass_bf16(const __grid_constant__ compactattn::Step step) {
+  compactattn::ptx::wait_for_earlier();
   compactattn::sum_masses<__nv_bfloat16>(step);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     compactattn_xattention_mass_fp16(const __grid_constant__ compactattn::Step step) {
+  compactattn::ptx::wait_for_earlier();
   compactattn::sum_masses<__half>(step);
 }

@@ -42,8 +42,8 @@ __device__ inline void write_table_row(const Step& step, const Span& span, int64
   const int log2_block = layout.log2_block_tokens, log2_box = layout.log2_box_tokens;
   const int log2_per_block = log2_block - log2_box;
   const int log2_per_page = layout.log2_page_tokens - log2_box;
-  const int total = pieces_of(span.kv_end, 1 << log2_block);
-  const int num_boxes = pieces_of(span.kv_end, 1 << log2_box);
+  const int total = pieces_of_log2(span.kv_end, log2_block);
+  const int num_boxes = pieces_of_log2(span.kv_end, log2_box);
   const int words = words_of(total);
   const int32_t* pages = step.batch.block_table + span.req * step.batch.table_stride;
   int32_t* boxes = step.stages.boxes + row * layout.max_boxes;

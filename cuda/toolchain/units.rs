@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const ARCHS: [&str; 4] = ["80", "90a", "100a", "120a"];
 
 /// Folders whose kernels are written in one architecture's own instructions.
-const OWN_ARCHS: [(&str, &[&str]); 1] = [("attend/sm90/", &["90a"])];
+const OWN_ARCHS: [(&str, &[&str]); 2] = [("attend/sm90/", &["90a"]), ("select/sm90/", &["90a"])];
 
 /// One `.cu` file.
 pub(super) struct Unit {

@@ -1,5 +1,6 @@
 // union, first half of keeping by row: each row of scores decides for itself (rust/union.rs,
 // masks_of_scores). Bits of the open region are set in every row.
+#include "../ptx/grid.cuh"
 #include "rows.cuh"
 
 namespace compactattn {
@@ -16,7 +17,7 @@ __device__ const float* held_row(const Step& step, const float* scores, int n, f
 __device__ void keep_row(const Step& step, const Span& span, int64_t row, uint32_t* bits) {
   const Layout& layout = step.layout;
   const int past = span.past >> layout.log2_block_tokens;
-  const int total = pieces_of(span.kv_end, 1 << layout.log2_block_tokens);
+  const int total = pieces_of_log2(span.kv_end, layout.log2_block_tokens);
   const bool asks = !span.dense && span.votes;
   Row scores = row_of(step.settings, step.stages.scores + row * layout.max_blocks, past);
   if (asks) {
@@ -41,6 +42,7 @@ __device__ void keep_row(const Step& step, const Span& span, int64_t row, uint32
 extern "C" __global__ void __launch_bounds__(256, 4)
     compactattn_keep_rows(const __grid_constant__ compactattn::Step step) {
   using namespace compactattn;
+  ptx::wait_for_earlier();
   extern __shared__ uint32_t dynamic[];
   const int64_t row = blockIdx.x;
   const int span = static_cast<int>(row / step.layout.num_q_heads);

@@ -2,6 +2,7 @@
 // (rust/union.rs, rust/table.rs). Merging masks is an OR, the smallest set that covers every row
 // under one list (arXiv 2605.16839, section 3); merging scores decides once on the list's own
 // scores.
+#include "../ptx/grid.cuh"
 #include "../table/row.cuh"
 #include "rows.cuh"
 
@@ -95,6 +96,7 @@ __device__ void finish(const Step& step, const List& list) {
 extern "C" __global__ void __launch_bounds__(256)
     compactattn_union_table(const __grid_constant__ compactattn::Step step, int32_t external) {
   using namespace compactattn;
+  ptx::wait_for_earlier();
   extern __shared__ uint32_t dynamic[];
   count_call(step.stages);
   const int per_span = lists_per_span(step.layout);
@@ -104,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(256)
   const Members members =
       members_of(step, list.span, static_cast<int>(blockIdx.x) - span * per_span);
   list.past = list.span.past >> step.layout.log2_block_tokens;
-  list.total = pieces_of(list.span.kv_end, 1 << step.layout.log2_block_tokens);
+  list.total = pieces_of_log2(list.span.kv_end, step.layout.log2_block_tokens);
   // Nobody asked for less than everything, as for the last rows of the official block-sparse path.
   list.dense = list.span.dense || members.spans == 0;
   if (!list.dense) {

@@ -22,6 +22,14 @@ pub(crate) struct Properties {
     pub(crate) memory_bytes: u64,
 }
 
+impl Properties {
+    /// Whether it has clusters of CTAs and kernels that start before the one before them ends. Every driver that
+    /// serves ([`Driver::OLDEST`]) offers both, also to a graph.
+    pub(crate) fn has_clusters(&self) -> bool {
+        self.capability.0 >= 9
+    }
+}
+
 /// A GPU whose primary context is retained while this lives.
 #[derive(Debug)]
 pub(crate) struct Device {

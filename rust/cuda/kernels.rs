@@ -9,6 +9,7 @@ use super::device::{Device, Properties};
 use super::driver::Handle;
 use super::images::Image;
 use super::stream::Stream;
+use super::symbols::{Attribute, Launch};
 use crate::error::{Error, Result, Status};
 
 /// Extents of a launch.
@@ -49,6 +50,8 @@ pub(crate) struct Kernels {
 #[derive(Debug)]
 struct Function {
     handle: Handle,
+    /// It may start while the kernel before it still runs.
+    overlaps: bool,
     max_dynamic_bytes: u32,
     num_params: usize,
     param_bytes: [usize; MAX_PARAMS],
@@ -112,25 +115,27 @@ impl Kernels {
         for (value, arg) in values.iter_mut().zip(args) {
             *value = arg.value.cast_mut();
         }
+        let mut overlap = Attribute::overlap();
+        let launch = Launch {
+            grid: grid.blocks,
+            block: [grid.threads, 1, 1],
+            shared_bytes: grid.shared_bytes,
+            stream: stream.raw(),
+            attributes: &raw mut overlap,
+            num_attributes: u32::from(function.overlaps),
+        };
         let driver = self.device.driver();
-        // SAFETY: `check` found as many arguments as the kernel has, of the same sizes; the driver only reads them,
-        // before it returns. `stream` is alive by `Stream::from_raw`.
+        // SAFETY: `check` found as many arguments as the kernel has, of the same sizes; the driver only reads them and
+        // `launch`, before it returns. `stream` is alive by `Stream::from_raw`.
         let code = unsafe {
             (driver.functions.launch_kernel)(
+                &raw const launch,
                 function.handle.0,
-                x,
-                y,
-                z,
-                grid.threads,
-                1,
-                1,
-                grid.shared_bytes,
-                stream.raw(),
                 values.as_mut_ptr(),
                 std::ptr::null_mut(),
             )
         };
-        if code == 0 { Ok(()) } else { driver.check(code, &format!("cuLaunchKernel {name}")) }
+        if code == 0 { Ok(()) } else { driver.check(code, &format!("cuLaunchKernelEx {name}")) }
     }
 
     fn add(&mut self, image: &Image) -> Result<()> {
@@ -184,7 +189,8 @@ impl Kernels {
         };
         driver.check(code, &format!("cuFuncSetAttribute {name}"))?;
         let (num_params, param_bytes) = self.params(handle, name)?;
-        Ok(Function { handle, max_dynamic_bytes, num_params, param_bytes })
+        let overlaps = self.device.properties().has_clusters() && overlaps(name);
+        Ok(Function { handle, overlaps, max_dynamic_bytes, num_params, param_bytes })
     }
 
     /// Count and sizes of a kernel's parameters.
@@ -272,6 +278,16 @@ pub(super) fn choose(properties: &Properties, images: &[Image]) -> Result<&'stat
     })
 }
 
+/// Whether a kernel waits by itself for those before it (`wait_for_earlier` of cuda/ptx/grid.cuh, first thing), so that
+/// its launch need not. tests/gpu/check_sass.py looks for the wait in the machine code of each.
+fn overlaps(name: &str) -> bool {
+    let name = name.strip_prefix("compactattn_").unwrap_or(name);
+    let name =
+        name.rsplit_once("_d").filter(|(_, dim)| dim.parse::<u32>().is_ok()).map_or(name, |(name, _)| name);
+    let name = ["_bf16", "_fp16"].iter().find_map(|dtype| name.strip_suffix(dtype)).unwrap_or(name);
+    OVERLAPPING.contains(&name)
+}
+
 /// Whether the bytes are all there: the driver takes an address without a length.
 fn check_image(image: &Image) -> Result<()> {
     let number = |at: usize, len: usize| -> u64 {
@@ -294,6 +310,31 @@ fn check_image(image: &Image) -> Result<()> {
     Ok(())
 }
 
+/// Kernels that wait for themselves, without the dtype and head_dim that follow. Never the first of a step: what the
+/// caller put on the stream before it need not be done when the kernel before the step's is.
+const OVERLAPPING: [&str; 21] = [
+    "attend_sm80",
+    "attend_sm90",
+    "attn_gate",
+    "attn_gate_keys",
+    "cells_mass",
+    "cells_pool",
+    "cells_read",
+    "cells_read_candidates",
+    "combine",
+    "fill_scores",
+    "flashprefill",
+    "flashprefill_relate",
+    "flashprefill_sm90",
+    "keep_rows",
+    "plan_work",
+    "table",
+    "two_level_candidates",
+    "two_level_mass",
+    "union_table",
+    "xattention",
+    "xattention_mass",
+];
 /// More than any kernel of ours has.
 const MAX_PARAMS: usize = 8;
 const FATBIN_MAGIC: u64 = 0xBA55_ED50;

@@ -61,7 +61,7 @@ fn an_empty_grid_is_skipped() {
     for blocks in [[0, 1, 1], [1, 0, 1], [1, 1, 0]] {
         kernels.launch(null_stream(), "one", Grid { blocks, ..GRID }, &[Arg::of(&[0_u8; 440])]).unwrap();
     }
-    assert_eq!(fake.calls(c"cuLaunchKernel"), 0);
+    assert_eq!(fake.calls(c"cuLaunchKernelEx"), 0);
 }
 
 #[test]
@@ -82,7 +82,7 @@ fn a_launch_the_kernel_cannot_take_is_refused_before_the_driver() {
         let error = kernels.launch(null_stream(), name, grid, args).unwrap_err();
         assert_eq!(error.status(), Status::Internal, "{error}");
     }
-    assert_eq!(fake.calls(c"cuLaunchKernel"), 0);
+    assert_eq!(fake.calls(c"cuLaunchKernelEx"), 0);
 }
 
 #[test]
@@ -92,7 +92,7 @@ fn a_launch_that_fails_says_so_with_the_kernels_name() {
     let kernels = Kernels::load(&device, &[image("sm_90a")]).unwrap();
     let _entered = device.enter().unwrap();
     let error = kernels.launch(null_stream(), "one", GRID, &[Arg::of(&[0_u8; 440])]).unwrap_err();
-    assert_eq!(error.to_string(), "E_CONTEXT_LOST: cuLaunchKernel one: CUDA_ERROR_ILLEGAL_ADDRESS (700)");
+    assert_eq!(error.to_string(), "E_CONTEXT_LOST: cuLaunchKernelEx one: CUDA_ERROR_ILLEGAL_ADDRESS (700)");
 }
 
 #[test]

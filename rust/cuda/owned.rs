@@ -12,6 +12,7 @@ use super::batch::{DeviceBatch, DevicePool, DeviceTokens};
 use super::context::Context;
 use super::memory::DeviceBuffer;
 use super::plan::{Call, External, Plan};
+use super::summaries::MeansAt;
 use crate::batch::Batch;
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
@@ -73,8 +74,9 @@ impl OwnedCall {
             inputs,
         };
         if means && rows > 0 {
+            let means_at = MeansAt { k: this.k_mean.address(), v: 0, seals: 0 };
             // SAFETY: `call` names this object's buffers, which outlive the wait below; `k_mean` holds `len` elements.
-            unsafe { this.plan.update_summaries(&this.call(), Which::All, (this.k_mean.address(), 0)) }?;
+            unsafe { this.plan.update_summaries(&this.call(), Which::All, means_at) }?;
             context.synchronize()?;
         }
         Ok(this)

@@ -10,12 +10,13 @@ use super::context::Context;
 use super::gate::DeviceGate;
 use super::kernels::{Arg, Grid};
 use super::memory::{DeviceBuffer, MappedHost};
-use super::params::{self, COUNTERS_BYTES, STATS_WORDS};
+use super::params::{self, STATS_WORDS};
 use super::scratch::Scratch;
 use super::select::{self, Scoring};
 use super::shared::{self, GateShape};
 use super::step;
-use super::stream::{Stream, memset_u32};
+use super::stream::Stream;
+use super::summaries::{self, MeansAt};
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::run;
@@ -232,35 +233,28 @@ impl Plan {
         run.attend(output)
     }
 
-    /// Block means of the blocks that the step completes, or of all; `v_mean` 0 = none.
+    /// Block means of the blocks that the step completes, or of all; with seals also of those of other keys.
     ///
     /// # Errors
     /// The driver's.
     ///
     /// # Safety
     /// As [`Plan::forward`].
-    pub unsafe fn update_summaries(
-        &self,
-        call: &Call,
-        which: Which,
-        (k_mean, v_mean): (u64, u64),
-    ) -> Result<()> {
+    pub unsafe fn update_summaries(&self, call: &Call, which: Which, means: MeansAt) -> Result<()> {
         // SAFETY: this function's contract.
         let stream = unsafe { self.context.stream(call.stream) }?;
         let entered = self.context.enter()?;
         let step = step::step(call.layout, call.batch, &Scratch::at(0, call.layout, 1, 0)?);
-        select::update_summaries(
-            &self.context,
-            stream,
-            &step,
-            (which, k_mean, v_mean),
-            call.layout.shape.dtype,
-        )?;
+        summaries::update(&self.context, stream, &step, (which, means), call.layout.shape.dtype)?;
         drop(entered);
         Ok(())
     }
 
-    unsafe fn begin<'a>(&'a self, call: &'a Call<'a>) -> Result<Run<'a>> {
+    /// The stages of `call`, none of them launched; the device is entered.
+    ///
+    /// # Safety
+    /// As [`Plan::forward`].
+    pub(super) unsafe fn begin<'a>(&'a self, call: &'a Call<'a>) -> Result<Run<'a>> {
         let (kernel, scratch) = self.scratch(call.workspace, call.layer, call.layout)?;
         let mut step = step::step(call.layout, call.batch, &scratch);
         let stats = (call.layer * STATS_WORDS * 8) as u64;
@@ -292,13 +286,13 @@ pub struct DeviceTable {
 }
 
 /// The stages of one call.
-struct Run<'a> {
-    plan: &'a Plan,
+pub(super) struct Run<'a> {
+    pub(super) plan: &'a Plan,
     call: &'a Call<'a>,
     kernel: Kernel,
     scratch: Scratch,
-    step: params::Step,
-    stream: Stream,
+    pub(super) step: params::Step,
+    pub(super) stream: Stream,
     _entered: super::device::Entered<'a>,
 }
 
@@ -312,20 +306,16 @@ impl Run<'_> {
         self.plan.context.kernels().launch(self.stream, name, grid, &[Arg::of(&self.step)])
     }
 
-    fn plan_spans(&self) -> Result<()> {
-        let context = &self.plan.context;
-        // SAFETY: the counters are the first bytes of the workspace (`Scratch::at`), the caller's promise.
-        unsafe {
-            memset_u32(context.device(), self.stream, self.step.stages.counters, 0, COUNTERS_BYTES / 4)
-        }?;
-        let blocks = self.call.batch.num_reqs.max(1);
-        self.launch("compactattn_plan_spans", grid(blocks, 256, 0))
+    pub(super) fn plan_spans(&self) -> Result<()> {
+        let clusters = self.plan.context.device().properties().has_clusters();
+        let ctas = if clusters { SPANS_CLUSTER } else { 1 };
+        self.launch("compactattn_plan_spans", grid(ctas, 1024, 0))
     }
 
     fn select(&self) -> Result<()> {
-        let Call { layout, layer, .. } = *self.call;
-        let context = &*self.plan.context;
-        Scoring { context, stream: self.stream, layout, step: &self.step, gate: self.plan.gate(layer) }.run()
+        let Call { layout, layer, batch, .. } = *self.call;
+        let (context, gate) = (&*self.plan.context, self.plan.gate(layer));
+        Scoring { context, stream: self.stream, layout, batch, step: &self.step, gate }.run()
     }
 
     fn keep_rows(&self) -> Result<()> {
@@ -413,8 +403,10 @@ fn check_layer(context: &Context, layout: &Layout, gate: Option<GateShape>) -> R
     shared::check(context, layout, gate)
 }
 
-/// What one grid of `compactattn_plan_spans` can take.
+/// What `compactattn_plan_spans` can take.
 const MAX_REQS: usize = 1024;
+/// The one cluster of its grid, where the GPU has them.
+const SPANS_CLUSTER: usize = 8;
 
 #[cfg(test)]
 #[path = "plan_tests.rs"]

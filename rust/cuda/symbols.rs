@@ -13,6 +13,40 @@ pub(super) type Address = u64;
 /// An opaque driver object: context, module, function or stream.
 pub(super) type Object = *mut c_void;
 
+/// `CUlaunchConfig`.
+#[repr(C)]
+#[derive(Debug)]
+pub(super) struct Launch {
+    pub(super) grid: [c_uint; 3],
+    pub(super) block: [c_uint; 3],
+    pub(super) shared_bytes: c_uint,
+    pub(super) stream: Object,
+    /// The driver reads `num_attributes` of them.
+    pub(super) attributes: *mut Attribute,
+    pub(super) num_attributes: c_uint,
+}
+
+/// `CUlaunchAttribute`: which one, then a union of 64 bytes.
+#[repr(C)]
+#[derive(Debug)]
+pub(super) struct Attribute {
+    id: c_int,
+    padding: c_int,
+    value: [c_int; 16],
+}
+
+impl Attribute {
+    /// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: the kernel may start once all CTAs of the one before it
+    /// have begun and said so; it waits for its end and its writes by itself.
+    pub(super) const fn overlap() -> Self {
+        let mut value = [0; 16];
+        value[0] = 1;
+        Self { id: 6, padding: 0, value }
+    }
+}
+
+const _: () = assert!(size_of::<Launch>() == 56 && size_of::<Attribute>() == 72);
+
 macro_rules! driver_functions {
     ($($name:ident = $symbol:literal ($($argument:ty),*);)*) => {
         /// One pointer a function, valid while the library stays loaded.
@@ -60,13 +94,10 @@ driver_functions! {
     func_set_attribute = c"cuFuncSetAttribute"(Object, c_int, c_int);
     func_load = c"cuFuncLoad"(Object);
     func_get_param_info = c"cuFuncGetParamInfo"(Object, usize, *mut usize, *mut usize);
-    launch_kernel = c"cuLaunchKernel"(
-        Object, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Object, *mut *mut c_void, *mut *mut c_void
-    );
+    launch_kernel = c"cuLaunchKernelEx"(*const Launch, Object, *mut *mut c_void, *mut *mut c_void);
     stream_get_ctx = c"cuStreamGetCtx"(Object, *mut Object);
     stream_is_capturing = c"cuStreamIsCapturing"(Object, *mut c_int);
     stream_synchronize = c"cuStreamSynchronize"(Object);
-    memset_d32_async = c"cuMemsetD32Async"(Address, c_uint, usize, Object);
     mem_alloc = c"cuMemAlloc_v2"(*mut Address, usize);
     mem_free = c"cuMemFree_v2"(Address);
     memcpy_htod = c"cuMemcpyHtoD_v2"(Address, *const c_void, usize);

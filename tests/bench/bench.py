@@ -121,7 +121,7 @@ def _error(system: Prepared, problem: Problem) -> float | None:
     if system.unchecked:
         return None
     rows, worst = system.rows(out), system.exact
-    return check.relative_error(problem, rows, causal=system.causal, lists=system.lists, worst=worst)
+    return check.relative_error(problem, rows, causal=system.causal, lists=system.lists, span=system.span, worst=worst)
 
 
 def _row(name: str, cell: Cell, system: Prepared, times: Times, error: float | None) -> Row:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
+import lists as drawing
 import torch
 import traces
 from planted import Tensors, noise, planted
 from root import ROOT
-from shapes import Cell, Question, Shape
+from shapes import Cell, Question
 
-# Tokens that lists choose by; sparse cells have whole blocks before the chunk.
-BLOCK = 128
 # So much data is walked between two uses of one copy that no cache of today holds it (an H100's L2 has 50 MB).
 ROTATED_BYTES = 200e6
 
@@ -35,6 +33,7 @@ class Problem:
         self.shape = cell.shape
         first = self._draw(0)
         count = max(2, -(-int(ROTATED_BYTES) // self.shape.kv_bytes()))
+        self._kept: dict[drawing.Wanted, torch.Tensor] = {}
         self.copies = [self._paged(first if i == 0 else self._draw(i), i) for i in range(count)]
         ints = {"dtype": torch.int32, "device": device}
         self.seq_lens = torch.full((self.shape.batch,), self.shape.context, **ints)
@@ -50,9 +49,20 @@ class Problem:
         """Factor on q.k."""
         return float(self.shape.head_dim**-0.5)
 
-    def kept(self, lists: int) -> torch.Tensor:
-        """`[batch, lists, blocks]` bool on the CPU: which blocks each list of a request reads; the chunk's always."""
-        return _kept(self.shape, self.cell.density, lists, self.question.seed)
+    def kept(self, lists: int, span: int = 0) -> torch.Tensor:
+        """`[batch, spans, lists, blocks]` bool on the CPU: which blocks a list reads, its open region's always.
+
+        Each `span` query tokens (0 = the chunk) have lists of their own, that end where the span does.
+        """
+        wanted = drawing.Wanted(self.cell.density, self.question.list_cv, self.question.seed, lists, span)
+        if wanted not in self._kept:
+            by_mass = self.question.lists == "mass"
+            self._kept[wanted] = (
+                drawing.by_mass(self.shape, wanted, self.copies[0].tensors)
+                if by_mass
+                else drawing.random_blocks(self.shape, wanted)
+            )
+        return self._kept[wanted]
 
     def _draw(self, copy: int) -> Tensors:
         seed = self.question.seed * 1000 + copy
@@ -79,16 +89,3 @@ class Problem:
         pool = torch.empty_like(pages)
         pool[order] = pages
         return pool.transpose(1, 2).contiguous().transpose(1, 2) if self.question.layout == "HND" else pool
-
-
-@functools.lru_cache(maxsize=4)
-def _kept(shape: Shape, density: float, lists: int, seed: int) -> torch.Tensor:
-    blocks = -(-shape.context // BLOCK)
-    open_blocks = blocks - (shape.context - shape.chunk) // BLOCK
-    kept = torch.zeros(shape.batch, lists, blocks, dtype=torch.bool)
-    kept[..., blocks - open_blocks :] = True
-    # The open region counts: a list reads density * blocks in all.
-    chosen = max(round(density * blocks) - open_blocks, 0)
-    rng = torch.Generator().manual_seed(seed)
-    ranks = torch.rand(shape.batch, lists, blocks - open_blocks, generator=rng).argsort(-1)
-    return kept.scatter_(-1, ranks[..., :chosen], True)

@@ -82,6 +82,10 @@ class Question:
     max_rel_err: float | None
     # What an approximate system may change: fields of compactattn.Settings.
     settings: dict[str, Any]
+    # Blocks of given lists: random, or mass (those that hold most of the softmax's mass).
+    lists: str
+    # How uneven given lists are: the coefficient of variation of their lengths.
+    list_cv: float
     # For data = trace: the file (relative to the repository), and the layer.
     trace: str
     layer: int
@@ -115,6 +119,8 @@ _DEFAULTS: dict[str, Any] = {
     "warmups": 3,
     "max_rel_err": None,
     "settings": {},
+    "lists": "random",
+    "list_cv": 0.0,
     "trace": "",
     "layer": 0,
     "seed": 0,

@@ -51,10 +51,22 @@ def run_flashprefill(kernels: Kernels, case: Case, only: int | None) -> list[int
     """Scores the case; the spans that were in the step."""
     s, tiles = case.shape, -(-case.shape.max_blocks // 128)
     capacity = len(case.scores)
-    case.cells = torch.empty(capacity * s.heads * 4 * tiles, device="cuda")
+    case.cells = torch.empty(capacity * s.heads * 8 * tiles, device="cuda")
     step, spans = case.step(only)
     shared = 384 * (2 * s.dim + 16)
     kernels.launch(f"flashprefill/flashprefill_{suffix(s)}", (capacity, s.kv_heads, tiles), 128, shared, step)
+    kernels.launch("flashprefill/flashprefill_relate", (capacity, s.heads), 256, 0, step)
+    return spans
+
+
+def run_flashprefill_sm90(kernels: Kernels, case: Case, only: int | None) -> list[int]:
+    """The same by warpgroup products, for head_dim 64 and 128."""
+    s, tiles = case.shape, -(-case.shape.max_blocks // 128)
+    capacity = len(case.scores)
+    case.cells = torch.empty(capacity * s.heads * 8 * tiles, device="cuda")
+    step, spans = case.step(only)
+    name = f"flashprefill_sm90/flashprefill_sm90_{suffix(s)}_d{s.dim}"
+    kernels.launch(name, (-(-capacity // 2), s.kv_heads, tiles), 256, 512 * s.dim, step)
     kernels.launch("flashprefill/flashprefill_relate", (capacity, s.heads), 256, 0, step)
     return spans
 
@@ -169,6 +181,7 @@ def main(cubins: str) -> int:
 
     simple = (
         ("flashprefill", flashprefill, run_flashprefill, shapes()),
+        ("flashprefill_sm90", flashprefill, run_flashprefill_sm90, (x for x in shapes() if x.dim in (64, 128))),
         ("xattention", xattention, run_xattention, xattention_shapes()),
         ("fill", fill, run_fill, itertools.islice(shapes(), 3)),
     )

@@ -97,7 +97,7 @@ void fake_reset(void) {
 }
 
 size_t fake_num_launches(void) { return num_launches; }
-// "name XxYxZ threads shared_bytes", or NULL beyond the last.
+// "name XxYxZ threads shared_bytes[ overlaps]", or NULL beyond the last.
 const char* fake_launch(size_t index) { return index < num_launches ? launches[index] : NULL; }
 size_t fake_context_depth(void) { return depth; }
 size_t fake_stream(void) { return (size_t)&stream; }
@@ -377,22 +377,46 @@ DRIVER(cuFuncGetParamInfo, (void* function, size_t index, size_t* offset, size_t
   return kOk;
 }
 
-DRIVER(cuLaunchKernel,
-       (void* function, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty, unsigned tz,
-        unsigned shared, void* on, void** values, void** extra),
-       (function, x, y, z, tx, ty, tz, shared, on, values, extra)) {
+// CUlaunchConfig and CUlaunchAttribute of cuda.h.
+struct Attribute {
+  int id;
+  int padding;
+  int value[16];
+};
+
+struct Launch {
+  unsigned grid[3];
+  unsigned block[3];
+  unsigned shared;
+  void* on;
+  struct Attribute* attributes;
+  unsigned num_attributes;
+};
+
+// Whether it asks to overlap with the kernel before it; -1 for anything else.
+static int overlap_of(const struct Launch* launch) {
+  if (launch->num_attributes == 0) return 0;
+  const struct Attribute* only = launch->attributes;
+  int known = launch->num_attributes == 1 && only->id == 6 && only->value[0] == 1;
+  return known && capability() >= 90 ? 1 : -1;
+}
+
+DRIVER(cuLaunchKernelEx,
+       (const struct Launch* launch, void* function, void** values, void** extra),
+       (launch, function, values, extra)) {
   struct Function* of = function;
-  UNUSED(on);
+  const unsigned *grid = launch->grid, *block = launch->block;
+  int most = of->max_dynamic_bytes > 49152 ? of->max_dynamic_bytes : 49152;
+  int overlap = overlap_of(launch);
   if (!has_context()) return kInvalidContext;
   if (is("lost")) return kLost;
-  if (!x || !y || !z || y > 65535 || z > 65535 || !tx || tx * ty * tz > 1024 || extra)
-    return kInvalidValue;
-  if ((int)shared > (of->max_dynamic_bytes > 49152 ? of->max_dynamic_bytes : 49152))
+  if (!grid[0] || !grid[1] || !grid[2] || grid[1] > 65535 || grid[2] > 65535 || !block[0] ||
+      block[0] * block[1] * block[2] > 1024 || extra || overlap < 0 || (int)launch->shared > most)
     return kInvalidValue;
   pthread_mutex_lock(&lock);
   if (num_launches < kMaxLaunches) {
-    snprintf(launches[num_launches++], sizeof *launches, "%s %ux%ux%u %u %u", of->name, x, y, z, tx,
-             shared);
+    snprintf(launches[num_launches++], sizeof *launches, "%s %ux%ux%u %u %u%s", of->name, grid[0],
+             grid[1], grid[2], block[0], launch->shared, overlap ? " overlaps" : "");
   }
   for (int i = 0; i < of->num_params; ++i) {
     if (of->param_bytes[i] >= 8) memcpy(&last_argument, values[i], 8);
@@ -414,17 +438,6 @@ DRIVER(cuStreamIsCapturing, (void* of, int* status), (of, status)) {
 DRIVER(cuStreamSynchronize, (void* of), (of)) {
   UNUSED(of);
   return is("capture") ? kCapture : kOk;
-}
-
-DRIVER(cuMemsetD32Async, (Address to, unsigned value, size_t words, void* on),
-       (to, value, words, on)) {
-  UNUSED(on);
-  struct Block* block = block_of(to);
-  if (!has_context()) return kInvalidContext;
-  if (!block || to % 4 || to + 4 * words > (Address)(uintptr_t)block->start + block->bytes)
-    return kInvalidValue;
-  for (size_t i = 0; i < words; ++i) ((uint32_t*)(uintptr_t)to)[i] = value;
-  return kOk;
 }
 
 DRIVER(cuMemAlloc_v2, (Address * out, size_t bytes), (out, bytes)) {

@@ -207,6 +207,10 @@ def row_of_scores(r: Random, n: int) -> np.ndarray:
     return x.astype(np.float32)
 
 
+# The one cluster of plan's spans.
+SPANS_CTAS = 8
+
+
 class Kernels:
     """The four, from the cubins of a folder."""
 
@@ -278,11 +282,10 @@ class Buffers:
     def launch(self, kernels: Kernels) -> None:
         """The stages from batch to table; masks are given where the world says so."""
         world, step = self.world, self.step
-        self.out["counters"][0] = 0
         if world.external:
             given = world.masks.reshape(-1, world.layout.mask_words)[: self.rows["masks"]]
             self.out["masks"][: len(given)] = torch.from_numpy(given.view(np.int32)).cuda()
-        kernels.spans.launch((max(1, len(world.seq_lens)), 1), 256, [step])
+        kernels.spans.launch((SPANS_CTAS, 1), 1024, [step])
         for kernel in (kernels.keep_rows, kernels.union_table):
             kernel.shared_bytes = shared_bytes(world.layout)
         if world.settings.keep_at_rows and not world.external and self.rows["masks"]:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from check_scores import Kernels, run_attn_gate, run_flashprefill, run_xattention
+from check_scores import Kernels, run_attn_gate, run_flashprefill, run_flashprefill_sm90, run_xattention
 from score_case import Case, Shape
 from score_reference import GateCase
 
@@ -30,6 +30,7 @@ def main(cubins: str) -> None:
     gate = GateCase.random(case, "both", 128, False).struct()
     for run in (
         run_flashprefill,
+        run_flashprefill_sm90,
         run_xattention,
         lambda kernels, case, only: run_attn_gate(kernels, case, only, gate),
     ):

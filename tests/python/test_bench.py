@@ -29,7 +29,8 @@ def test_every_question_loads_and_names_its_cases() -> None:
     from shapes import Question, Shape
 
     questions = [Question.load(path) for path in sorted((BENCH / "definitions").glob("*.toml"))]
-    assert {"dense", "sparse", "op", "contexts", "trace"} <= {question.name for question in questions}
+    wanted = {"dense", "sparse", "op", "contexts", "trace", "long", "pages", "densities"}
+    assert wanted <= {question.name for question in questions}
     for question in questions:
         assert question.repeats >= 10 and question.warmups >= 3 and question.asks and question.cells
         for cell in question.cells:
@@ -76,20 +77,29 @@ def test_plots_show_each_system_against_context(tmp_path: Path) -> None:
     assert f'cy="{(plots.TOP + plots.HEIGHT - plots.BOTTOM) / 2:.1f}"' in speedup
 
 
-def problem(data: str, density: float, page_size: int, layout: str = "HND") -> Any:
+def problem(
+    data: str, density: float, page_size: int, layout: str = "HND", lists: str = "random", list_cv: float = 0.0
+) -> Any:
     import problem as problems
     from shapes import Cell, Question, Shape
 
     problems.ROTATED_BYTES = 1
     cell = Cell(Shape.parse("h8k2_d64_b2_q256_kv2048"), page_size, density)
     few = {"dense_below_kv_len": 0}
-    question = Question("q", "?", data, layout, (), (cell,), 10, 3, None, few, "", 0, seed=3)
+    question = Question("q", "?", data, layout, (), (cell,), 10, 3, None, few, lists, list_cv, "", 0, seed=3)
     return problems.Problem(cell, question, "cpu")
 
 
 @pytest.mark.parametrize(
     ("name", "density", "page_size"),
-    [("ours-dense", 1.0, 16), ("ours-group", 0.3, 16), ("ours-head", 0.3, 64), ("ours-group", 0.5, 256)],
+    [
+        ("ours-dense", 1.0, 16),
+        ("ours-group", 0.3, 16),
+        ("ours-head", 0.3, 64),
+        ("ours-group", 0.5, 256),
+        ("ours-tile", 0.4, 16),
+        ("ours-tile-group", 0.4, 64),
+    ],
 )
 @pytest.mark.parametrize("data", ["random", "planted"])
 def test_ours_is_right_and_a_wrong_answer_is_found(data: str, name: str, density: float, page_size: int) -> None:
@@ -100,21 +110,48 @@ def test_ours_is_right_and_a_wrong_answer_is_found(data: str, name: str, density
     made = problem(data, density, page_size)
     system = ALL[name].prepare(made)
     out = system.rows(system.runner.calls[0]())
-    judge = {"causal": system.causal, "lists": system.lists}
+    judge = {"causal": system.causal, "lists": system.lists, "span": system.span}
     assert check.relative_error(made, out, **judge) < check.TOLERANCE
     # Answers to another question: the second copy's, one without the mask, one over other lists, and none.
     assert check.relative_error(made, system.runner.calls[1](), **judge) > check.TOLERANCE
-    assert check.relative_error(made, out, causal=False, lists=system.lists) > check.TOLERANCE
+    assert check.relative_error(made, out, **judge | {"causal": False}) > check.TOLERANCE
     if system.lists:
-        assert check.relative_error(made, out, causal=True, lists=0) > check.TOLERANCE
+        assert check.relative_error(made, out, **judge | {"lists": 0}) > check.TOLERANCE
     assert not check.relative_error(made, out * float("nan"), **judge) <= check.TOLERANCE
 
 
 def test_lists_hold_the_share_that_was_asked_for_and_the_chunk() -> None:
     pytest.importorskip("torch")
     kept = problem("random", 0.5, 16).kept(2)
-    assert kept.shape == (2, 2, 16) and bool((kept.sum(-1) == 8).all())
-    assert bool(kept[..., -2:].all()) and not bool((kept[:, 0] == kept[:, 1]).all())
+    assert kept.shape == (2, 1, 2, 16) and bool((kept.sum(-1) == 8).all())
+    assert bool(kept[..., -2:].all()) and not bool((kept[:, 0, 0] == kept[:, 0, 1]).all())
+    by_tile = problem("random", 0.5, 16).kept(2, 128)
+    assert by_tile.shape == (2, 2, 2, 16) and bool((by_tile.sum(-1) == 8).all())
+    assert bool(by_tile[:, :, :, 14].all()) and bool((by_tile[..., 15] == by_tile.new_tensor([[0], [1]])).all())
+
+
+def test_uneven_lists_are_as_uneven_as_asked_and_read_as_much() -> None:
+    torch = pytest.importorskip("torch")
+    from lists import uneven
+
+    drawn = uneven(100.0, 0.4, (2, 8), torch.Generator().manual_seed(5)).double()
+    assert abs(float(drawn.mean()) - 100) < 1 and abs(float(drawn.std(correction=0) / drawn.mean()) - 0.4) < 0.01
+    lengths = problem("random", 0.5, 16, list_cv=0.4).kept(2).sum(-1)
+    assert int(lengths.min()) < int(lengths.max())
+
+
+def test_lists_by_mass_hold_more_of_it_than_random_ones() -> None:
+    pytest.importorskip("torch")
+    import check
+    from systems import ALL
+
+    errors = {}
+    for lists in ("random", "mass"):
+        made = problem("planted", 0.4, 16, lists=lists)
+        assert bool((made.kept(8).sum(-1) == made.kept(2).sum(-1)[..., :1]).all())
+        out = ALL["ours-head"].prepare(made).runner.calls[0]()
+        errors[lists] = check.relative_error(made, out, causal=True, lists=0, worst=False)
+    assert errors["mass"] < errors["random"] / 2
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 128])
@@ -144,9 +181,29 @@ def test_the_op_reads_less_and_says_how_much() -> None:
     from systems import ALL
 
     made = problem("planted", 1.0, 16, layout="NHD")
-    for name in ("ours-op", "ours-op-flashprefill"):
+    for name in ("ours-op", "ours-op-flashprefill", "ours-op-pooled_mass", "ours-op-two_level"):
         system = ALL[name].prepare(made)
         out = system.runner.calls[0]()
         density = system.density()
         assert density is not None and 0.125 < density < 1
         assert check.TOLERANCE < check.relative_error(made, out, causal=True, lists=0) < 0.5
+
+
+@pytest.mark.parametrize("name", ["ours-dense", "ours-op-0.17"])
+def test_a_chunked_prefill_through_the_module_is_judged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    import check
+    import module
+    import prefill
+    from shapes import Shape
+    from systems.ours import package
+
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "HIDDEN", 64)
+    layer = module.Module(Shape.parse("h4k2_d64_b2_q256_kv1024"), seed=2)
+    attention = next(it for it in (build() for build in prefill._systems(package())[2:]) if it.name == name)
+    assert prefill._worst_error(layer, attention) < check.TOLERANCE
+    # One that reads the page after the right one.
+    write = module.Paged.write
+    monkeypatch.setattr(module.Paged, "write", lambda self, k, v, past: write(self, k.roll(1, 1), v, past))
+    assert not prefill._worst_error(layer, attention) < check.TOLERANCE

@@ -10,6 +10,7 @@
 #include "../../common/epilogue.cuh"
 #include "../../common/softmax.cuh"
 #include "../../common/work.cuh"
+#include "../../ptx/grid.cuh"
 #include "../../ptx/mma.cuh"
 #include "traits.h"
 
@@ -356,6 +357,7 @@ __device__ __forceinline__ void attend(const AttendParams& params) {
   extern __shared__ __align__(16) uint8_t bytes[];
   SharedStorage<T>& smem = *reinterpret_cast<SharedStorage<T>*>(bytes);
   static_assert(sizeof(smem) == T::kSharedBytes);
+  ptx::wait_for_earlier();
   int stage = 0;
   // Piece and item are read again after the walk: what holds them would cost O registers.
   for (int i = 0; i < Pieces(params.work).count; ++i) {

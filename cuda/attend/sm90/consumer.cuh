@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../../common/softmax.cuh"
+#include "ahead.cuh"
 #include "products.cuh"
 
 namespace compactattn::sm90 {
@@ -12,6 +13,7 @@ struct Consumer {
   using Scores = float[T::kScores];
   using Outputs = float[T::kOutputs];
   using Weights = uint32_t[T::kTokenSteps][4];
+  static constexpr int kTurnBarrier = 2;  // after those of products.cuh
 
   SharedStorage<T>& smem;
   Place at;
@@ -30,8 +32,7 @@ struct Consumer {
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<0>();
     ptx::fence_registers(s);
-    release(smem.k_empty[k_ring.stage], at.lane);
-    k_ring.advance();
+    release_keys();
     mask_scores(s, visible);
     float top[2], factor[2];
     tile_max(s, top);
@@ -48,6 +49,7 @@ struct Consumer {
     // for long before K.
     smem.v_full[v_ring.stage].wait(v_ring.phase);
     smem.k_full[k_ring.stage].wait(k_ring.phase);
+    if constexpr (T::kTurns) begin_turn();
     ptx::fence_registers(s);
     ptx::fence_registers(o);
     cute::warpgroup_arrive();
@@ -57,8 +59,20 @@ struct Consumer {
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<1>();
     ptx::fence_registers(s);
-    release(smem.k_empty[k_ring.stage], at.lane);
-    k_ring.advance();
+    if constexpr (T::kTurns) end_turn();
+    if constexpr (T::kAhead && !kMasked) {
+      weigh_ahead(s, o, rows);
+    } else {
+      weigh<kMasked>(s, o, rows, visible);
+    }
+    pack<typename T::Element>(s, p);
+  }
+
+  // P of a tile on its own maxima, and O on them too once its products are done.
+  template <bool kMasked>
+  __device__ __forceinline__ void weigh(Scores& s, Outputs& o, RowState& rows,
+                                        const int (&visible)[2]) {
+    release_keys();
     if constexpr (kMasked) mask_scores(s, visible);
     float top[2], factor[2];
     tile_max(s, top);
@@ -66,10 +80,72 @@ struct Consumer {
     exponentiate<kMasked>(s, scale, rows);
     cute::warpgroup_wait<0>();
     ptx::fence_registers(o);
+    release_values();
+    if (grown) rescale(o, factor);
+  }
+
+  // The same on maxima of tiles before, which are still good nearly always. Keys stay: where P has
+  // overflowed, its scores are made again.
+  __device__ __forceinline__ void weigh_ahead(Scores& s, Outputs& o, RowState& rows) {
+    float sums[2];
+    const float scale_now = T::kTurns ? smem.scale.after_barriers() : scale;
+    const bool above = exponentiate_ahead<T>(s, scale_now, rows, sums);
+    if constexpr (T::kHeldWait) ptx::wait_no_earlier(sums[0] + sums[1]);
+    cute::warpgroup_wait<0>();
+    ptx::fence_registers(o);
+    if (above) catch_up(s, o, rows, sums);
+    rows.sum[0] += sums[0];
+    rows.sum[1] += sums[1];
+    release_keys();
+    release_values();
+  }
+
+  // Raises the maxima under P of a tile.
+  __device__ __forceinline__ void catch_up(Scores& s, Outputs& o, RowState& rows,
+                                           float (&sums)[2]) {
+    float factor[2];
+    if (!__any_sync(0xffffffffu, !(sums[0] + sums[1] <= kMostMoved))) {
+      move_up(s, scale, rows, sums, factor);
+      rescale(o, factor);
+      return;
+    }
+    scores_again<T>(s, q, smem.k[k_ring.stage], at.lane);
+    float top[2];
+    tile_max(s, top);
+    if (raise_max<T>(top, scale, rows, factor)) rescale(o, factor);
+    exponentiate<true>(s, scale, rows);
+    sums[0] = sums[1] = 0.0f;
+  }
+
+  // One warpgroup at a time issues products, and the other only when those of scores are done: side
+  // by side both would end late and both exponentiate at once.
+  __device__ __forceinline__ void begin_turn() {
+    cutlass::arch::NamedBarrier::sync(2 * 128, kTurnBarrier + at.warpgroup);
+  }
+
+  __device__ __forceinline__ void end_turn() {
+    cutlass::arch::NamedBarrier::arrive(2 * 128, kTurnBarrier + 1 - at.warpgroup);
+  }
+
+  // Around all pieces; both warpgroups take equally many turns, the first warpgroup first. With a
+  // barrier that is no constant in a branch the assembler holds that warps part there, and keeps
+  // operands of all products in registers of each lane: 9 % slower.
+  __device__ __forceinline__ void begin() {
+    if (T::kTurns && at.warpgroup == 1) cutlass::arch::NamedBarrier::arrive(2 * 128, kTurnBarrier);
+  }
+
+  __device__ __forceinline__ void end() {
+    if (T::kTurns && at.warpgroup == 0) cutlass::arch::NamedBarrier::sync(2 * 128, kTurnBarrier);
+  }
+
+  __device__ __forceinline__ void release_keys() {
+    release(smem.k_empty[k_ring.stage], at.lane);
+    k_ring.advance();
+  }
+
+  __device__ __forceinline__ void release_values() {
     release(smem.v_empty[v_ring.stage], at.lane);
     v_ring.advance();
-    pack<typename T::Element>(s, p);
-    if (grown) rescale(o, factor);
   }
 
   // The next piece's may come.
@@ -87,8 +163,7 @@ struct Consumer {
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<0>();
     ptx::fence_registers(o);
-    release(smem.v_empty[v_ring.stage], at.lane);
-    v_ring.advance();
+    release_values();
   }
 
   // O and row sums of one piece.
@@ -121,8 +196,8 @@ struct Consumer {
       smem.v_full[v_ring.stage].wait(v_ring.phase);
       zero_tail<T>(smem.v[v_ring.stage], used, at.warpgroup);
     }
-    // Tiles below this one are seen whole by every row.
-    const int unmasked = max(max(piece.stream.visible, 0) / T::kTokens, range.begin);
+    // Tiles below this one are seen whole by every row, and every row has seen something of others.
+    const int unmasked = max((max(piece.stream.visible, 1) - 1) / T::kTokens, range.begin);
     for (--tile; tile >= unmasked; --tile) {
       visible[0] += T::kTokens;
       visible[1] += T::kTokens;

@@ -5,11 +5,12 @@
 // its start, so that only the first few need the causal mask (visible columns of query token t:
 // stream_len - tokens after t). Schedule after FlashAttention-3 (arXiv 2407.08608): Q K^T of a tile
 // is issued before P V of the tile before it, and one warpgroup's products run beside the other's
-// exponentials. Taking turns by barriers, and holding the wait for P V back behind the
-// exponentials, both cost cycles here (tests/bench/record/h100).
+// exponentials. Whether warpgroups take turns by barriers, and whether the wait for P V is held
+// back behind the exponentials, was measured for each head_dim (traits.h, tests/bench/record/h100).
 #pragma once
 
 #include "../../common/epilogue.cuh"
+#include "../../ptx/grid.cuh"
 #include "consumer.cuh"
 
 namespace compactattn::sm90 {
@@ -125,6 +126,7 @@ __device__ __forceinline__ void consume(const AttendParams& params, SharedStorag
   const Place at = consumer.at;
   uint32_t q_phase = 0;
   const Pieces pieces(params.work);
+  consumer.begin();
   for (int i = 0; i < pieces.count; ++i) {
     const LoadedPiece piece = pieces.at(params.work, i);
     RowState rows;
@@ -141,6 +143,7 @@ __device__ __forceinline__ void consume(const AttendParams& params, SharedStorag
       store_partial(params, piece.slot, at.row, o, rows);
     }
   }
+  consumer.end();
 }
 
 // ---- roles ----
@@ -168,7 +171,11 @@ template <class T>
 __device__ __forceinline__ void attend(const Maps& maps, const AttendParams& params) {
   extern __shared__ __align__(1024) uint8_t bytes[];
   SharedStorage<T>& smem = *reinterpret_cast<SharedStorage<T>*>(bytes);
+  if (threadIdx.x == 0) smem.scale.value = params.sm_scale * kLog2E;
+  // Beside the end of plan: nothing of the step is read before the wait.
+  if (threadIdx.x == 0) ptx::prefetch(maps.q, maps.k, maps.v);
   init_barriers(smem);
+  ptx::wait_for_earlier();
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     const int warp = threadIdx.x / 32;

@@ -85,7 +85,8 @@ class SplitBackend:
         for piece in self._split.pieces:
             rows = piece.part.tokens
             if piece.part.ours:
-                service.attend(query[rows], (keys, values), piece.rows, out[rows], service.settings(layer.layer_id))
+                own = self._options.layers.get(layer.layer_id)
+                service.attend(query[rows], (keys, values), piece.rows, out[rows], own)
             else:
                 self._engine_piece(piece, query[rows], out[rows], layer, forward_batch)
         return out.view(-1, heads * head_dim)

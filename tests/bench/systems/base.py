@@ -24,6 +24,8 @@ class Prepared:
     causal: bool = True
     # Lists a request that it reads by; 0 = it reads everything, or chooses by itself.
     lists: int = 0
+    # Query tokens that share lists; 0 = the chunk does.
+    span: int = 0
     # Its answer is attention over what it was told to read, to rounding; else it may differ by max_rel_err.
     exact: bool = True
     # The call gives no attention (a single stage); the text says what was checked instead.

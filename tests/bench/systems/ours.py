@@ -7,11 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from problem import BLOCK, Copy, Problem
+from planted import BLOCK
+from problem import Copy, Problem
 from root import ROOT
 from timing import Runner
 
 from systems.base import Prepared, Refused, System
+
+# Selectors that score by block means.
+READ_MEANS = ("flashprefill", "pooled_mass", "two_level")
 
 
 @functools.cache
@@ -75,45 +79,53 @@ class Forward(_Ours):
 
 
 class Attend(_Ours):
-    """compactattn_attend over given tables: lists of random blocks, one a KV head or one a query head."""
+    """compactattn_attend over given tables: lists of random blocks, one a KV head or one a query head, one a span."""
 
-    def __init__(self, name: str, *, heads_per_list: int) -> None:
-        self.name, self._heads_per_list = name, heads_per_list
+    def __init__(self, name: str, *, heads_per_list: int, span: int = 0) -> None:
+        self.name, self._heads_per_list, self._span = name, heads_per_list, span
 
     def prepare(self, problem: Problem) -> Prepared:
         """Binds one call to each copy of the data."""
         settings = (
             package()
             .Settings.of("external")
-            .replace(block_size=BLOCK, query_span=0, heads_per_list=self._heads_per_list, mean_correction=False)
+            .replace(
+                block_size=BLOCK, query_span=self._span, heads_per_list=self._heads_per_list, mean_correction=False
+            )
         )
         plan = self._plan(problem, settings)
         shape = problem.shape
         lists = shape.num_q_heads if self._heads_per_list else shape.num_kv_heads
-        calls = [_attend(problem, copy, plan, _table(problem, copy, plan, lists)) for copy in problem.copies]
-        return Prepared(Runner(calls), lists=lists)
+        calls = [
+            _attend(problem, copy, plan, _table(problem, copy, plan, (lists, self._span))) for copy in problem.copies
+        ]
+        return Prepared(Runner(calls), lists=lists, span=self._span)
 
 
 class Stage(_Ours):
-    """One stage of mode compactattn, fed with what the stages before it gave."""
+    """One stage of mode compactattn, or of another selector's settings, fed with what the stages before it gave."""
 
-    def __init__(self, stage: str) -> None:
-        self.name, self._stage = f"ours-{stage}", stage
+    def __init__(self, stage: str, *, selector: str = "") -> None:
+        self.name, self._stage, self._selector = f"ours-{stage}" + f"-{selector}" * bool(selector), stage, selector
 
     def prepare(self, problem: Problem) -> Prepared:
         """Binds one call to each copy of the data."""
         if problem.sparse:
             raise Refused("chooses by itself what it reads")
         ours = package()
-        plan = self._plan(problem, ours.Settings.mode("compactattn").replace(**problem.question.settings))
+        base = ours.Settings.of(self._selector) if self._selector else ours.Settings.mode("compactattn")
+        plan = self._plan(problem, base.replace(**problem.question.settings))
+        reads_means = base.selector in READ_MEANS
         calls = []
         for copy in problem.copies:
             batch = _batch(problem, copy)
-            scores = ours.select(plan, batch)
+            # Without seals: comparing them is a launch of its own, which ours-op contains.
+            means = {"summaries": ours.BlockMeans(plan, seals=False).update(batch)} if reads_means else {}
+            scores = ours.select(plan, batch, **means)
             lists = ours.union(plan, batch, scores)
             table = ours.table(plan, batch, lists)
             steps = {
-                "select": functools.partial(ours.select, plan, batch, out=scores),
+                "select": functools.partial(ours.select, plan, batch, out=scores, **means),
                 "union": functools.partial(ours.union, plan, batch, scores, out=lists.bits),
                 "table": functools.partial(ours.table, plan, batch, lists, out=table),
                 "attend": _attend(problem, copy, plan, table),
@@ -129,18 +141,18 @@ def _batch(problem: Problem, copy: Copy) -> Any:
 
 def _forward(problem: Problem, copy: Copy, plan: Any, settings: Any) -> Callable[[], torch.Tensor]:
     ours, batch, out = package(), _batch(problem, copy), torch.empty_like(copy.tensors.q)
-    if settings.selector not in ("flashprefill", "pooled_mass", "two_level"):
+    if settings.selector not in READ_MEANS:
 
         def run() -> torch.Tensor:
             plan.forward(batch, out)
             return out
 
         return run
-    means = ours.BlockMeans(plan)
-    means.update(batch)
+    means = ours.BlockMeans(plan).update(batch)
 
     def run_with_means() -> torch.Tensor:
-        plan.forward(batch, out, summaries=means.update(batch))
+        # Makes anew what the step completes, as if the KV had just been written.
+        plan.forward(batch, out, summaries=means)
         return out
 
     return run_with_means
@@ -156,23 +168,25 @@ def _attend(problem: Problem, copy: Copy, plan: Any, table: Any) -> Callable[[],
     return run
 
 
-def _table(problem: Problem, copy: Copy, plan: Any, lists: int) -> Any:
-    """Boxes of the kept blocks, logical order: what compactattn_table_build would write."""
-    sizes, page, context = plan.sizes(), problem.cell.page_size, problem.shape.context
+def _table(problem: Problem, copy: Copy, plan: Any, lists: tuple[int, int]) -> Any:
+    """Boxes of the kept blocks, logical order, row (request, span, list): what compactattn_table_build would write."""
+    sizes, page, shape = plan.sizes(), problem.cell.page_size, problem.shape
     box, per_page = sizes.box_tokens, page // sizes.box_tokens
-    starts = torch.arange(0, context, box, device=problem.device)
-    kept = problem.kept(lists).to(problem.device)
-    rows = problem.shape.batch * lists
+    starts = torch.arange(0, shape.context, box, device=problem.device)
+    kept = problem.kept(*lists).to(problem.device)
+    spans, count = kept.shape[1:3]
+    rows = shape.batch * spans * count
     ints = {"dtype": torch.int32, "device": problem.device}
     # What lies behind a row's count must not be read: no page has such a number.
     boxes = torch.full((rows, sizes.max_boxes), 2**30, **ints)
     counts, lens = torch.zeros(rows, **ints), torch.zeros(rows, **ints)
     for row in range(rows):
-        req, which = divmod(row, lists)
-        chosen = starts[kept[req, which, starts // BLOCK]]
+        req, at, which = row // (spans * count), row // count % spans, row % count
+        end = shape.context - shape.chunk + min((at + 1) * (lists[1] or shape.chunk), shape.chunk)
+        chosen = starts[kept[req, at, which, starts // BLOCK] & (starts < end)]
         boxes[row, : len(chosen)] = copy.block_table[req, chosen // page] * per_page + (chosen % page // box).int()
         counts[row] = len(chosen)
-        lens[row] = int((context - chosen).clamp(max=box).sum())
+        lens[row] = int((end - chosen).clamp(max=box).sum())
     return package().Table(counts, lens, boxes)
 
 

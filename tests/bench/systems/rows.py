@@ -7,7 +7,8 @@ go as `[batch * num_kv_heads * chunk, group, d]`.
 from __future__ import annotations
 
 import torch
-from problem import BLOCK, Copy, Problem
+from planted import BLOCK
+from problem import Copy, Problem
 from shapes import Shape
 
 from systems.base import Refused
@@ -42,7 +43,7 @@ def pages(problem: Problem, copy: Copy) -> list[torch.Tensor]:
     shape, page = problem.shape, problem.cell.page_size
     if BLOCK % page or shape.context % BLOCK:
         raise Refused(f"pages of {page} tokens are no part of a block of {BLOCK}")
-    kept = problem.kept(shape.num_kv_heads).repeat_interleave(BLOCK // page, dim=-1).to(problem.device)
+    kept = problem.kept(shape.num_kv_heads)[:, 0].repeat_interleave(BLOCK // page, dim=-1).to(problem.device)
     rows = []
     for req in range(shape.batch):
         for head in range(shape.num_kv_heads):

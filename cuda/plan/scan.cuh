@@ -1,0 +1,64 @@
+// Sums and maxima over the 1024 threads of a CTA of plan. In integers only.
+#pragma once
+
+#include <cstdint>
+
+namespace compactattn {
+
+constexpr int kPlanThreads = 1024;
+constexpr int kPlanWarps = kPlanThreads / 32;
+static_assert(kPlanWarps == 32, "a lane for each warp");
+
+template <class T>
+struct Scan {
+  T before;  // over the threads before this one
+  T total;
+};
+
+template <class T>
+__device__ __forceinline__ T of_lane_below(T x, int distance) {
+  return __shfl_up_sync(0xffffffffu, x, distance);
+}
+
+template <class T>
+__device__ __forceinline__ T of_lane(T x, int lane) {
+  return __shfl_sync(0xffffffffu, x, lane);
+}
+
+template <class T, class Op>
+__device__ __forceinline__ T scan_lanes(T x, Op op) {
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const T below = of_lane_below(x, d);
+    if (static_cast<int>(threadIdx.x) % 32 >= d) x = op(below, x);
+  }
+  return x;
+}
+
+// Threads from `count` on have `zero`, which is neutral to `op`: their warps have nothing to do,
+// and what idles does not slow the others.
+template <class T, class Op>
+__device__ Scan<T> scan(T x, T zero, Op op, int count) {
+  __shared__ T warps[kPlanWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  T before = zero;
+  __syncthreads();  // the call before this one may still be read
+  if (warp * 32 < count) {
+    const T through = scan_lanes(x, op);
+    if (lane == 31) warps[warp] = through;
+    const T below = of_lane_below(through, 1);
+    if (lane > 0) before = below;
+  }
+  __syncthreads();
+  if (count <= 32) return {before, warps[0]};
+  const T sums = scan_lanes(lane * 32 < count ? warps[lane] : zero, op);
+  const T others = of_lane(sums, (warp + 31) % 32);
+  return {warp > 0 ? op(others, before) : before, of_lane(sums, 31)};
+}
+
+template <class T>
+__device__ __forceinline__ Scan<T> scan_sum(T x, int count) {
+  return scan(x, T{}, [](const T& a, const T& b) { return a + b; }, count);
+}
+
+}  // namespace compactattn

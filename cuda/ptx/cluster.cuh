@@ -1,0 +1,49 @@
+// The CTAs of a cluster, sm_90 and later; elsewhere a CTA is alone.
+#pragma once
+
+#include <cstdint>
+
+#include "mma.cuh"
+
+namespace compactattn::ptx {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+// A barrier of all threads of the cluster, in two halves. It orders no memory but what its callers
+// fence: a fence of all would wait for every load under way.
+__device__ __forceinline__ void arrive_at_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wait_for_cluster() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Before the arrival of a thread whose writes to shared memory the others must see.
+__device__ __forceinline__ void fence_cluster() {
+  asm volatile("fence.acq_rel.cluster;" ::: "memory");
+}
+
+// Writes the first CTA's copy of a shared variable.
+__device__ __forceinline__ void store_to_first(int32_t* shared, int32_t value) {
+  asm volatile(
+      "{\n\t"
+      ".reg .u32 to;\n\t"
+      "mapa.shared::cluster.u32 to, %0, 0;\n\t"
+      "st.shared::cluster.u32 [to], %1;\n\t"
+      "}" ::"r"(shared_address(shared)),
+      "r"(value)
+      : "memory");
+}
+
+#else
+
+__device__ __forceinline__ void arrive_at_cluster() { __syncthreads(); }
+__device__ __forceinline__ void wait_for_cluster() {}
+__device__ __forceinline__ void fence_cluster() {}
+
+__device__ __forceinline__ void store_to_first(int32_t* shared, int32_t value) { *shared = value; }
+
+#endif
+
+}  // namespace compactattn::ptx

@@ -1,0 +1,63 @@
+// What the kernels of flashprefill share: tiles of blocks, mean keys, the largest L of neighbours.
+#pragma once
+
+#include "tiles.cuh"
+
+namespace compactattn {
+
+constexpr int kBlocks = 128;     // of a CTA
+constexpr int kPeakBlocks = 16;  // under one maximum in `cells`
+
+// Numbers in `cells` per (span, query head).
+__device__ __forceinline__ int peaks_stride(const Step& step) {
+  return (step.layout.max_blocks + kBlocks - 1) / kBlocks * (kBlocks / kPeakBlocks);
+}
+
+__device__ __forceinline__ float* peaks_of(const Step& step, int span, int q_head) {
+  const int64_t row = static_cast<int64_t>(span) * step.layout.num_q_heads + q_head;
+  return step.stages.cells + row * peaks_stride(step);
+}
+
+// Blocks that the maximum runs over.
+__device__ __forceinline__ int blocks_of(const Step& step, const Span& span) {
+  return step.settings.relative_to_past ? past_blocks_of(step, span)
+                                        : span.kv_end >> step.layout.log2_block_tokens;
+}
+
+// Slot of a whole block's mean, kept under the page of its last token.
+__device__ __forceinline__ int mean_slot(const Step& step, int req, int block) {
+  const Layout& layout = step.layout;
+  const int log2_slots = max(0, layout.log2_page_tokens - layout.log2_block_tokens);
+  const int page = page_of(step, req, ((block + 1) << layout.log2_block_tokens) - 1);
+  return (page << log2_slots) + (block & ((1 << log2_slots) - 1));
+}
+
+// One CTA's share: blocks `first` .. `end` of a span's request for the heads of one KV head.
+struct Tile {
+  Span span;
+  int span_index;
+  int kv_head;
+  int first;
+  int end;
+  int row_bytes;
+};
+
+// Two elements of a mean as a sum of two 16-bit numbers each: off by 2^-16 of themselves at most.
+template <class Element>
+__device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t& low) {
+  high = pack_pair<Element>(x, y);
+  const float2 top = unpack_pair<Element>(high);
+  low = pack_pair<Element>(isfinite(x) ? x - top.x : 0.f, isfinite(y) ? y - top.y : 0.f);
+}
+
+// Without means nothing can be judged.
+__device__ inline void give_up(const Step& step, const Tile& tile, int group) {
+  const int past = min(past_blocks_of(step, tile.span), tile.first + kBlocks);
+  for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
+    float* scores = scores_of(step, tile.span_index, head);
+    for (int j = tile.first + threadIdx.x; j < past; j += blockDim.x)
+      scores[j] = __int_as_float(0x7fc00000);
+  }
+}
+
+}  // namespace compactattn
