@@ -15,7 +15,7 @@ use crate::table::{self, Table, TableMut};
 use crate::tensor::{LseMut, TokensMut};
 use crate::types::Shape;
 use crate::union;
-use crate::workspace::{Carver, Sizes};
+use crate::workspace::{Carver, Sizes, Workspace};
 
 /// What a plan is made from.
 #[derive(Clone, Debug)]
@@ -156,6 +156,14 @@ impl Plan {
             .iter()
             .map(|layout| Sizes::of(layout, self.splits).map(|sizes| sizes.workspace_bytes));
         each.collect::<Result<Vec<_>>>().map(|bytes| bytes.into_iter().max().unwrap_or(0))
+    }
+
+    /// Owned memory for the largest step of any layer.
+    ///
+    /// # Errors
+    /// [`Status::Overflow`].
+    pub fn workspace(&self) -> Result<Workspace> {
+        self.workspace_bytes().map(Workspace::new)
     }
 
     /// What the layer has selected so far.
