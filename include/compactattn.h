@@ -822,6 +822,9 @@ compactattn_status compactattn_table_build(const struct compactattn_plan *plan,
 
 // Turns lists into padded tables of whole engine pages; every page with a selected token, ascending, the chunk last.
 //
+// On CUDA, where lengths are on the device, the tables need room for the most rows that such a batch can have, and for
+// as many pages as its block table is wide (or max_kv_len holds); rows after its own become empty.
+//
 // Memory:
 // As compactattn_union.
 compactattn_status compactattn_table_export_padded(const struct compactattn_plan *plan,
@@ -831,6 +834,8 @@ compactattn_status compactattn_table_export_padded(const struct compactattn_plan
                                                    const struct compactattn_padded *padded);
 
 // Turns lists into CSR tables of whole engine pages. out_entries, if not NULL, becomes the entries of indices.
+//
+// On CUDA as compactattn_table_export_padded, and out_entries becomes the most entries that such a batch can have.
 //
 // Memory:
 // As compactattn_union. out_entries: NULL, or writable.

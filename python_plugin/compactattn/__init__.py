@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ._library import load as load_library
 from ._library import text_of as _text_of
+from ._stats import Stats
 from .api import forward, plan_for, stats, tables
 from .arrays import Array
 from .batch import Batch
@@ -24,7 +25,7 @@ from .errors import (
     Unsupported,
 )
 from .means import BlockMeans
-from .plan import Plan, PlanDesc, Stats
+from .plan import Plan, PlanDesc
 from .selection import Csr, Lists, Padded, Selection, Summaries, Table
 from .settings import Settings
 from .stages import (

@@ -9,10 +9,11 @@ from typing import Any
 
 from . import context, stages
 from ._abi import Dtype
+from ._stats import Stats
 from .arrays import Array
 from .batch import Batch
 from .errors import E_SHAPE, invalid
-from .plan import Plan, PlanDesc, Stats
+from .plan import Plan, PlanDesc
 from .selection import Csr, Padded, Summaries
 from .settings import Settings
 from .tensors import Bf16

@@ -21,8 +21,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask  # type: 
 
 from . import _hf_contiguous, _hf_paged, api
 from . import _hf_engine as engine
+from ._stats import Stats
 from .errors import Unsupported
-from .plan import Stats
 from .settings import Settings
 
 NAME = "compactattn"
@@ -57,7 +57,9 @@ def register() -> None:
 
 
 def report() -> Report:
-    """Counts so far."""
+    """Counts so far; waits for the GPU, whose steps count when they are done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     counts = dict(engine.served)
     stats = {name: count - getattr(_before, name) for name, count in asdict(api.stats()).items()}
     return Report(counts.pop(NAME, 0), counts, Stats(**stats))

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import _abi, _abi_step, context, workspace
 from ._library import call, load
+from ._stats import Stats
 from .batch import Batch
 from .errors import E_DTYPE, E_VALUE, invalid
 from .selection import Selection, Summaries
@@ -90,28 +91,6 @@ class PlanDesc:
         return pointers
 
 
-@dataclass(frozen=True)
-class Stats:
-    """What forward calls have selected since the plan was made; fields as in ``compactattn_stats``."""
-
-    calls: int = 0
-    lists: int = 0
-    candidates: int = 0
-    selected: int = 0
-    forced: int = 0
-    guarded: int = 0
-    dense: int = 0
-    refused: int = 0
-
-    @property
-    def density(self) -> float | None:
-        """Share of past blocks that sparse lists read; None before the first one."""
-        return self.selected / self.candidates if self.candidates else None
-
-    def __add__(self, other: Stats) -> Stats:
-        return Stats(**{name: getattr(self, name) + getattr(other, name) for name in _STATS})
-
-
 class Plan:
     """Immutable; any number of threads may use it at once. Freed with its last reference.
 
@@ -148,7 +127,7 @@ class Plan:
         """What one layer (-1 = all) has selected."""
         stats = _abi_step.Stats()
         call("compactattn_plan_stats", self.handle, int32("layer", layer), byref(stats))
-        return Stats(**{name: getattr(stats, name) for name in _STATS})
+        return Stats.from_c(stats)
 
     def settings(self, layer: int = 0) -> Settings:
         """The layer's settings."""
@@ -181,12 +160,41 @@ class Plan:
         plan's own for that stream. ``stream``: cudaStream_t; None = torch's current one. On any exception nothing was
         written.
         """
+        args = self.arguments(
+            batch,
+            out,
+            lse,
+            layer=layer,
+            settings=settings,
+            summaries=summaries,
+            external=external,
+            scratch=scratch,
+            stream=stream,
+        )
+        self.run(args)
+
+    def run(self, args: _abi_step.ForwardArgs) -> None:
+        """The forward that :meth:`arguments` has made; they may be run again, with other addresses in them."""
+        call("compactattn_forward", self.handle, byref(args))
+
+    def arguments(
+        self,
+        batch: Batch,
+        out: Any,
+        lse: Any = None,
+        *,
+        layer: int = 0,
+        settings: Settings | None = None,
+        summaries: Summaries | None = None,
+        external: Selection | None = None,
+        scratch: Scratch | None = None,
+        stream: int | None = None,
+    ) -> _abi_step.ForwardArgs:
+        """The C struct of a :meth:`forward`; the caller keeps every tensor alive for as long as it runs it."""
         args = _abi_step.ForwardArgs(layer=int32("layer", layer), batch=ctypes.pointer(batch.struct))
-        written = [view("out", out, writable=True)]
-        args.out, args.lse = written[0].tensor, none()
+        args.out, args.lse = view("out", out, writable=True).tensor, none()
         if lse is not None:
-            written.append(view("lse", lse, writable=True))
-            args.lse = written[1].tensor
+            args.lse = view("lse", lse, writable=True).tensor
         if settings is not None:
             args.settings = ctypes.pointer(settings.to_c())
         if summaries is not None:
@@ -197,7 +205,7 @@ class Plan:
         args.stream = handle = batch.home.stream(stream)
         memory = scratch or self.workspace(batch, handle, layer, settings)
         args.workspace, args.workspace_bytes = memory.address, memory.num_bytes
-        call("compactattn_forward", self.handle, byref(args))
+        return args
 
     def workspace(self, batch: Batch, stream: int | None, layer: int = 0, settings: Settings | None = None) -> Scratch:
         """Scratch memory where the batch lives: this thread's, on CUDA the plan's own for ``stream``.
@@ -240,4 +248,3 @@ _INTS = [
     "attention_sinks",
     "alibi",
 ]
-_STATS = ["calls", "lists", "candidates", "selected", "forced", "guarded", "dense", "refused"]

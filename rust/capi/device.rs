@@ -168,7 +168,7 @@ fn means_at(of: &SummaryViews) -> MeansAt {
 }
 
 /// Runs `body` unless there is nothing to compute; `others` are tensors beside the batch's.
-fn with_call(
+pub(super) fn with_call(
     plan: &Plan,
     place: &Place,
     batch: &BatchViews,
@@ -225,7 +225,7 @@ fn pool(view: &View) -> DevicePool {
     DevicePool { address: address(view), stride_page, stride_token, stride_head }
 }
 
-fn output(results: &OutputViews) -> DeviceOutput {
+pub(super) fn output(results: &OutputViews) -> DeviceOutput {
     let out = &results.out;
     DeviceOutput {
         out: DeviceTokens { address: address(out), stride_token: out.stride[0], stride_head: out.stride[1] },
@@ -256,14 +256,14 @@ fn check_select_rows(call: &Call, views: &SelectionViews) -> Result<()> {
     views.views().iter().try_for_each(|view| check_rows(view, rows, what))
 }
 
-fn check_list_rows(call: &Call, views: &[View]) -> Result<usize> {
+pub(super) fn check_list_rows(call: &Call, views: &[View]) -> Result<usize> {
     let (spans, _) = call.layout.most_spans(call.batch.num_reqs, call.batch.total_q);
     let rows = spans * call.layout.lists_per_span();
     views.iter().try_for_each(|view| check_rows(view, rows, "most list rows of such a batch"))?;
     Ok(rows)
 }
 
-fn address(view: &View) -> u64 {
+pub(super) fn address(view: &View) -> u64 {
     view.data.addr() as u64
 }
 

@@ -27,6 +27,7 @@ mod prefill;
 mod report;
 mod selftest;
 mod stages;
+mod stats;
 mod summary;
 mod sweep;
 mod synthetic;
@@ -68,6 +69,8 @@ enum Command {
     Bench(bench::Args),
     /// This machine, this build, the settings in force, and a self-test.
     Doctor(doctor::Args),
+    /// What serving engines have counted, as words or Prometheus text.
+    Stats(stats::Args),
     /// Name and version.
     Version,
 }
@@ -97,6 +100,7 @@ fn run(command: &Command, out: &mut impl Write) -> std::result::Result<ExitCode,
         Command::Extract(args) => extract::run(args, out)?,
         Command::Bench(args) => return bench::run(args, out),
         Command::Doctor(args) => return doctor::run(args, out),
+        Command::Stats(args) => stats::run(args, out)?,
         Command::Version => writeln!(out, "compactattn {}", env!("CARGO_PKG_VERSION"))?,
     }
     Ok(ExitCode::SUCCESS)

@@ -1,6 +1,6 @@
 //! attend and combine: which kernel serves a shape, and how it is launched.
 
-use super::batch::{DeviceBatch, DeviceTokens, int32};
+use super::batch::{DeviceBatch, DevicePool, DeviceTokens, int32};
 use super::context::Context;
 use super::kernels::{Arg, Grid};
 use super::params::{self, AttendParams, TILE_ROWS};
@@ -145,45 +145,59 @@ impl Call<'_> {
         }
     }
 
-    /// Maps of q, k and v as cuda/attend/sm90/kernel.cuh wants them; a longer box than `max_tokens` is copied in parts.
+    /// Maps of q, k and v as cuda/attend/sm90/kernel.cuh wants them.
     fn maps(&self, context: &Context, max_tokens: usize) -> Result<[TensorMap; 3]> {
-        let shape = &self.layout.shape;
-        let (heads, columns) = (self.layout.heads_per_list(), shape.head_dim / MAP_COLUMNS);
-        let encode = |address: u64, dims: &[Dim]| {
-            let sizes: Vec<u64> = dims.iter().map(|dim| dim.size as u64).collect();
-            // Dimensions of one entry have no stride of their own; any legal one will do.
-            let strides: Vec<u64> = dims[1..].iter().map(|dim| (dim.stride * 2).max(16) as u64).collect();
-            let boxes: Vec<u32> = dims.iter().map(|dim| dim.tile).collect();
-            tensor_map::encode(context.device().driver(), shape.dtype, address, &sizes, &strides, &boxes)
-        };
-        let tile = |x: usize| u32::try_from(x).unwrap_or(u32::MAX);
-        let inner = Dim { size: MAP_COLUMNS, stride: 1, tile: tile(MAP_COLUMNS) };
-        let column = Dim { size: columns, stride: MAP_COLUMNS, tile: 1 };
-        let q = self.batch.q;
-        let q = encode(
-            q.address,
-            &[
-                inner,
-                Dim { size: shape.num_q_heads, stride: q.stride_head, tile: tile(heads) },
-                Dim { size: self.batch.total_q, stride: q.stride_token, tile: tile(TILE_ROWS / heads) },
-                column,
-            ],
-        )?;
-        let rows = tile(self.layout.geometry.box_tokens().min(max_tokens));
-        let pool = |pool: &super::batch::DevicePool| {
-            encode(
-                pool.address,
-                &[
-                    inner,
-                    Dim { size: shape.page_size, stride: pool.stride_token, tile: rows },
-                    column,
-                    Dim { size: shape.num_kv_heads, stride: pool.stride_head, tile: 1 },
-                    Dim { size: self.batch.num_pages, stride: pool.stride_page, tile: 1 },
-                ],
-            )
-        };
+        let (shape, heads, q) = (&self.layout.shape, self.layout.heads_per_list(), self.batch.q);
+        let dims = [
+            Dim { size: MAP_COLUMNS, stride: 1, tile: tile(MAP_COLUMNS) },
+            Dim { size: shape.num_q_heads, stride: q.stride_head, tile: tile(heads) },
+            Dim { size: self.batch.total_q, stride: q.stride_token, tile: tile(TILE_ROWS / heads) },
+            Dim { size: shape.head_dim / MAP_COLUMNS, stride: MAP_COLUMNS, tile: 1 },
+        ];
+        let q = encode(context, shape.dtype, q.address, &dims)?;
+        let pool = |pool| pool_map(context, self.layout, self.batch, pool, max_tokens);
         Ok([q, pool(&self.batch.k)?, pool(&self.batch.v)?])
     }
+}
+
+/// Map of one of the batch's pools, copied by boxes of 64 columns; a longer box than `max_tokens` is copied in parts.
+///
+/// # Errors
+/// The driver's.
+pub(crate) fn pool_map(
+    context: &Context,
+    layout: &Layout,
+    batch: &DeviceBatch,
+    pool: &DevicePool,
+    max_tokens: usize,
+) -> Result<TensorMap> {
+    let shape = &layout.shape;
+    let rows = tile(layout.geometry.box_tokens().min(max_tokens));
+    let dims = [
+        Dim { size: MAP_COLUMNS, stride: 1, tile: tile(MAP_COLUMNS) },
+        Dim { size: shape.page_size, stride: pool.stride_token, tile: rows },
+        Dim { size: shape.head_dim / MAP_COLUMNS, stride: MAP_COLUMNS, tile: 1 },
+        Dim { size: shape.num_kv_heads, stride: pool.stride_head, tile: 1 },
+        Dim { size: batch.num_pages, stride: pool.stride_page, tile: 1 },
+    ];
+    encode(context, shape.dtype, pool.address, &dims)
+}
+
+fn encode<const N: usize>(
+    context: &Context,
+    dtype: Dtype,
+    address: u64,
+    dims: &[Dim; N],
+) -> Result<TensorMap> {
+    let sizes = dims.map(|dim| dim.size as u64);
+    // Dimensions of one entry have no stride of their own; any legal one will do.
+    let strides = dims.map(|dim| (dim.stride * 2).max(16) as u64);
+    let boxes = dims.map(|dim| dim.tile);
+    tensor_map::encode(context.device().driver(), dtype, address, &sizes, &strides[1..], &boxes)
+}
+
+fn tile(x: usize) -> u32 {
+    u32::try_from(x).unwrap_or(u32::MAX)
 }
 
 /// One dimension of a tensor map; strides in elements.

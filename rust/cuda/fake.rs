@@ -107,6 +107,9 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
         for dim in [64, 128].iter().filter(|_| maps.is_some()) {
             kernels.push((format!("flashprefill_sm90_{dtype}_d{dim}"), "456"));
         }
+        let cells = ["cells_read", "cells_read_candidates"];
+        let cells = cells.map(|name| (format!("{name}_sm90_{dtype}_d128"), "128,456,4"));
+        kernels.extend(cells.into_iter().filter(|_| maps.is_some()));
         for dim in [64, 96, 128, 256] {
             kernels.extend(["attend_sm80", "combine"].map(|name| (format!("{name}_{dtype}_d{dim}"), "272")));
         }
@@ -119,11 +122,15 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
 }
 
 /// Kernels with the bytes of their parameters: `Step` 456, `GateParams` 56, `AttendParams` 272, maps 128.
-const ALONE: [(&str, &str); 10] = [
+const ALONE: [(&str, &str); 14] = [
     ("plan_spans", "456"),
     ("keep_rows", "456"),
     ("union_table", "456,4"),
     ("table", "456"),
+    ("export_padded", "456,32"),
+    ("export_counts", "456,32"),
+    ("export_starts", "32"),
+    ("export_csr", "456,32"),
     ("plan_work", "456"),
     ("fill_scores", "456,4"),
     ("cells_mass", "456,4"),
@@ -132,7 +139,7 @@ const ALONE: [(&str, &str); 10] = [
     ("flashprefill_relate", "456"),
 ];
 /// One for each 16-bit type.
-const TYPED: [(&str, &str); 9] = [
+const TYPED: [(&str, &str); 10] = [
     ("cells_read", "456,4"),
     ("cells_read_candidates", "456,4"),
     ("cells_pool", "456,4"),
@@ -142,6 +149,7 @@ const TYPED: [(&str, &str); 9] = [
     ("attn_gate_keys", "456,56"),
     ("attn_gate", "456,56"),
     ("summaries", "456,8,8,8,4,4"),
+    ("merge", "136"),
 ];
 
 /// A file of its own for each copy, because the loader opens one file only once; it stays open, so that its name

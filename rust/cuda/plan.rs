@@ -250,7 +250,11 @@ impl Plan {
         Ok(())
     }
 
-    unsafe fn begin<'a>(&'a self, call: &'a Call<'a>) -> Result<Run<'a>> {
+    /// The stages of `call`, none of them launched; the device is entered.
+    ///
+    /// # Safety
+    /// As [`Plan::forward`].
+    pub(super) unsafe fn begin<'a>(&'a self, call: &'a Call<'a>) -> Result<Run<'a>> {
         let (kernel, scratch) = self.scratch(call.workspace, call.layer, call.layout)?;
         let mut step = step::step(call.layout, call.batch, &scratch);
         let stats = (call.layer * STATS_WORDS * 8) as u64;
@@ -282,13 +286,13 @@ pub struct DeviceTable {
 }
 
 /// The stages of one call.
-struct Run<'a> {
-    plan: &'a Plan,
+pub(super) struct Run<'a> {
+    pub(super) plan: &'a Plan,
     call: &'a Call<'a>,
     kernel: Kernel,
     scratch: Scratch,
-    step: params::Step,
-    stream: Stream,
+    pub(super) step: params::Step,
+    pub(super) stream: Stream,
     _entered: super::device::Entered<'a>,
 }
 
@@ -302,16 +306,16 @@ impl Run<'_> {
         self.plan.context.kernels().launch(self.stream, name, grid, &[Arg::of(&self.step)])
     }
 
-    fn plan_spans(&self) -> Result<()> {
+    pub(super) fn plan_spans(&self) -> Result<()> {
         let clusters = self.plan.context.device().properties().has_clusters();
         let ctas = if clusters { SPANS_CLUSTER } else { 1 };
         self.launch("compactattn_plan_spans", grid(ctas, 1024, 0))
     }
 
     fn select(&self) -> Result<()> {
-        let Call { layout, layer, .. } = *self.call;
-        let context = &*self.plan.context;
-        Scoring { context, stream: self.stream, layout, step: &self.step, gate: self.plan.gate(layer) }.run()
+        let Call { layout, layer, batch, .. } = *self.call;
+        let (context, gate) = (&*self.plan.context, self.plan.gate(layer));
+        Scoring { context, stream: self.stream, layout, batch, step: &self.step, gate }.run()
     }
 
     fn keep_rows(&self) -> Result<()> {

@@ -183,8 +183,8 @@ def step_faults(name: str, code: list[str]) -> list[str]:
 def faults_of(name: str, arch: str, used: set[str]) -> list[str]:
     """What a kernel lacks or should not have."""
     wanted = next((wanted for start, wanted in WANTED.items() if name.startswith(start)), set())
-    # Kernels that may start early wait by themselves (rust/cuda/kernels.rs, OVERLAPPING): all but the one of no step.
-    if arch != "sm_80" and not name.startswith("compactattn_summaries_"):
+    # Kernels that may start early wait by themselves (rust/cuda/kernels.rs, OVERLAPPING): all but those of no step.
+    if arch != "sm_80" and not name.startswith(("compactattn_summaries_", "compactattn_merge_")):
         wanted = wanted | {"ACQBULK"}
     faults = [f"{name} for {arch} has no {opcode}" for opcode in sorted(wanted - used)]
     return faults + [f"{name} for {arch} uses local memory: {opcode}" for opcode in sorted(LOCAL & used)]

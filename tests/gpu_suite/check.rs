@@ -11,6 +11,7 @@ use super::abi::Refusal;
 use super::cases;
 use super::device::Device;
 use super::driver::Handle;
+use super::exports;
 use super::memory::{Memory, Packing};
 use super::step::{Done, Given, Step, lse_stride, store_bytes, store_of, total_q};
 use crate::common::case::Case;
@@ -87,6 +88,7 @@ pub(crate) fn given_as(case: &Case, rng: &mut Rng, scores: bool) -> Given {
 fn run(device: &Device, step: &mut Step) -> Result<Ran, String> {
     step.update_summaries()?;
     step.stages()?;
+    step.exports(std::ptr::null_mut())?;
     device.sync();
     let before = step.plan.stats();
     step.forward()?;
@@ -98,12 +100,12 @@ fn run(device: &Device, step: &mut Step) -> Result<Ran, String> {
         return Err(format!("{counted} calls counted for one"));
     }
     step.memory.pull();
-    memory_is_right(step)?;
+    memory_is_right(step, device.cuda.is_some())?;
     Ok(gather(step, &before, &after))
 }
 
 /// Inputs and canaries as they were; the stages' results are the whole pass's; both ways to lists agree.
-fn memory_is_right(step: &Step) -> Done {
+fn memory_is_right(step: &Step, on_gpu: bool) -> Done {
     let (case, parts, memory) = (step.case, &step.parts, &*step.memory);
     for (name, part, was) in [
         ("q", parts.q, store_bytes(&case.q.store)),
@@ -125,6 +127,9 @@ fn memory_is_right(step: &Step) -> Done {
             return Err(format!("{name}: forward and the stages differ, first in byte {at}"));
         }
     }
+    let lists: Vec<u32> = bytemuck::pod_collect_to_vec(memory.bytes(parts.lists));
+    let exported = parts.exports.map(|part| bytemuck::pod_collect_to_vec(memory.bytes(part)));
+    exports::compare(&exported, &exports::expected(case, &lists, &parts.exports, on_gpu)?)?;
     if step.keeps_rows() && memory.bytes(parts.lists) != memory.bytes(parts.lists_of_masks) {
         return Err("lists of scores and lists of their masks differ".into());
     }

@@ -8,6 +8,7 @@ use half::{bf16, f16};
 use super::abi::{NONE, Plan, Refusal};
 use super::device::{Device, last_error, struct_size};
 use super::driver::Handle;
+use super::exports;
 use super::gate::GateFile;
 use super::memory::{Memory, Part};
 use crate::common::case::Case;
@@ -40,6 +41,8 @@ pub(crate) struct Parts {
     pub(crate) counts: Part,
     pub(crate) stream_lens: Part,
     pub(crate) boxes: Part,
+    /// Tables for other kernels.
+    pub(crate) exports: exports::Parts,
     /// Of the stages, one by one.
     pub(crate) staged: [Part; 2],
     /// out and lse of the whole pass.
@@ -225,6 +228,7 @@ fn place(memory: &mut Memory, case: &Case, given: &Given, sizes: &compactattn_si
     parts.counts = words(sizes.list_rows);
     parts.stream_lens = words(sizes.list_rows);
     parts.boxes = words(sizes.list_rows * sizes.max_boxes);
+    parts.exports = exports::place(memory, case, sizes);
     let lse = lse_stride(case) * heads * 4;
     for results in [&mut parts.staged, &mut parts.whole] {
         *results = [memory.add_poison(parts.q.len), memory.add_poison(lse)];
@@ -258,7 +262,7 @@ pub(crate) fn store_of(dtype: Dtype, bytes: &[u8]) -> Store {
     }
 }
 
-fn ok(call: &str, status: compactattn_status) -> Done {
+pub(crate) fn ok(call: &str, status: compactattn_status) -> Done {
     match status {
         compactattn_status::COMPACTATTN_OK => Ok(()),
         _ => Err(format!("{call}: {}", last_error())),

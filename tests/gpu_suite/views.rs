@@ -108,7 +108,7 @@ impl Step<'_, '_> {
         }
     }
 
-    fn tensor(&self, part: Part, dtype: i32, shape: &[usize]) -> compactattn_tensor {
+    pub(super) fn tensor(&self, part: Part, dtype: i32, shape: &[usize]) -> compactattn_tensor {
         tensor(self.memory.address(part), part.len, dtype, shape, None)
     }
 

@@ -385,3 +385,24 @@ def test_on_a_cpu_the_mode_is_the_opt_in(monkeypatch: pytest.MonkeyPatch, mode: 
         monkeypatch.setenv("COMPACTATTN_MODE", mode)
     plugin.register()
     assert engine.taken == ({engine.slots.CPU_ATTN: plugin.CPU_CLASS} if takes else {})
+
+
+def test_the_tool_reads_what_an_engine_wrote(tmp_path: Path, library: str | None) -> None:
+    if library is not None:
+        pytest.skip("a source tree has no installed tool")
+    report = Report()
+    report.file = str(tmp_path / "counters.json")
+    report.steps, report._changed = 3, True
+    report.left_to_engine[DECODE] = 2
+    report.write()
+    ran = subprocess.run(
+        [sys.executable, "-m", "compactattn", "stats", "--prometheus", report.file],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f'compactattn_steps_total{{pid="{os.getpid()}"}} 3' in ran.stdout, ran.stderr
+    assert f'compactattn_left_to_engine_total{{pid="{os.getpid()}",reason="decode"}} 2' in ran.stdout
+    # Every number of the file is a metric.
+    for key in report.as_dict().keys() - {"pid", "plans"}:
+        assert f"compactattn_{key.removeprefix('our_')}_total" in ran.stdout, key

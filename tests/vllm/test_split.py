@@ -94,6 +94,22 @@ def test_each_request_is_computed_once_by_its_owner(monkeypatch: pytest.MonkeyPa
     assert counters()["our_tokens"] - before == 160
 
 
+def test_the_next_layer_of_a_step_brings_its_own_rows_and_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer(monkeypatch, LONG)
+    _, _, metadata = layer.step([(90, 1200, True)])
+    (piece,) = metadata.compact_pieces
+    (call,) = piece.calls.values()
+    table = metadata.block_table[0]
+    # The second time the rows lie in a wider tensor, as the engine's do.
+    for wide, made in ((HEADS, call), (HEADS + 3, None)):
+        cache = torch.randn(PAGES, PAGE, KV_HEADS, 2 * DIM, generator=seeded(wide)).transpose(1, 2)
+        q, out = torch.randn(90, wide, DIM, generator=seeded(5))[:, :HEADS], torch.full((90, HEADS, DIM), 7.0)
+        layer.impl.forward(layer.layer, q, q, q, cache, metadata, out)
+        keys, values = cache.transpose(1, 2).split(DIM, dim=-1)
+        torch.testing.assert_close(out, plain(q, keys, values, table, 1200), rtol=0, atol=TOLERANCE)
+        assert (list(piece.calls.values()) == [call]) == (made is call)
+
+
 def test_sparse_settings_reach_our_rows_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     few = {"keep_density": 0.05, "min_density": 0.05, "max_density": 0.05, "block_size": 16, "dense_below_kv_len": 0}
     layer = Layer(monkeypatch, LONG | few)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,6 +13,7 @@ from ..batch import Batch
 from ..errors import CompactAttnError
 from ..plan import Plan, PlanDesc
 from ..settings import Settings
+from ..tensors import view
 from ..workspace import Borrowed
 from .policy import PAGE_SIZES
 from .report import REPORT
@@ -47,23 +49,60 @@ class Service:
 
     def __init__(self, shape: Shape, page_size: int, options: Options) -> None:
         self.shape, self.page_size = shape, page_size
-        self._layers = options.layers
+        # As the library wants them, for layers that differ from the plan's.
+        self._own = {layer: ctypes.pointer(settings.to_c()) for layer, settings in options.layers.items()}
         self._plan = Plan(shape.desc(page_size, options), context.of(shape.device))
         reserve(shape, options, page_size)
         REPORT.selected.append(self._selected)
-
-    def settings(self, layer: int) -> Settings | None:
-        """What the layer uses instead of the plan's; None = nothing."""
-        return self._layers.get(layer)
 
     def attend(self, query: Any, kv: tuple[Any, Any], part: Any, out: Any, settings: Settings | None) -> None:
         """The requests of ``part`` (a slice of the engine's metadata), straight into ``out``, on the current stream."""
         batch = Batch.of(query, *kv, part.block_table, part.seq_lens, part.query_start_loc)
         self._plan.forward(batch, out, settings=settings, scratch=_workspaces.get(self.shape.device))
 
+    def call(self, query: Any, kv: tuple[Any, Any], part: Any, out: Any) -> Call:
+        """The same, made to be repeated for other layers of this step by :meth:`Call.run`."""
+        batch = Batch.of(query, *kv, part.block_table, part.seq_lens, part.query_start_loc)
+        args = self._plan.arguments(batch, out, scratch=_workspaces.get(self.shape.device))
+        return Call(self._plan, batch, args, (_layout(query), _layout(out)))
+
+    def own(self, layer: int) -> Any:
+        """Pointer to what the layer uses instead of the plan's settings; None = nothing."""
+        return self._own.get(layer)
+
     def _selected(self) -> dict[str, Any]:
         stats = self._plan.stats()
         return {"page_size": self.page_size, "density": stats.density, "refused": stats.refused, "dense": stats.dense}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One step's requests as the library wants them: from layer to layer only addresses change.
+
+    What it points to is the engine's, which holds it for as long as the step runs.
+    """
+
+    _plan: Plan
+    # Keeps lengths, tables and the struct alive.
+    _batch: Batch
+    _args: Any
+    _layouts: tuple[Any, Any]
+
+    def fits(self, query: Any, out: Any) -> bool:
+        """Whether a layer's rows lie as those it was made for."""
+        return (_layout(query), _layout(out)) == self._layouts
+
+    def run(self, query: Any, kv: tuple[Any, Any], out: Any, own: Any) -> None:
+        """One layer: its rows, its cache as the library sees it (:func:`seen`), its settings or None."""
+        args, struct = self._args, self._batch.struct
+        struct.q.data, struct.k, struct.v = query.data_ptr(), *kv
+        args.out.data, args.settings = out.data_ptr(), own
+        self._plan.run(args)
+
+
+def seen(kv: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Keys and values as the library's tensors. They hold no memory: the cache stays the engine's to free."""
+    return view("k_cache", kv[0]).tensor, view("v_cache", kv[1]).tensor
 
 
 def refusal(shape: Shape, page_size: int, options: Options) -> str | None:
@@ -133,6 +172,10 @@ def layer_number(name: str) -> int:
     """The layer's number in its name: ``model.layers.3.self_attn.attn`` is 3; -1 if it has none."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found.group(1)) if found else -1
+
+
+def _layout(tensor: Any) -> tuple[Any, Any]:
+    return tensor.shape, tensor.stride()
 
 
 def _canonical(cache: Any) -> Any:

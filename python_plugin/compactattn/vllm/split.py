@@ -6,13 +6,13 @@ Mixins: the engine's class stands behind them in the method resolution order, an
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import current, policy
 from .policy import Part, Step
 from .report import REPORT
-from .service import Service, Shape, kv_views, layer_number, refusal, reserve
+from .service import Call, Service, Shape, kv_views, layer_number, refusal, reserve, seen
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Piece:
 
     part: Part
     metadata: Any
+    # What the library was given for it, by service: made by the step's first layer, for all of them.
+    calls: dict[Service, Call] = field(default_factory=dict)
 
 
 class SplitBuilder:
@@ -98,6 +100,8 @@ class SplitImpl:
     # Where K and V lie, set by the backend; see kv_views.
     kv_axis: int | None = None
     _reserved = False
+    _where: tuple[Any, ...] | None = None
+    _seen: tuple[Any, Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -141,16 +145,31 @@ class SplitImpl:
             return self.engine_step(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         if any(given is not None for given in (*args, *kwargs.values())):
             raise NotImplementedError("compactattn: fused output quantization is not offered")
-        views = kv_views(kv_cache, self.head_size, self.kv_axis)  # type: ignore[attr-defined]
         for piece in pieces:
             rows = piece.part.tokens
             if piece.part.ours:
-                out = output[rows].view(-1, self.num_heads, self.head_size)  # type: ignore[attr-defined]
-                self._service.attend(query[rows], views, piece.metadata, out, self._service.settings(self._layer))
+                self._attend(piece, query[rows], kv_cache, output[rows])
             else:
                 new = [None if tensor is None else tensor[rows] for tensor in (key, value)]
                 self.engine_step(layer, query[rows], *new, kv_cache, piece.metadata, output[rows])
         return output
+
+    def _attend(self, piece: Piece, query: Any, kv_cache: Any, output: Any) -> None:
+        service: Service = self._service  # type: ignore[assignment]
+        out = output.view(-1, self.num_heads, self.head_size)  # type: ignore[attr-defined]
+        call = piece.calls.get(service)
+        if call is None or not call.fits(query, out):
+            views = kv_views(kv_cache, self.head_size, self.kv_axis)  # type: ignore[attr-defined]
+            call = piece.calls[service] = service.call(query, views, piece.metadata, out)
+        call.run(query, self._cache(kv_cache), out, service.own(self._layer))
+
+    def _cache(self, kv_cache: Any) -> tuple[Any, Any]:
+        """The layer's cache as the library sees it, looked at once for as long as it lies where it does."""
+        where = (kv_cache.data_ptr(), kv_cache.shape, kv_cache.stride())
+        if where != self._where:
+            views = kv_views(kv_cache, self.head_size, self.kv_axis)  # type: ignore[attr-defined]
+            self._where, self._seen = where, seen(views)
+        return self._seen
 
     def engine_step(self, *args: Any, **kwargs: Any) -> Any:
         """Attention as the engine does it, of a whole step or a piece; arguments as forward's."""
