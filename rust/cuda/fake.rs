@@ -103,7 +103,7 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
     let mut kernels: Vec<(String, &str)> = ALONE.map(|(name, params)| (name.to_owned(), params)).to_vec();
     for dtype in ["bf16", "fp16"] {
         kernels.extend(TYPED.map(|(name, params)| (format!("{name}_{dtype}"), params)));
-        for [params, corrected] in maps {
+        if let Some([params, corrected]) = maps {
             kernels.push((format!("attend_sm90_{dtype}_d128"), params));
             kernels.push((format!("attend_sm90_{dtype}_d128_means"), corrected));
         }

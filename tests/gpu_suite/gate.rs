@@ -51,7 +51,7 @@ pub(crate) fn run(device: &Device, count: usize, packing: Packing) -> bool {
 fn judged(worker: &mut Worker, i: usize) -> Result<(), Refusal> {
     let mut rng = Rng::new(i as u64);
     // GPU contexts take 16-bit types only.
-    let mut case = loop {
+    let case = loop {
         let case = case(&mut rng);
         if case.shape.dtype != Dtype::F32 {
             break case;
