@@ -215,9 +215,10 @@ struct Consumer {
         smem.v_full[v_ring.stage].wait(v_ring.phase);
         zero_tail<T>(smem.v[v_ring.stage], used, at.warpgroup);
       }
-      // Tiles below this one are seen whole by every row.
+      // Tiles below this one are seen whole by every row, and every row has seen something of
+      // others.
       const int unmasked =
-          max(range.means + max(piece.stream.visible, 0) / T::kTokens, range.stream_begin());
+          max(range.means + (max(piece.stream.visible, 1) - 1) / T::kTokens, range.stream_begin());
       for (--tile; tile >= unmasked; --tile) {
         columns.advance();
         step<Kind::kCausal>(s, o, p, rows, columns);
