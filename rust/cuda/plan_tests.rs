@@ -161,7 +161,7 @@ fn exports_and_merges_launch_their_kernels_and_nothing_else() {
             .unwrap();
         let got: Vec<_> =
             launches.iter().map(|line| line.split(' ').take(2).collect::<Vec<_>>().join(" ")).collect();
-        let plan = "compactattn_plan_spans 16x1x1".to_owned();
+        let plan = "compactattn_plan_spans 8x1x1".to_owned();
         let of = |name: &str| format!("compactattn_export_{name} {rows}x1x1");
         let starts = "compactattn_export_starts 1x1x1".to_owned();
         let merge = format!("{merge} {}x1x1", 600 * 8 * 96 / 8 / 256);
