@@ -50,7 +50,8 @@ fn assert_launches(selector: Selector, dtype: Dtype, head_dim: usize) {
     let is_empty = |grid: &str| grid.split('x').any(|extent| extent == "0");
     assert!(!words.iter().any(|words| is_empty(words[1])), "{launches:?}");
     let overlaps = |words: &&Vec<&str>| words.last() == Some(&"overlaps");
-    assert_eq!(words.iter().filter(overlaps).count(), words.len() - 1, "all but the first: {launches:?}");
+    let by_itself = |words: &&Vec<&str>| words[0].contains("plan_spans") || words[0].contains("cells_read_");
+    assert!(words.iter().all(|words| overlaps(&words) || by_itself(&words)), "{launches:?}");
     assert!(!overlaps(&&words[0]), "{launches:?}");
 }
 

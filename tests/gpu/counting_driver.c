@@ -19,13 +19,8 @@
 enum { kOk, kInvalidValue, kOutOfMemory, kStub = 34, kNoDevice = 100, kInvalidDevice };
 enum { kBadImage = 200, kInvalidContext = 201, kNoBinary = 209, kInvalidHandle = 400 };
 enum { kNotFound = 500, kLost = 700, kMismatch = 803, kCapture = 900, kImplicit = 906 };
-enum {
-  kMaxNames = 64,
-  kMaxBlocks = 4096,
-  kMaxFunctions = 256,
-  kMaxLaunches = 4096,
-  kMaxDepth = 64
-};
+enum { kMaxNames = 64, kMaxBlocks = 4096, kMaxFunctions = 256 };
+enum { kMaxLaunches = 4096, kMaxDepth = 64 };
 
 typedef int Code;
 typedef uint64_t Address;
