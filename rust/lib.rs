@@ -18,6 +18,7 @@ pub mod bridge;
 pub mod capi;
 pub mod combine;
 pub mod config;
+pub mod config_file;
 #[allow(unsafe_code)]
 pub mod cuda;
 pub mod error;
@@ -30,6 +31,7 @@ mod parallel;
 pub mod plan;
 pub mod reference;
 pub mod run;
+pub mod seals;
 pub mod select;
 pub mod settings;
 pub mod stats;

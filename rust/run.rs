@@ -6,6 +6,7 @@ use crate::combine;
 use crate::error::{Error, Result, Status};
 use crate::parallel::Parallel;
 use crate::plan::{Layout, Limits};
+use crate::seals;
 use crate::select::{self, Gate, GateLayer, Input};
 use crate::settings::{Selector, Settings};
 use crate::stats::{LayerStats, Stats};
@@ -14,7 +15,7 @@ use crate::table::{self, Table, TableMut};
 use crate::tensor::{LseMut, TokensMut};
 use crate::types::Shape;
 use crate::union;
-use crate::workspace::{Carver, Sizes};
+use crate::workspace::{Carver, Sizes, Workspace};
 
 /// What a plan is made from.
 #[derive(Clone, Debug)]
@@ -157,6 +158,14 @@ impl Plan {
         each.collect::<Result<Vec<_>>>().map(|bytes| bytes.into_iter().max().unwrap_or(0))
     }
 
+    /// Owned memory for the largest step of any layer.
+    ///
+    /// # Errors
+    /// [`Status::Overflow`].
+    pub fn workspace(&self) -> Result<Workspace> {
+        self.workspace_bytes().map(Workspace::new)
+    }
+
     /// What the layer has selected so far.
     ///
     /// # Errors
@@ -166,7 +175,8 @@ impl Plan {
         Ok(self.stats[layer].read())
     }
 
-    /// Summaries of the blocks that this step's tokens complete (or of all): call it after the step's KV is written.
+    /// Summaries of the blocks that this step's tokens complete (or of all), and with seals of all that are of other
+    /// keys: call it after the step's KV is written and before [`Plan::forward`] reads them.
     ///
     /// # Errors
     /// [`Status::Value`] for an unknown layer or a batch beyond the limits, [`Status::Shape`] for short buffers.
@@ -182,6 +192,9 @@ impl Plan {
         check_len("summaries.k_mean", out.k_mean.len(), needed)?;
         if let Some(v_mean) = &out.v_mean {
             check_len("summaries.v_mean", v_mean.len(), needed)?;
+        }
+        if let Some(seals) = &out.seals {
+            check_len("summaries.seals", seals.len(), seals::len(layout, batch.k().num_pages))?;
         }
         summaries::update(layout, batch, which, out, self.parallel);
         Ok(())
@@ -321,7 +334,7 @@ impl OwnSummaries {
             layout,
             batch,
             Which::All,
-            &mut SummariesMut { k_mean: &mut self.k_mean, v_mean },
+            &mut SummariesMut { k_mean: &mut self.k_mean, v_mean, seals: None },
             parallel,
         );
         let v_mean = layout.settings.mean_correction.then_some(&self.v_mean[..]);
@@ -358,7 +371,8 @@ impl<'a> Buffers<'a> {
     }
 }
 
-fn reads_summaries(settings: &Settings) -> bool {
+/// Whether a step under `settings` reads block means.
+pub(crate) fn reads_summaries(settings: &Settings) -> bool {
     select::needs_summaries(settings.selector) || settings.mean_correction
 }
 

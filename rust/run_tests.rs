@@ -51,7 +51,7 @@ fn summaries_kept_by_the_caller_give_the_bits_of_recomputed_ones() {
         let len = summaries::len(plan.layout(0).unwrap(), batch.k().num_pages);
         // Slots that no block owns stay NaN: reading one would show.
         let (mut k_mean, mut v_mean) = (vec![f32::NAN; len], vec![f32::NAN; len]);
-        let mut kept = SummariesMut { k_mean: &mut k_mean, v_mean: Some(&mut v_mean) };
+        let mut kept = SummariesMut { k_mean: &mut k_mean, v_mean: Some(&mut v_mean), seals: None };
         plan.update_summaries(1, &batch, Which::All, &mut kept).unwrap();
         let summaries = Some(Summaries { k_mean: &k_mean, v_mean: Some(&v_mean) });
         let given = run(&plan, &paged, &Step { layer: 1, summaries, ..Step::default() });

@@ -2,13 +2,14 @@
 //!
 //! That page is unique to the block's content *and* everything before it, so summaries stay right when an engine
 //! shares prefix pages between requests; the block's first page would not be (two prompts may share it and then
-//! differ). A block is summarised once, in the step that completes it; partial blocks lie in the open region, which
-//! is attended whole, and need none. Whoever reuses a page for other tokens must write its blocks' summaries again,
-//! which [`update`] at every KV write does.
+//! differ). A block is summarised in the step that completes it; partial blocks lie in the open region, which is
+//! attended whole, and need none. With [seals](crate::seals), [`update`] also makes anew whatever is not of the keys
+//! that lie there, so before a step that reads them one `update` is all it takes to be right, whoever wrote the pages.
 
 use crate::batch::Batch;
 use crate::parallel::Parallel;
 use crate::plan::Layout;
+use crate::seals::Seals;
 use crate::tensor::Pool;
 
 /// Block means to read: `[num_pages * summary_slots_per_page, num_kv_heads, head_dim]`, f32, row-major.
@@ -27,14 +28,17 @@ pub struct SummariesMut<'a> {
     pub k_mean: &'a mut [f32],
     /// Mean value of each block.
     pub v_mean: Option<&'a mut [f32]>,
+    /// Seals of what was written before ([`crate::seals::len`] words, zeros at first); `None` = the caller vouches that
+    /// every step that wrote KV was followed by an update.
+    pub seals: Option<&'a mut [u32]>,
 }
 
 /// Which blocks [`update`] summarises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Which {
-    /// Those that this step's tokens complete: the hook at KV write.
+    /// Those that this step's tokens complete, and with seals those that are of other keys or were never written.
     Completed,
-    /// Every whole block: after a swap-in or a prefix hit whose summaries are not there.
+    /// Every whole block: after a swap-in or a prefix hit, where there are no seals.
     All,
 }
 
@@ -84,7 +88,12 @@ fn offset(layout: &Layout, batch: &Batch, at: BlockAt) -> usize {
 /// Writes the means of `which` blocks, summed in f64 in token order: the same bits whatever the schedule.
 pub fn update(layout: &Layout, batch: &Batch, which: Which, out: &mut SummariesMut, parallel: Parallel) {
     let slot = layout.shape.num_kv_heads * layout.shape.head_dim;
-    let blocks = blocks_to_write(layout, batch, which);
+    let values = out.v_mean.is_some();
+    let mut seals = out.seals.as_deref_mut().map(|words| Seals { words, values });
+    let blocks = blocks_to_write(layout, batch, which, seals.as_ref());
+    for &(start, at) in &blocks {
+        seals.iter_mut().for_each(|seals| seals.write(layout, batch, at, start / slot));
+    }
     let pools = if out.v_mean.is_some() { 2 } else { 1 };
     let worth_threads = blocks.len() * layout.geometry.block_size * slot * pools >= MIN_PARALLEL_ELEMENTS;
     let parallel = if worth_threads { parallel } else { Parallel::new(1) };
@@ -103,16 +112,25 @@ pub fn update(layout: &Layout, batch: &Batch, which: Which, out: &mut SummariesM
 
 /// Blocks to summarise with the offset of their slot, ascending and each slot once: requests that share a prefix
 /// share its slots, and their content.
-fn blocks_to_write(layout: &Layout, batch: &Batch, which: Which) -> Vec<(usize, BlockAt)> {
+fn blocks_to_write(
+    layout: &Layout,
+    batch: &Batch,
+    which: Which,
+    seals: Option<&Seals>,
+) -> Vec<(usize, BlockAt)> {
     let mut blocks = Vec::new();
+    let slot = layout.shape.num_kv_heads * layout.shape.head_dim;
     for req in (0..batch.num_reqs()).filter(|&r| batch.q_len(r) > 0) {
         let first = match which {
             Which::All => 0,
             Which::Completed => layout.geometry.past_blocks(batch.past_len(req)),
         };
-        for block in first..layout.geometry.past_blocks(batch.kv_len(req)) {
+        for block in 0..layout.geometry.past_blocks(batch.kv_len(req)) {
             let at = BlockAt { req, block, kv_head: 0 };
-            blocks.push((offset(layout, batch, at), at));
+            let start = offset(layout, batch, at);
+            if block >= first || seals.is_some_and(|seals| !seals.hold(layout, batch, at, start / slot)) {
+                blocks.push((start, at));
+            }
         }
     }
     blocks.sort_unstable_by_key(|&(start, _)| start);
@@ -182,7 +200,7 @@ mod tests {
     }
 
     fn run(layout: &Layout, paged: &Paged, which: Which, (k, v): &mut (Vec<f32>, Vec<f32>)) {
-        let mut out = SummariesMut { k_mean: k, v_mean: Some(v) };
+        let mut out = SummariesMut { k_mean: k, v_mean: Some(v), seals: None };
         update(layout, &paged.batch(), which, &mut out, Parallel::new(2));
     }
 

@@ -52,6 +52,21 @@ impl Elements<'_> {
             Self::F32(x) => into.copy_from_slice(&x[range]),
         }
     }
+
+    /// The 16 bytes from `offset` on, as two numbers, first element lowest.
+    pub(crate) fn bits(&self, offset: usize) -> [u64; 2] {
+        let halves = |bits: &dyn Fn(usize) -> u16, first: usize| {
+            (0..4).rev().fold(0, |all, i| all << 16 | u64::from(bits(offset + first + i)))
+        };
+        match self {
+            Self::Bf16(x) => [0, 4].map(|first| halves(&|i| x[i].to_bits(), first)),
+            Self::F16(x) => [0, 4].map(|first| halves(&|i| x[i].to_bits(), first)),
+            Self::F32(x) => [0, 2].map(|first| {
+                let at = |i: usize| u64::from(x[offset + first + i].to_bits());
+                at(1) << 32 | at(0)
+            }),
+        }
+    }
 }
 
 /// Elements that a call may write.
@@ -164,6 +179,11 @@ impl Pool<'_> {
         self.elements.load(offset, into);
     }
 
+    /// The first 16 bytes of one slot's vector of a KV head.
+    pub(crate) fn first_bits(&self, page: usize, row: usize, head: usize) -> [u64; 2] {
+        self.elements.bits(page * self.stride_page + row * self.stride_token + head * self.stride_head)
+    }
+
     /// Loads `into.len() / head_dim` consecutive rows of one page; `into` is `[rows, head_dim]`.
     pub fn load_rows(&self, page: usize, row: usize, head: usize, head_dim: usize, into: &mut [f32]) {
         for (i, vector) in into.chunks_exact_mut(head_dim).enumerate() {
@@ -204,6 +224,21 @@ mod tests {
             let mut got = [0.0; 2];
             elements.load(1, &mut got);
             assert_eq!(got, [-0.25, 3.0]);
+        }
+    }
+
+    #[test]
+    fn bits_are_those_of_memory_whatever_the_dtype() {
+        let values: Vec<f32> = (1..=9).map(|i| i as f32 * 0.37).collect();
+        let b: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
+        let h: Vec<f16> = values.iter().map(|&x| f16::from_f32(x)).collect();
+        let bytes: [&[u8]; 3] =
+            [bytemuck::cast_slice(&b), bytemuck::cast_slice(&h), bytemuck::cast_slice(&values)];
+        let elements = [Elements::Bf16(&b), Elements::F16(&h), Elements::F32(&values)];
+        for (elements, bytes) in elements.into_iter().zip(bytes) {
+            let from = elements.dtype().size_bytes();
+            let wanted: [u8; 16] = bytes[from..from + 16].try_into().unwrap();
+            assert_eq!(elements.bits(1), bytemuck::cast::<_, [u64; 2]>(wanted).map(u64::from_le));
         }
     }
 

@@ -62,6 +62,36 @@ impl Sizes {
     }
 }
 
+/// Owned host memory for [`Plan::forward`](crate::run::Plan::forward), aligned to [`Sizes::ALIGNMENT`]: for engines
+/// without an allocator of their own. One call at a time; a plan has no part in it and may be dropped first.
+#[derive(Debug)]
+pub struct Workspace {
+    memory: Vec<u8>,
+    start: usize,
+    bytes: usize,
+}
+
+impl Workspace {
+    /// Of so many bytes: [`Plan::workspace_bytes`](crate::run::Plan::workspace_bytes).
+    ///
+    /// ```
+    /// let mut workspace = compactattn::workspace::Workspace::new(1000);
+    /// assert_eq!(workspace.bytes_mut().len(), 1000);
+    /// ```
+    #[must_use]
+    pub fn new(bytes: usize) -> Self {
+        let memory = vec![0; bytes + Sizes::ALIGNMENT];
+        let start = memory.as_ptr().addr().next_multiple_of(Sizes::ALIGNMENT) - memory.as_ptr().addr();
+        Self { memory, start, bytes }
+    }
+
+    /// The aligned bytes.
+    #[must_use]
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..self.start + self.bytes]
+    }
+}
+
 /// Hands out aligned, disjoint pieces of a workspace.
 pub(crate) struct Carver<'a> {
     rest: &'a mut [u8],
@@ -101,6 +131,15 @@ impl<'a> Carver<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_owned_workspace_is_what_a_call_wants() {
+        for bytes in [0, 1, 255, 256, 100_000] {
+            let mut workspace = Workspace::new(bytes);
+            assert!(Carver::new(workspace.bytes_mut(), bytes).is_ok(), "{bytes}");
+        }
+    }
+
     use crate::plan::Limits;
     use crate::settings::{Selector, Settings};
     use crate::types::{Dtype, Shape};

@@ -63,6 +63,7 @@ impl Buffers {
                 reserved: 0,
                 k_mean: tensor(2),
                 v_mean: zeroed(),
+                seals: zeroed(),
             },
             lists: tensor(3),
             table: compactattn_table {

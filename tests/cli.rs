@@ -236,6 +236,29 @@ fn extract_copies_a_layer_bit_for_bit() {
 }
 
 #[test]
+fn calibrate_writes_what_the_library_reads_and_meets_its_target() {
+    let dir = scratch("calibrate");
+    let trace = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/smollm2_layer26.safetensors");
+    let file = dir.join("settings.json");
+    let calibrate = ["calibrate", "--trace", text(&trace), "--output", text(&file)];
+    let run = tool(&[&calibrate[..], &["--error", "0.02", "--block-size", "64"]].concat());
+    assert!(run.status.success(), "{}", stderr(&run));
+    let last = stdout(&run).lines().find(|line| line.starts_with(" mean")).unwrap().to_owned();
+    let [pages, error] = [1, 2].map(|i| last.split_whitespace().nth(i).unwrap().parse::<f64>().unwrap());
+    assert!(error <= 0.02 && error > 0.005 && pages < 0.3, "{last}");
+
+    let vars = [("COMPACTATTN_MODE", "compactattn"), ("COMPACTATTN_CONFIG", text(&file))];
+    let vars = vars.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let config =
+        compactattn::config::resolve(vars.into_iter(), |path| std::fs::read_to_string(path)).unwrap();
+    let settings = config.layer(26);
+    assert!(matches!(settings.keep, compactattn::settings::Keep::Mass(_)), "{settings:?}");
+    assert_eq!((settings.block_size, settings.dense.below_kv_len), (64, 8192));
+    // Layers without a trace get a value too.
+    assert_eq!((config.layer(0).block_size, config.layer(0).max_density), (64, 1.0));
+}
+
+#[test]
 fn argument_errors_are_one_line_and_exit_code_2() {
     for (arguments, named) in [
         (vec!["demo", "--pages", "16"], "--pages"),

@@ -25,6 +25,7 @@
 #include <compactattn/tensor.hpp>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <string>
@@ -270,7 +271,8 @@ class Plan {
   std::int64_t head_dim_;
 };
 
-// Owned mean keys (and values) of a host pool's whole blocks, for one layer.
+// Owned mean keys (and values) of a host pool's whole blocks, for one layer, sealed: calls that
+// read them make anew those whose keys have changed.
 class Summaries {
  public:
   // For a pool of `num_pages`; values are needed for mean_correction only.
@@ -294,12 +296,20 @@ class Summaries {
     if (status.ok()) {
       status = Status(compactattn_summary_bytes(plan.get(), layer, num_pages, &bytes));
     }
+    const std::int64_t heads = num_pages * sizes.summary_slots_per_page * plan.num_kv_heads();
+    const std::int64_t means = bytes * (with_values ? 2 : 1);
+    const auto seal_bytes = static_cast<std::int64_t>(2 * sizeof(std::uint32_t)) * heads;
     if (status.ok()) {
-      const auto buffers = static_cast<std::size_t>(with_values ? 2 : 1);
       status =
-          memory_.allocate(static_cast<std::size_t>(bytes) * buffers, sizes.workspace_alignment);
+          memory_.allocate(static_cast<std::size_t>(means + seal_bytes), sizes.workspace_alignment);
     }
     if (!status.ok()) return status;
+    auto* const first_seal = static_cast<char*>(memory_.data()) + means;
+    // Zeros seal nothing: what was never written is never read.
+    std::memset(first_seal, 0, static_cast<std::size_t>(seal_bytes));
+    view_.seals = tensor(reinterpret_cast<std::uint32_t*>(first_seal),
+                         {num_pages, sizes.summary_slots_per_page, plan.num_kv_heads(), 2});
+    view_.seals.storage_bytes = seal_bytes;
     const auto view = [&](std::int64_t offset_bytes) {
       auto* data = reinterpret_cast<float*>(static_cast<char*>(memory_.data()) + offset_bytes);
       auto shaped = tensor(

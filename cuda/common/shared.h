@@ -22,6 +22,9 @@ constexpr uint32_t xattention_bytes() { return 110592; }
 // A tile of 128 sampled rows, two of 64 keys.
 constexpr uint32_t cells_bytes(uint32_t head_dim) { return 256 * row_bytes(head_dim); }
 
+// The same on sm_90a: 128 rows, and as many tiles of keys as fit beside them.
+constexpr uint32_t cells_sm90_bytes(uint32_t head_dim) { return head_dim == 64 ? 215040 : 231424; }
+
 // Features of 16 blocks: maximum, minimum and mean.
 constexpr uint32_t gate_keys_bytes(uint32_t head_dim) { return 16 * 3 * 4 * head_dim; }
 

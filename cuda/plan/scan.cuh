@@ -42,8 +42,8 @@ __device__ Scan<T> scan(T x, T zero, Op op, int count) {
   __shared__ T warps[kPlanWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   T before = zero;
-  __syncthreads();  // the call before this one may still be read
-  if (warp * 32 < count) {
+  __syncthreads();                       // the call before this one may still be read
+  if (warp * 32 < count || warp == 0) {  // none at all: a total of zero
     const T through = scan_lanes(x, op);
     if (lane == 31) warps[warp] = through;
     const T below = of_lane_below(through, 1);

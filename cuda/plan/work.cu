@@ -5,8 +5,8 @@
 // of a wave are read from device memory once for all their tiles. The last items are cut into
 // contiguous shares that even out the sums, at most one cut in each (stream-K, arXiv 2301.03598,
 // with costs in place of counts).
-#include "../common/work.cuh"
 #include "../ptx/grid.cuh"
+#include "narrow.cuh"
 #include "scan.cuh"
 
 namespace compactattn {
@@ -116,12 +116,13 @@ __device__ WorkItem item_at(const Step& step, const Plan& plan, int index) {
   return item;
 }
 
-// Items, and in `costs` the cost of each.
-__device__ void write_items(const Step& step, const Plan& plan) {
+// Items, and in `costs` the cost of each; `means`: null without correction.
+__device__ void write_items(const Step& step, const Plan& plan, const Means* means) {
   for (int i = threadIdx.x; i < plan.num_items; i += kThreads) {
     const WorkItem item = item_at(step, plan, i);
     plan.items[i] = item;
-    plan.costs[i] = kItemCost + kTileCost * stream_of(plan.work, item).tiles;
+    const int before = means ? skipped_by(*means, item).tiles(kTileTokens) : 0;
+    plan.costs[i] = kItemCost + kTileCost * (before + stream_of(plan.work, item).tiles);
   }
   __syncthreads();
 }
@@ -267,19 +268,12 @@ __device__ void mirror_stats(const Stages& stages) {
   reinterpret_cast<volatile uint64_t*>(stages.stats_mirror)[threadIdx.x] = number;
 }
 
-}  // namespace
-}  // namespace compactattn
-
-// One CTA of 1024 threads. Reads counters, list_spans and the lengths of the lists; writes items,
-// cuts, pieces and costs.
-extern "C" __global__ void __launch_bounds__(1024, 1)
-    compactattn_plan_work(const __grid_constant__ compactattn::Step step) {
-  using namespace compactattn;
+// By one CTA.
+__device__ __forceinline__ void plan_work(const Step& step, const Means* means) {
   __shared__ Near near;
-  ptx::wait_for_earlier();
   mirror_stats(step.stages);
   const Plan plan = plan_of(step, near);
-  write_items(step, plan);
+  write_items(step, plan, means);
   const uint32_t total = sum_costs(plan);
   const uint32_t ctas = step.stages.num_ctas;
   const uint32_t shares = max(1u, min(static_cast<uint32_t>(ctas), total / kLeastCost));
@@ -290,4 +284,36 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
     cut_for_some(step, plan, total, shares);
   }
   piece_up(plan, ctas, waves, step.stages.cuts);
+}
+
+// The first CTA plans, the others write the rows of means beside it.
+template <class Element>
+__device__ __forceinline__ void plan_corrected(const Step& step, const Means& means) {
+  ptx::wait_for_earlier();
+  if (blockIdx.x == 0) return plan_work(step, &means);
+  narrow_means<Element>(step, means, blockIdx.x - 1, gridDim.x - 1);
+}
+
+}  // namespace
+}  // namespace compactattn
+
+// One CTA of 1024 threads. Reads counters, list_spans and the lengths of the lists; writes items,
+// cuts, pieces and costs.
+extern "C" __global__ void __launch_bounds__(1024, 1)
+    compactattn_plan_work(const __grid_constant__ compactattn::Step step) {
+  compactattn::ptx::wait_for_earlier();
+  compactattn::plan_work(step, nullptr);
+}
+
+// The same with mean correction, and the rows of means: 2 or more CTAs of 1024 threads.
+extern "C" __global__ void __launch_bounds__(1024, 1)
+    compactattn_plan_work_means_bf16(const __grid_constant__ compactattn::Step step,
+                                     const __grid_constant__ compactattn::Means means) {
+  compactattn::plan_corrected<__nv_bfloat16>(step, means);
+}
+
+extern "C" __global__ void __launch_bounds__(1024, 1)
+    compactattn_plan_work_means_fp16(const __grid_constant__ compactattn::Step step,
+                                     const __grid_constant__ compactattn::Means means) {
+  compactattn::plan_corrected<__half>(step, means);
 }

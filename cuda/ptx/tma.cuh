@@ -30,10 +30,10 @@ struct PoolBox {
 };
 
 __device__ __forceinline__ void load(const CUtensorMap& map, CopyBarrier& done, void* smem,
-                                     PoolBox at) {
+                                     PoolBox at, CacheHint hint = CacheHint::EVICT_LAST) {
   cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<uint64_t*>(&done),
-                               static_cast<uint64_t>(CacheHint::EVICT_LAST), smem, 0, at.token,
-                               at.columns, at.kv_head, at.page);
+                               static_cast<uint64_t>(hint), smem, 0, at.token, at.columns,
+                               at.kv_head, at.page);
 }
 
 // Where a query tile starts.

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cute/arch/mma_sm90_desc.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
+#include <cute/arch/util.hpp>
 #include <utility>
 
 namespace compactattn::ptx {

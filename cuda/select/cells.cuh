@@ -62,6 +62,14 @@ __device__ __forceinline__ uint32_t* candidates_of(const Step& step, int span, i
          unit * step.layout.mask_words;
 }
 
+// The same as a list, ascending, of one (select span, KV head): [1 + max_blocks], how many first;
+// after all bits.
+__device__ __forceinline__ int* candidate_list_of(const Step& step, int span, int kv_head) {
+  const int64_t unit = static_cast<int64_t>(span) * step.layout.num_kv_heads + kv_head;
+  return reinterpret_cast<int*>(candidates_of(step, step.stages.max_select_spans, 0)) +
+         unit * (1 + step.layout.max_blocks);
+}
+
 // Sampled rows of one KV head and what they see.
 struct Tile {
   Span span;
@@ -74,40 +82,59 @@ struct Tile {
   float* cells;
 };
 
-// The tile of this CTA of a grid (any, KV heads, select spans); false where there is none.
-__device__ __forceinline__ bool find_tile(const Step& step, int index, Tile& tile) {
-  const Span* span = scored_span(step, blockIdx.z);
+// Tile `index` of a (select span, KV head); false where there is none.
+__device__ __forceinline__ bool tile_at(const Step& step, int index, int span_index, int kv_head,
+                                        Tile& tile) {
+  const Span* span = scored_span(step, span_index);
   if (!span) return false;
   tile.span = *span;
   tile.samples = samples_of(step, tile.span, index);
   const Samples& samples = tile.samples;
   if (samples.tokens <= 0) return false;
   const int last = samples.first + samples.tokens - 1;
-  tile.kv_head = blockIdx.y;
+  tile.kv_head = kv_head;
   tile.rows = samples.tokens * step.layout.group_size;
   tile.least_visible = visible(tile.span, sampled_token(tile.span, samples.count, samples.first));
   tile.kv_end = visible(tile.span, sampled_token(tile.span, samples.count, last));
   const int block_tokens = 1 << step.layout.log2_block_tokens;
   tile.blocks = (tile.kv_end + block_tokens - 1) >> step.layout.log2_block_tokens;
-  tile.cells = cells_of(step, blockIdx.z, tile.kv_head);
+  tile.cells = cells_of(step, span_index, kv_head);
   return true;
+}
+
+// The tile of this CTA of a grid (any, KV heads, select spans); false where there is none.
+__device__ __forceinline__ bool find_tile(const Step& step, int index, Tile& tile) {
+  return tile_at(step, index, blockIdx.z, blockIdx.y, tile);
+}
+
+// A row of the tile: where its query vector lies and what it sees; rows past the tile's have none
+// and see nothing.
+struct Row {
+  const char* query;
+  int seen;  // KV tokens
+};
+
+__device__ __forceinline__ Row row_at(const Step& step, const Tile& tile, int index) {
+  if (index >= tile.rows) return {nullptr, 0};
+  const Batch& batch = step.batch;
+  const int head = tile.kv_head * step.layout.group_size + index / tile.samples.tokens;
+  const int i = tile.samples.first + index % tile.samples.tokens;
+  const int token = sampled_token(tile.span, tile.samples.count, i);
+  const int64_t offset =
+      (tile.span.q_start + token) * batch.q_token_stride + head * batch.q_head_stride;
+  return {static_cast<const char*>(batch.q) + 2 * offset, visible(tile.span, token)};
 }
 
 // Starts the copy of the tile's query vectors to `shared`, zeros up to a whole warp's rows, and
 // writes what each row sees.
 __device__ __forceinline__ void load_rows(const Step& step, const Tile& tile, uint32_t shared,
                                           int (&seen)[kMaxRows]) {
-  const Batch& batch = step.batch;
-  const int first_head = tile.kv_head * step.layout.group_size;
-  for (int row = threadIdx.x / kLanesPerVector; row < kMaxRows; row += kThreads / kLanesPerVector) {
-    const bool wanted = row < tile.rows;
-    const int head = wanted ? row / tile.samples.tokens : 0;
-    const int i = tile.samples.first + (wanted ? row % tile.samples.tokens : 0);
-    const int token = sampled_token(tile.span, tile.samples.count, i);
-    const int64_t offset = (tile.span.q_start + token) * batch.q_token_stride +
-                           (first_head + head) * batch.q_head_stride;
-    copy_vector(shared, row, static_cast<const char*>(batch.q) + 2 * offset, wanted, step.layout);
-    if (threadIdx.x % kLanesPerVector == 0) seen[row] = wanted ? visible(tile.span, token) : 0;
+  for (int i = threadIdx.x / kLanesPerVector; i < kMaxRows; i += kThreads / kLanesPerVector) {
+    const Row row = row_at(step, tile, i);
+    const bool wanted = row.query != nullptr;
+    const char* query = wanted ? row.query : static_cast<const char*>(step.batch.q);
+    copy_vector(shared, i, query, wanted, step.layout);
+    if (threadIdx.x % kLanesPerVector == 0) seen[i] = row.seen;
   }
 }
 

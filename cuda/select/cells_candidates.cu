@@ -1,6 +1,6 @@
 // select: the blocks that two_level scores again (rust/select/two_level.rs, candidates): of each
 // head the forced blocks and the best others, ceil(candidate_share * past blocks) together, ORed
-// over the heads of a KV head.
+// over the heads of a KV head; as bits and as a list.
 //
 // Grid (num_kv_heads, max_select_spans) x 1024. Radix select by bytes of the ordered score and,
 // where scores tie at the edge, of the block, lower first: integer counts only, so one answer.
@@ -25,7 +25,7 @@ struct Edge {
 };
 
 // The past blocks of one head.
-struct Row {
+struct Ranking {
   const float* scores;
   int blocks;
   int sink;
@@ -58,8 +58,8 @@ struct Digit {
   }
 
   // Counts every `members`-th block from `member` on.
-  __device__ __forceinline__ void count(const Row& row, const Edge& edge, int member, int members,
-                                        int (&bins)[kBins]) const {
+  __device__ __forceinline__ void count(const Ranking& row, const Edge& edge, int member,
+                                        int members, int (&bins)[kBins]) const {
     for (int from = member; from < row.blocks; from += members * kBatch) {
       uint32_t scores[kBatch];
 #pragma unroll
@@ -70,7 +70,7 @@ struct Digit {
     }
   }
 
-  __device__ __forceinline__ void add(const Row& row, const Edge& edge, int j, uint32_t score,
+  __device__ __forceinline__ void add(const Ranking& row, const Edge& edge, int j, uint32_t score,
                                       int (&bins)[kBins]) const {
     if (j >= row.blocks || row.is_forced(j) || (of_block && score != edge.score)) return;
     const uint32_t key = of_block ? ~static_cast<uint32_t>(j) : score;
@@ -105,7 +105,7 @@ struct Digit {
 };
 
 // One pass over the scores of `heads` heads, `stride` apart; called by the whole CTA.
-__device__ void search(const Digit& digit, Row row, int64_t stride, int heads,
+__device__ void search(const Digit& digit, Ranking row, int64_t stride, int heads,
                        Edge (&edges)[kHeads]) {
   __shared__ Bins bins;
   for (int i = threadIdx.x; i < kHeads * kBins; i += kSelectThreads) bins[i / kBins][i % kBins] = 0;
@@ -125,8 +125,8 @@ __device__ void search(const Digit& digit, Row row, int64_t stride, int heads,
 }
 
 // Ors the best blocks of `heads` heads into `words`, or stores them where `is_first`.
-__device__ void select_best(const Row& row, int64_t stride, int heads, int wanted, uint32_t* words,
-                            bool is_first) {
+__device__ void select_best(const Ranking& row, int64_t stride, int heads, int wanted,
+                            uint32_t* words, bool is_first) {
   __shared__ Edge edges[kHeads];
   // The edge of a head that wants nothing more lies above every score.
   if (threadIdx.x < kHeads)
@@ -153,6 +153,25 @@ __device__ void select_best(const Row& row, int64_t stride, int heads, int wante
     if (threadIdx.x % 32 == 0) words[word] = is_first ? bits : words[word] | bits;
   }
   __syncthreads();
+}
+
+// Lists the bits of `words`, ascending, after how many they are.
+__device__ void list_bits(const uint32_t* words, int blocks, int* list) {
+  __shared__ int counts[kSelectThreads / 32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_words = (blocks + 31) / 32;
+  int done = 0;
+  for (int first = 0; first < num_words; first += kSelectThreads / 32) {
+    const uint32_t bits = first + warp < num_words ? words[first + warp] : 0;
+    if (lane == 0) counts[warp] = __popc(bits);
+    __syncthreads();
+    const int count = counts[lane];
+    const int before = __reduce_add_sync(0xffffffffu, lane < warp ? count : 0);
+    const int rank = done + before + __popc(bits & ((1u << lane) - 1));
+    if (bits >> lane & 1) list[1 + rank] = (first + warp) * 32 + lane;
+    done += __reduce_add_sync(0xffffffffu, count);
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) list[0] = done;
 }
 
 // ceil(share * n), at most n; the last bit of an f32 share must not buy a block
@@ -184,8 +203,9 @@ extern "C" __global__ void __launch_bounds__(1024)
   uint32_t* words = candidates_of(step, span_index, kv_head);
   for (int h = 0; h < layout.group_size; h += kHeads) {
     const int64_t first = unit + kv_head * layout.group_size + h;
-    const Row row{step.stages.scores + first * layout.max_blocks, n, settings.sink_blocks,
-                  settings.local_blocks};
+    const Ranking row{step.stages.scores + first * layout.max_blocks, n, settings.sink_blocks,
+                      settings.local_blocks};
     select_best(row, layout.max_blocks, min(kHeads, layout.group_size - h), wanted, words, h == 0);
   }
+  list_bits(words, n, candidate_list_of(step, span_index, kv_head));
 }

@@ -1,10 +1,13 @@
 // summaries: the mean key (and value) of whole blocks, per KV head, under the page of the block's
 // last token (rust/summaries.rs).
 //
-// Grid (any > 0, num_kv_heads) x 128; total_q / block_size + num_reqs CTAs in x give each block
-// that one step completes its own. Launched with the KV write, before batch: lengths and pages are
-// checked here, and what is out of range is skipped. Sums are f64 in a fixed order: of 16-bit
-// elements they are exact but for bf16 that differ by more than 2^37, so a mean is the CPU's.
+// Grid (writers + checkers, num_kv_heads) x 128. `writers` CTAs (any > 0) in x share the blocks to
+// write whatever lies there; total_q / block_size + num_reqs of them give each block that one step
+// completes its own. The CTAs after them compare the seals of all older blocks with their keys
+// (rust/seals.rs), 16 blocks at a time, and write what differs. Launched after the KV write, before
+// or without batch: lengths and pages are checked here, and what is out of range is skipped. Sums
+// are f64 in a fixed order: of 16-bit elements they are exact but for bf16 that differ by more than
+// 2^37, so a mean is the CPU's.
 #include "../common/math.cuh"
 #include "../params.h"
 
@@ -14,9 +17,17 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kUnit = 8;  // elements of one load
 
-enum Which : int { kCompleted = 0, kAll = 1 };
+// kOlder: those that neither this step's tokens complete nor `which` of the launch names.
+enum Which : int { kCompleted = 0, kAll = 1, kOlder = 2 };
 
-// Whole blocks of one request to summarise: first .. first + count.
+// Where a call's summaries go.
+struct Means {
+  float* k;
+  float* v;         // may be null
+  uint32_t* seals;  // [num_pages * slots, num_kv_heads, 2], low word first; may be null
+};
+
+// Whole blocks of one request: first .. first + count.
 struct Blocks {
   int first;
   int count;
@@ -32,38 +43,45 @@ __device__ Blocks blocks_of(const Step& step, int req, int which) {
                         kv_len <= step.layout.max_kv_len && kv_len <= room;
   if (!is_sound) return {0, 0};
   const int past = max(0, kv_len - (end - begin));
-  const int first = which == kAll ? 0 : past >> step.layout.log2_block_tokens;
-  return {first, (kv_len >> step.layout.log2_block_tokens) - first};
+  const int older = past >> step.layout.log2_block_tokens;
+  const int all = kv_len >> step.layout.log2_block_tokens;
+  if (which == kOlder) return {0, older};
+  return which == kAll ? Blocks{0, all} : Blocks{older, all - older};
 }
 
-// A block of a request.
+// Consecutive blocks of a request.
 struct Found {
   int req;  // -1: none
   int block;
+  int count;
 };
 
-// Block `index` of all requests' blocks in a row; by one warp, which looks at 32 requests at once.
-__device__ Found find(const Step& step, int64_t index, int which) {
+// Run `index` of all requests' blocks, cut into runs of at most `run`; by one warp, which looks at
+// 32 requests at once.
+__device__ Found find(const Step& step, int64_t index, int which, int run) {
   const int lane = threadIdx.x % 32;
   int64_t before = 0;
   for (int from = 0; from < step.batch.num_reqs; from += 32) {
     const int req = from + lane;
     const Blocks mine = req < step.batch.num_reqs ? blocks_of(step, req, which) : Blocks{0, 0};
-    int64_t sum = mine.count;
+    const int64_t runs = (mine.count + run - 1) / run;
+    int64_t sum = runs;
     for (int d = 1; d < 32; d *= 2) {
       const int64_t below = __shfl_up_sync(0xffffffffu, sum, d);
       if (lane >= d) sum += below;
     }
     const uint32_t past = __ballot_sync(0xffffffffu, index < before + sum);
-    const int64_t offset = index - (before + sum - mine.count);
+    const int64_t offset = (index - (before + sum - runs)) * run;
     const int owner = __ffs(past) - 1;
     if (past) {
       const int block = static_cast<int>(mine.first + offset);
-      return {from + owner, __shfl_sync(0xffffffffu, block, owner)};
+      const int count = static_cast<int>(mine.count - offset);
+      return {from + owner, __shfl_sync(0xffffffffu, block, owner),
+              min(run, __shfl_sync(0xffffffffu, count, owner))};
     }
     before += __shfl_sync(0xffffffffu, sum, 31);
   }
-  return {-1, 0};
+  return {-1, 0, 0};
 }
 
 // One pool of the cache.
@@ -146,25 +164,119 @@ __device__ bool has_pages(const Step& step, const Found& at) {
   return true;
 }
 
-template <class Element>
-__device__ __forceinline__ void summarise(const Step& step, float* k_mean, float* v_mean,
-                                          int which) {
+// Slot of a block's summary, under the page of its last token; the page is in the pool.
+__device__ __forceinline__ int64_t slot_of(const Step& step, const Found& at) {
+  const Layout& layout = step.layout;
+  const int log2_slots = max(0, layout.log2_page_tokens - layout.log2_block_tokens);
+  const int last = ((at.block + 1) << layout.log2_block_tokens) - 1;
+  const int64_t page =
+      step.batch.block_table[step.batch.table_stride * at.req + (last >> layout.log2_page_tokens)];
+  return (page << log2_slots) + (at.block & ((1 << log2_slots) - 1));
+}
+
+__device__ __forceinline__ uint64_t mix(uint64_t x) {
+  constexpr uint64_t kMix = 0xd6e8feb86659fd93;
+  x = (x ^ x >> 32) * kMix;
+  x = (x ^ x >> 29) * kMix;
+  return x ^ x >> 32;
+}
+
+// Seal of a block's keys of the CTA's KV head as they lie (rust/seals.rs, seal); 0 where a page is
+// not in the pool. By kProbeLanes lanes side by side, their whole warp at once; `at.count` 0 reads
+// nothing.
+constexpr int kProbeLanes = 8;
+__device__ uint64_t seal_of(const Step& step, const Found& at, bool values) {
   const Batch& batch = step.batch;
   const Layout& layout = step.layout;
-  const int slots = 1 << max(0, layout.log2_page_tokens - layout.log2_block_tokens);
+  const int32_t* pages = batch.block_table + batch.table_stride * at.req;
+  const uint16_t* base = static_cast<const uint16_t*>(batch.k) + blockIdx.y * batch.k_head_stride;
+  const int log2_probe_tokens = min(4, layout.log2_block_tokens);
+  const int probes = at.count > 0 ? 1 << (layout.log2_block_tokens - log2_probe_tokens) : 0;
+  uint64_t sum = 0;
+  int outside = 0;
+  for (int i = threadIdx.x % kProbeLanes; i < probes; i += kProbeLanes) {
+    const int token = (at.block << layout.log2_block_tokens) + ((i + 1) << log2_probe_tokens) - 1;
+    const int64_t page = pages[token >> layout.log2_page_tokens];
+    if (page < 0 || page >= batch.num_pages) {
+      outside = 1;
+      break;
+    }
+    const int in_page = token & ((1 << layout.log2_page_tokens) - 1);
+    const uint4 x = __ldg(reinterpret_cast<const uint4*>(base + page * batch.k_page_stride +
+                                                         in_page * batch.k_token_stride));
+    const uint64_t low = x.x | static_cast<uint64_t>(x.y) << 32;
+    const uint64_t high = x.z | static_cast<uint64_t>(x.w) << 32;
+    sum ^= mix(mix(low ^ (i + 1) * 0x9e3779b97f4a7c15) + high);
+  }
+#pragma unroll
+  for (int d = 1; d < kProbeLanes; d *= 2) {
+    sum ^= __shfl_xor_sync(0xffffffffu, sum, d);
+    outside |= __shfl_xor_sync(0xffffffffu, outside, d);
+  }
+  return outside ? 0 : (sum ^ (values ? 0xc2b2ae3d27d4eb4e : 0)) | 1;
+}
+
+// Writes one block's summary and seal; called by the whole CTA.
+template <class Element>
+__device__ void write_block(const Step& step, const Means& means, const Found& at) {
+  const Batch& batch = step.batch;
+  if (!has_pages(step, at)) return;
   const Pool k{batch.k, batch.k_page_stride, batch.k_token_stride, batch.k_head_stride};
   const Pool v{batch.v, batch.v_page_stride, batch.v_token_stride, batch.v_head_stride};
-  for (int64_t i = blockIdx.x;; i += gridDim.x) {
-    const Found at = find(step, i, which);
-    if (at.req < 0) return;
-    if (!has_pages(step, at)) continue;
-    const int last = ((at.block + 1) << layout.log2_block_tokens) - 1;
-    const int64_t page =
-        batch.block_table[batch.table_stride * at.req + (last >> layout.log2_page_tokens)];
-    const int64_t slot = page * slots + (at.block & (slots - 1));
-    const int64_t offset = (slot * layout.num_kv_heads + blockIdx.y) * layout.head_dim;
-    write_mean<Element>(step, k, at, k_mean + offset);
-    if (v_mean) write_mean<Element>(step, v, at, v_mean + offset);
+  const int64_t row = slot_of(step, at) * step.layout.num_kv_heads + blockIdx.y;
+  write_mean<Element>(step, k, at, means.k + row * step.layout.head_dim);
+  if (means.v) write_mean<Element>(step, v, at, means.v + row * step.layout.head_dim);
+  if (!means.seals || threadIdx.x >= 32) return;
+  const uint64_t seal = seal_of(step, at, means.v);
+  if (threadIdx.x == 0) {
+    means.seals[2 * row] = static_cast<uint32_t>(seal);
+    means.seals[2 * row + 1] = static_cast<uint32_t>(seal >> 32);
+  }
+}
+
+// Blocks of a run whose summaries are of other keys than lie there, one bit each; called by the
+// whole CTA. Blocks with a page outside the pool are none of them.
+constexpr int kRun = kThreads / kProbeLanes;
+__device__ uint32_t broken_seals(const Step& step, const Means& means, const Found& run) {
+  __shared__ uint32_t broken[kThreads / 32];
+  const int index = static_cast<int>(threadIdx.x) / kProbeLanes;
+  const Found at{run.req, run.block + index, index < run.count ? 1 : 0};
+  const uint64_t now = seal_of(step, at, means.v);
+  bool is_broken = false;
+  if (at.count > 0 && now != 0 && threadIdx.x % kProbeLanes == 0) {
+    const int64_t row = slot_of(step, at) * step.layout.num_kv_heads + blockIdx.y;
+    const uint2 kept = *reinterpret_cast<const uint2*>(means.seals + 2 * row);
+    is_broken = now != (kept.x | static_cast<uint64_t>(kept.y) << 32);
+  }
+  const uint32_t votes = __ballot_sync(0xffffffffu, is_broken);
+  if (threadIdx.x % 32 == 0) {
+    uint32_t mine = 0;
+    for (int i = 0; i < 32 / kProbeLanes; ++i) mine |= (votes >> i * kProbeLanes & 1) << i;
+    broken[threadIdx.x / 32] = mine << threadIdx.x / kProbeLanes;
+  }
+  __syncthreads();
+  uint32_t all = 0;
+  for (int warp = 0; warp < kThreads / 32; ++warp) all |= broken[warp];
+  __syncthreads();
+  return all;
+}
+
+template <class Element>
+__device__ __forceinline__ void summarise(const Step& step, const Means& means, int which,
+                                          int writers) {
+  if (static_cast<int>(blockIdx.x) < writers) {
+    for (int64_t i = blockIdx.x;; i += writers) {
+      const Found at = find(step, i, which, 1);
+      if (at.req < 0) return;
+      write_block<Element>(step, means, at);
+    }
+  }
+  for (int64_t i = static_cast<int>(blockIdx.x) - writers;; i += gridDim.x - writers) {
+    const Found run = find(step, i, kOlder, kRun);
+    if (run.req < 0) return;
+    for (uint32_t left = broken_seals(step, means, run); left; left &= left - 1) {
+      write_block<Element>(step, means, {run.req, run.block + __ffs(left) - 1, 1});
+    }
   }
 }
 
@@ -172,15 +284,16 @@ __device__ __forceinline__ void summarise(const Step& step, float* k_mean, float
 }  // namespace compactattn
 
 // which = 0: blocks that this step's tokens complete; 1: every whole block. k_mean, v_mean
-// [num_pages * slots, num_kv_heads, head_dim]; v_mean may be null.
+// [num_pages * slots, num_kv_heads, head_dim]; v_mean and seals may be null, without seals every
+// CTA is a writer.
 extern "C" __global__ void __launch_bounds__(128)
     compactattn_summaries_bf16(const __grid_constant__ compactattn::Step step, float* k_mean,
-                               float* v_mean, int which) {
-  compactattn::summarise<__nv_bfloat16>(step, k_mean, v_mean, which);
+                               float* v_mean, uint32_t* seals, int which, int writers) {
+  compactattn::summarise<__nv_bfloat16>(step, {k_mean, v_mean, seals}, which, writers);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
     compactattn_summaries_fp16(const __grid_constant__ compactattn::Step step, float* k_mean,
-                               float* v_mean, int which) {
-  compactattn::summarise<__half>(step, k_mean, v_mean, which);
+                               float* v_mean, uint32_t* seals, int which, int writers) {
+  compactattn::summarise<__half>(step, {k_mean, v_mean, seals}, which, writers);
 }

@@ -30,7 +30,7 @@ class Batch(Versioned):
 class Summaries(Versioned):
     """``compactattn_summaries``."""
 
-    _fields_ = [*_HEAD, ("k_mean", Tensor), ("v_mean", Tensor)]
+    _fields_ = [*_HEAD, ("k_mean", Tensor), ("v_mean", Tensor), ("seals", Tensor)]
 
 
 class Selection(Versioned):

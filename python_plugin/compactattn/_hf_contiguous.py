@@ -38,7 +38,7 @@ def means(plan: Plan, batch: Batch, settings: Settings) -> Summaries | None:
     """All block means of the batch, where the device cannot make them itself and something reads them."""
     if batch.home.on_cpu or not (settings.selector in stages.READS_MEANS or settings.mean_correction):
         return None
-    return BlockMeans(plan, values=settings.mean_correction).update(batch, which="all")
+    return BlockMeans(plan, values=settings.mean_correction, seals=False).update(batch, which="all")
 
 
 def _request(tensors: tuple[Any, Any, Any], out: Any, scaling: float | None, settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from ._hf_contiguous import means
 from .api import plan_for
 from .batch import Batch
 from .errors import Unsupported
+from .plan import Plan
 from .settings import Settings
 
 
@@ -74,6 +76,11 @@ class Step:
         slots = self.read_index[group] if self.read_index[group].numel() else self.write_index[group]
         return pools[0], pools[1], self._block_table(slots)
 
+    def keep(self, plan: Plan) -> None:
+        """Keeps a plan as long as the cache: a graph captured over that goes on using the plan's workspace."""
+        if self.cu_seqlens_q.is_cuda and torch.cuda.is_current_stream_capturing():
+            _captured.setdefault(self.cache, set()).add(plan)
+
     def gather(self, key: Any, value: Any) -> tuple[Any, Any]:
         """The engine's own update: writes the new tokens and copies all KV of the step, ``[1, heads, tokens, dim]``."""
         k, v = self.cache.update(key, value, self.layer, self.read_index, self.write_index)
@@ -102,6 +109,7 @@ def attention(
         seq_lens = (step.cu_seqlens_k[1:] - step.cu_seqlens_k[:-1]).to(torch.int32)
         batch = Batch.of(q, k, v, table, seq_lens, step.cu_seqlens_q.to(torch.int32))
         plan = plan_for(batch, settings=settings, sm_scale=kwargs.get("scaling"))
+        step.keep(plan)
     except Unsupported as error:
         # What was written the engine writes again, the same.
         return _engine(str(error), module, tensors, step, kwargs)
@@ -119,4 +127,5 @@ def _engine(reason: str, module: Any, tensors: tuple[Any, Any, Any], step: Step,
     return engine.attention(reason, module, (query, key, value), mask, kwargs)
 
 
+_captured: weakref.WeakKeyDictionary[Any, set[Plan]] = weakref.WeakKeyDictionary()
 _FIELDS = {"cache", "cu_seq_lens_q", "cu_seq_lens_k", "max_seqlen_k", "read_index", "write_index"}

@@ -57,7 +57,9 @@ def register() -> None:
 
 
 def report() -> Report:
-    """Counts so far."""
+    """Counts so far; waits for the GPU, whose steps count when they are done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     counts = dict(engine.served)
     stats = {name: count - getattr(_before, name) for name, count in asdict(api.stats()).items()}
     return Report(counts.pop(NAME, 0), counts, Stats(**stats))

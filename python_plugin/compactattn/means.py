@@ -11,24 +11,32 @@ from .selection import Summaries
 class BlockMeans:
     """Owns one layer's block means for a whole pool, in the pool's own memory space.
 
-    Call :meth:`update` after every KV write and give ``summaries`` to ``forward``. The memory is made by the first
-    update, ``summary_bytes`` of the plan (twice that with ``values``, which mean correction needs).
+    Give what :meth:`update` returns to ``forward``. The means are sealed with bits of the keys they are of (see
+    ``Summaries``), so a step whose KV write nobody announced, a page used again or a sequence rolled back leaves none
+    stale. ``seals=False``: the caller sees to it that an update follows every KV write. The memory is made by the first
+    update: ``summary_bytes`` of the plan, twice that with ``values``, which mean correction needs.
     """
 
-    def __init__(self, plan: Plan, *, layer: int = 0, values: bool = False) -> None:
-        self._plan, self._layer, self._values = plan, layer, values
+    def __init__(self, plan: Plan, *, layer: int = 0, values: bool = False, seals: bool = True) -> None:
+        self._plan, self._layer, self._values, self._seals = plan, layer, values, seals
         self.summaries: Summaries | None = None
 
     def update(self, batch: Batch, *, which: str = "completed") -> Summaries:
-        """Writes the means of the blocks that the step completes; ``all`` after a prefix hit or a swap-in.
+        """Writes the means of the blocks that the step completes and, with seals, of those whose keys have changed.
 
-        The first update always writes all whole blocks of the batch's requests: there was no memory before it.
+        ``all``: of all whole blocks, which without seals is due after a prefix hit or a swap-in. The first update
+        always writes all whole blocks of the batch's requests: there was no memory before it.
         """
         fresh = self.summaries is None
         if self.summaries is None:
             num_pages = batch.k.shape[0]
             self.summaries = Summaries.empty(
-                self._plan, num_pages, layer=self._layer, values=self._values, home=batch.home
+                self._plan,
+                num_pages,
+                layer=self._layer,
+                values=self._values,
+                seals=self._seals,
+                home=batch.home,
             )
         stages.update_summaries(self._plan, batch, self.summaries, layer=self._layer, which="all" if fresh else which)
         return self.summaries

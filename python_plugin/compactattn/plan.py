@@ -198,7 +198,7 @@ class Plan:
         if settings is not None:
             args.settings = ctypes.pointer(settings.to_c())
         if summaries is not None:
-            args.summaries = ctypes.pointer(summaries.struct)
+            args.summaries = summaries.for_step()
         if external is not None:
             args.external = ctypes.pointer(external.struct)
         # A field of the struct would read back NULL, the default stream, as None.

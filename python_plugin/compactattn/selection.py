@@ -39,21 +39,45 @@ class Summaries(Tensors):
     """Mean key (and value) of every whole block, kept beside the pool.
 
     ``[num_pages, summary_slots_per_page, num_kv_heads, head_dim]`` f32, contiguous; ``v_mean`` for mean correction.
+    ``seals`` (``[.., num_kv_heads, 2]`` u32, zeros at first) say of which keys each one is: with them every call that
+    reads summaries first makes anew those whose keys have changed, so none is ever stale.
     """
 
     struct: _abi_step.Summaries
 
-    def __init__(self, k_mean: Any, v_mean: Any = None) -> None:
-        super().__init__(_abi_step.Summaries, "summaries", {"k_mean": k_mean, "v_mean": v_mean})
-        self.k_mean, self.v_mean = k_mean, v_mean
+    def __init__(self, k_mean: Any, v_mean: Any = None, seals: Any = None) -> None:
+        tensors = {"k_mean": k_mean, "v_mean": v_mean, "seals": seals}
+        super().__init__(_abi_step.Summaries, "summaries", tensors)
+        self.k_mean, self.v_mean, self.seals = k_mean, v_mean, seals
 
     @classmethod
-    def empty(cls, plan: Plan, num_pages: int, *, layer: int = 0, values: bool = False, home: Home = CPU) -> Summaries:
+    def empty(
+        cls,
+        plan: Plan,
+        num_pages: int,
+        *,
+        layer: int = 0,
+        values: bool = False,
+        seals: bool = True,
+        home: Home = CPU,
+    ) -> Summaries:
         """Zeroed memory for one layer of a pool of ``num_pages``; ``home``: a batch's, for memory beside its pool."""
         desc, slots = plan.desc, plan.sizes(layer).summary_slots_per_page
-        shape = (num_pages, slots, desc.num_kv_heads, desc.head_dim)
-        k_mean = home.zeros("summaries.k_mean", shape, Dtype.F32)
-        return cls(k_mean, home.zeros("summaries.v_mean", shape, Dtype.F32) if values else None)
+        heads = (num_pages, slots, desc.num_kv_heads)
+
+        def zeros(name: str, last: int, dtype: Dtype) -> Any:
+            return home.zeros(f"summaries.{name}", (*heads, last), dtype)
+
+        return cls(
+            zeros("k_mean", desc.head_dim, Dtype.F32),
+            zeros("v_mean", desc.head_dim, Dtype.F32) if values else None,
+            zeros("seals", 2, Dtype.U32) if seals else None,
+        )
+
+    def for_step(self) -> Any:
+        """A pointer to the struct for a call that reads it and, with seals, refreshes it first."""
+        self._look(writable=self.seals is not None)
+        return ctypes.pointer(self.struct)
 
 
 class Selection(Tensors):

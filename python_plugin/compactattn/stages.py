@@ -68,7 +68,7 @@ def select(
         plan.handle,
         int32("layer", layer),
         byref(struct),
-        byref(means.struct) if means else None,
+        means.for_step() if means else None,
         out.for_writing(),
     )
     return out
@@ -109,17 +109,39 @@ def table(
     return out
 
 
-def export_padded(plan: Plan, batch: Batch, lists: Lists, *, layer: int = 0, out: Padded | None = None) -> Padded:
-    """Whole engine pages as FlashAttention takes them: every page with a selected token, ascending, chunk last."""
+def export_padded(
+    plan: Plan,
+    batch: Batch,
+    lists: Lists,
+    *,
+    layer: int = 0,
+    out: Padded | None = None,
+    stream: int | None = None,
+) -> Padded:
+    """Whole engine pages as FlashAttention takes them: every page with a selected token, ascending, chunk last.
+
+    On CUDA nothing is read back: rows that the batch could have had but has not are empty.
+    """
     if out is None:
         ints, rows = _ints_of(batch), lists.rows
         out = Padded(ints(rows), ints(rows), ints(rows, batch.block_table.shape[1]))
-    _on_lists("compactattn_table_export_padded", plan, batch, lists, (layer, None), out.for_writing())
+    _on_lists("compactattn_table_export_padded", plan, batch, lists, (layer, stream), out.for_writing())
     return out
 
 
-def export_csr(plan: Plan, batch: Batch, lists: Lists, *, layer: int = 0, out: Csr | None = None) -> Csr:
-    """Whole engine pages as FlashInfer takes them; ``indices`` is cut to the entries written unless given."""
+def export_csr(
+    plan: Plan,
+    batch: Batch,
+    lists: Lists,
+    *,
+    layer: int = 0,
+    out: Csr | None = None,
+    stream: int | None = None,
+) -> Csr:
+    """Whole engine pages as FlashInfer takes them; ``indices`` is cut to the entries written unless given.
+
+    On CUDA, where nothing is read back, to those that such a batch can have at most; ``indptr`` says which are used.
+    """
     entries, given = c_int64(), out
     if out is None:
         ints, rows = _ints_of(batch), lists.rows
@@ -129,7 +151,7 @@ def export_csr(plan: Plan, batch: Batch, lists: Lists, *, layer: int = 0, out: C
         plan,
         batch,
         lists,
-        (layer, None),
+        (layer, stream),
         out.for_writing(),
         byref(entries),
     )
@@ -211,7 +233,7 @@ def _means(plan: Plan, batch: Batch, at: tuple[int, int | None], given: Summarie
     settings = plan.settings(layer)
     if given or settings.selector not in READS_MEANS:
         return given
-    made = Summaries.empty(plan, batch.k.shape[0], layer=layer, home=batch.home)
+    made = Summaries.empty(plan, batch.k.shape[0], layer=layer, seals=False, home=batch.home)
     update_summaries(plan, batch, made, layer=layer, which="all", stream=stream)
     return made
 

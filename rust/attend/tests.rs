@@ -242,7 +242,7 @@ fn means_stand_in_for_skipped_blocks_in_one_split_only() {
         let lists = Lists::random(5, &layout, &batch, 0.3);
         let mut k_mean = vec![f32::NAN; summaries::len(&layout, paged.num_pages)];
         let mut v_mean = k_mean.clone();
-        let mut out = SummariesMut { k_mean: &mut k_mean, v_mean: Some(&mut v_mean) };
+        let mut out = SummariesMut { k_mean: &mut k_mean, v_mean: Some(&mut v_mean), seals: None };
         summaries::update(&layout, &batch, Which::All, &mut out, Parallel::new(1));
         let means = Summaries { k_mean: &k_mean, v_mean: Some(&v_mean) };
         let correction = Correction::new(&lists.bits, means).unwrap();

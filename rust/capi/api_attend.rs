@@ -21,7 +21,7 @@ use crate::batch::Batch;
 use crate::combine;
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
-use crate::run::{External, Output, Step};
+use crate::run::{External, Output, Step, reads_summaries};
 use crate::workspace::{Carver, Sizes};
 
 /// Attends every query of the batch to the boxes its list names, and combines: the last stages of a step.
@@ -85,6 +85,7 @@ unsafe fn forward_args(plan: &PlanObject, args: &compactattn_forward_args) -> Re
     };
     let outputs: Vec<View> = results.views().into_iter().chain(scratch.map(|scratch| scratch.view)).collect();
     check_apart(&outputs, &step.views())?;
+    check_apart(&step.refreshed(&layout), &step.batch.views)?;
     if let Some(cuda) = &plan.cuda {
         let place = Place { layer: plan.layer(args.layer)?, layout: &layout, stream: args.stream, scratch };
         return device::forward(cuda, &place, &step, &results);
@@ -95,6 +96,10 @@ unsafe fn forward_args(plan: &PlanObject, args: &compactattn_forward_args) -> Re
         external.check_rows(&layout, &batch)?;
     }
     let Some(scratch) = scratch else { return Ok(()) };
+    if let Some(summaries) = step.summaries.filter(|_| reads_summaries(&layout.settings)) {
+        // SAFETY: as above; the summaries lie apart from the batch.
+        unsafe { summaries.refresh(plan, plan.layer(args.layer)?, &batch) }?;
+    }
     // SAFETY: as above.
     let (summaries, external) = unsafe { step.open() };
     let step = Step { layer: plan.layer(args.layer)?, summaries, external, settings: own };
@@ -142,6 +147,12 @@ impl StepViews {
         [&self.batch.views[..], &summaries, &external].concat()
     }
 
+    /// What this call writes of its summaries.
+    fn refreshed(&self, layout: &Layout) -> Vec<View> {
+        let own = self.summaries.filter(|_| reads_summaries(&layout.settings));
+        own.map_or(Vec::new(), |summaries| summaries.refreshed())
+    }
+
     /// # Safety
     /// As [`BatchViews::open`].
     unsafe fn open<'a>(&self) -> (Option<crate::summaries::Summaries<'a>>, Option<External<'a>>) {
@@ -180,7 +191,8 @@ unsafe fn attend_args(plan: &PlanObject, args: &compactattn_attend_args) -> Resu
     check_apart(&outputs, &[&views.views[..], &table.views, &read].concat())?;
     if let Some(cuda) = &plan.cuda {
         let place = Place { layer: plan.layer(args.layer)?, layout, stream: args.stream, scratch };
-        return device::attend(cuda, &place, &views, (&table, correction.is_some()), &results);
+        let corrected = correction.map(|correction| (correction.lists, correction.summaries));
+        return device::attend(cuda, &place, &views, (&table, corrected), &results);
     }
     // SAFETY: this function's contract; outputs lie apart from it.
     let batch = unsafe { views.open(plan, args.layer) }?;

@@ -2,6 +2,7 @@
 
 use super::check::check;
 use super::compactattn_status;
+use super::device_tables;
 use super::guard::guard;
 use super::handle;
 use super::merge::{Side, merge};
@@ -38,7 +39,6 @@ pub unsafe extern "C" fn compactattn_combine(
 /// # Safety
 /// As [`compactattn_combine`], for what `args` points to.
 unsafe fn combine_args(plan: &PlanObject, args: &compactattn_combine_args) -> Result<()> {
-    plan.check_cpu("combine")?;
     plan.check_stream(args.stream)?;
     let shape = plan.layout(0)?.shape;
     let device = plan.context.device;
@@ -53,6 +53,14 @@ unsafe fn combine_args(plan: &PlanObject, args: &compactattn_combine_args) -> Re
     let (lse_a, lse_b) = (lse("args.lse_a", &args.lse_a)?, lse("args.lse_b", &args.lse_b)?);
     let results = OutputViews::check(plan, &shape, total_q, (&args.out, &args.lse))?;
     check_apart(&results.views(), &[out_a, lse_a, out_b, lse_b])?;
+    if let Some(cuda) = &plan.cuda {
+        return device_tables::combine(
+            cuda,
+            (&shape, args.stream),
+            [(out_a, lse_a), (out_b, lse_b)],
+            &results,
+        );
+    }
     // SAFETY: this function's contract; outputs lie apart from inputs.
     let a = unsafe { side(&out_a, &lse_a) };
     // SAFETY: as above.

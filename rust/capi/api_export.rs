@@ -1,13 +1,23 @@
 //! Exported: lists as tables for other paged kernels.
 
-use super::api_stages::{on_plan, open_lists, write_count};
+use super::api_stages::{on_plan, open_lists, read_lists, write_count};
+use super::batch::BatchViews;
 use super::compactattn_status;
+use super::device::Place;
+use super::device_tables;
+use super::objects::PlanObject;
 use super::structs::{compactattn_plan, compactattn_tensor};
 use super::structs_step::{compactattn_batch, compactattn_csr, compactattn_padded};
 use super::table::Rows;
+use super::tensor::{View, check_apart};
+use crate::error::Result;
 use crate::export;
+use crate::plan::Layout;
 
 /// Turns lists into padded tables of whole engine pages; every page with a selected token, ascending, the chunk last.
+///
+/// On CUDA, where lengths are on the device, the tables need room for the most rows that such a batch can have, and for
+/// as many pages as its block table is wide (or max_kv_len holds); rows after its own become empty.
 ///
 /// # Safety
 /// As compactattn_union.
@@ -20,9 +30,14 @@ pub unsafe extern "C" fn compactattn_table_export_padded(
     padded: *const compactattn_padded,
 ) -> compactattn_status {
     on_plan(plan, layer, |plan, layout| {
-        plan.check_cpu("table_export_padded")?;
         // SAFETY: this function's contract.
         let out = unsafe { Rows::padded(plan, padded) }?;
+        if let Some(cuda) = &plan.cuda {
+            // SAFETY: this function's contract.
+            let (views, lists) = unsafe { on_device(plan, layout, (batch, lists), &out) }?;
+            let place = Place::of_stage(plan, layer, layout, &views)?;
+            return device_tables::export_padded(cuda, &place, &views, &lists, &out);
+        }
         // SAFETY: this function's contract.
         let (batch, lists) = unsafe { open_lists(plan, layer, batch, lists, &out) }?;
         // SAFETY: this function's contract; `open_lists` has shown that outputs lie apart.
@@ -31,6 +46,8 @@ pub unsafe extern "C" fn compactattn_table_export_padded(
 }
 
 /// Turns lists into CSR tables of whole engine pages. out_entries, if not NULL, becomes the entries of indices.
+///
+/// On CUDA as compactattn_table_export_padded, and out_entries becomes the most entries that such a batch can have.
 ///
 /// # Safety
 /// As compactattn_union. out_entries: NULL, or writable.
@@ -44,9 +61,16 @@ pub unsafe extern "C" fn compactattn_table_export_csr(
     out_entries: *mut i64,
 ) -> compactattn_status {
     on_plan(plan, layer, |plan, layout| {
-        plan.check_cpu("table_export_csr")?;
         // SAFETY: this function's contract.
         let out = unsafe { Rows::csr(plan, csr) }?;
+        if let Some(cuda) = &plan.cuda {
+            // SAFETY: this function's contract.
+            let (views, lists) = unsafe { on_device(plan, layout, (batch, lists), &out) }?;
+            let place = Place::of_stage(plan, layer, layout, &views)?;
+            let entries = device_tables::export_csr(cuda, &place, &views, &lists, &out)?;
+            // SAFETY: this function's contract.
+            return unsafe { write_count(out_entries, entries) };
+        }
         // SAFETY: this function's contract.
         let (batch, lists) = unsafe { open_lists(plan, layer, batch, lists, &out) }?;
         // SAFETY: this function's contract; `open_lists` has shown that outputs lie apart.
@@ -54,4 +78,22 @@ pub unsafe extern "C" fn compactattn_table_export_csr(
         // SAFETY: this function's contract.
         unsafe { write_count(out_entries, entries) }
     })
+}
+
+/// The batch's and the lists' views, apart from `out`.
+///
+/// # Safety
+/// As [`compactattn_table_export_padded`].
+unsafe fn on_device(
+    plan: &PlanObject,
+    layout: &Layout,
+    (batch, lists): (*const compactattn_batch, *const compactattn_tensor),
+    out: &Rows,
+) -> Result<(BatchViews, View)> {
+    // SAFETY: this function's contract.
+    let views = unsafe { BatchViews::read(plan, layout, batch) }?;
+    // SAFETY: this function's contract.
+    let lists = unsafe { read_lists(plan, layout, lists) }?;
+    check_apart(&out.views, &[&views.views[..], &[lists]].concat())?;
+    Ok((views, lists))
 }

@@ -20,7 +20,7 @@ use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::select;
 use crate::settings::{KeepAt, Selector};
-use crate::summaries::{SummariesMut, Which};
+use crate::summaries::Which;
 use crate::table;
 use crate::types::Dtype;
 use crate::union;
@@ -51,11 +51,9 @@ pub unsafe extern "C" fn compactattn_summaries_update(
         }
         // SAFETY: this function's contract; the summaries lie apart.
         let batch = unsafe { views.open(plan, layer) }?;
-        // SAFETY: as above; k_mean and v_mean are apart, and f32.
-        let k_mean = unsafe { summaries.k_mean.slice_mut() };
-        // SAFETY: as above.
-        let v_mean = summaries.v_mean.map(|view| unsafe { view.slice_mut() });
-        plan.plan.update_summaries(plan.layer(layer)?, &batch, which, &mut SummariesMut { k_mean, v_mean })
+        // SAFETY: as above; `check_apart` compares them with each other too.
+        let mut out = unsafe { summaries.open_mut() };
+        plan.plan.update_summaries(plan.layer(layer)?, &batch, which, &mut out)
     })
 }
 
@@ -86,8 +84,10 @@ pub unsafe extern "C" fn compactattn_select(
         // SAFETY: this function's contract.
         let out = unsafe { SelectionViews::read(plan, layout, ["out", "out.scores", "out.masks"], out) }?;
         let scores = out.scores.ok_or_else(|| Error::new(Status::Null, "out.scores", "a tensor", "none"))?;
-        let read = summaries.map_or(Vec::new(), |summaries| summaries.views());
-        check_apart(&out.views(), &[&views.views[..], &read].concat())?;
+        let means = summaries.map_or(Vec::new(), |summaries| summaries.views());
+        check_apart(&out.views(), &[&views.views[..], &means].concat())?;
+        let refreshed = summaries.map_or(Vec::new(), |summaries| summaries.refreshed());
+        check_apart(&refreshed, &views.views)?;
         if let Some(cuda) = &plan.cuda {
             let place = Place::of_stage(plan, layer, layout, &views)?;
             return device::select(cuda, &place, &views, (summaries.as_ref(), &out));
@@ -95,6 +95,8 @@ pub unsafe extern "C" fn compactattn_select(
         // SAFETY: this function's contract; outputs lie apart.
         let batch = unsafe { views.open(plan, layer) }?;
         out.check_rows(layout, &batch)?;
+        // SAFETY: as above.
+        summaries.iter().try_for_each(|own| unsafe { own.refresh(plan, plan.layer(layer)?, &batch) })?;
         // SAFETY: as above.
         let summaries = summaries.map(|summaries| unsafe { summaries.open() });
         // SAFETY: as above; the dtype is f32.

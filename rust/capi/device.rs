@@ -9,10 +9,12 @@ use super::table::Rows;
 use super::tensor::View;
 use super::views::{OutputViews, SelectionViews, SummaryViews, check_rows};
 use crate::cuda::{
-    Call, DeviceBatch, DeviceOutput, DevicePool, DeviceTable, DeviceTokens, External, Plan, check_summaries,
+    Call, DeviceBatch, DeviceOutput, DevicePool, DeviceTable, DeviceTokens, External, MeansAt, Plan,
+    check_mean_values, check_summaries,
 };
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
+use crate::run::reads_summaries;
 use crate::settings::Selector;
 use crate::summaries::Which;
 
@@ -47,34 +49,42 @@ impl<'a> Place<'a> {
 pub(super) fn forward(plan: &Plan, place: &Place, step: &StepViews, results: &OutputViews) -> Result<()> {
     let selector = place.layout.settings.selector;
     check_summaries(place.layout, step.summaries.is_some())?;
+    check_mean_values(place.layout, step.summaries.is_some_and(|summaries| summaries.v_mean.is_some()))?;
     if selector == Selector::External && step.external.is_none() {
         return Err(Error::new(Status::Null, "external", "scores or masks, for selector external", "none"));
     }
     let external = step.external.filter(|_| selector == Selector::External);
     let inputs = step.summaries.map_or(Vec::new(), |summaries| summaries.views());
     with_call(plan, place, &step.batch, &[inputs, results.views()].concat(), |mut call| {
-        call.k_mean = step.summaries.map_or(0, |summaries| address(&summaries.k_mean));
+        (call.k_mean, call.v_mean) = means(step.summaries.as_ref());
+        if reads_summaries(&place.layout.settings) {
+            refresh(plan, &call, step.summaries.as_ref())?;
+        }
         call.external = external.map(|external| external_of(&call, &external)).transpose()?;
         // SAFETY: as in `update_summaries`.
         unsafe { plan.forward(&call, &output(results)) }
     })
 }
 
-/// attend over the caller's table, whose entries are bounds-checked where they are used.
+/// attend over the caller's table, whose entries are bounds-checked where they are used; `corrected`: the lists it was
+/// built from, and the means that stand for the rest.
 pub(super) fn attend(
     plan: &Plan,
     place: &Place,
     batch: &BatchViews,
-    (table, corrected): (&Rows, bool),
+    (table, corrected): (&Rows, Option<(View, SummaryViews)>),
     results: &OutputViews,
 ) -> Result<()> {
-    if corrected {
-        return Err(Error::new(Status::Unsupported, "args.lists", "no mean correction on CUDA", "lists"));
-    }
-    with_call(plan, place, batch, &[&table.views[..], &results.views()].concat(), |call| {
+    let (lists, summaries) = corrected.unzip();
+    let read = summaries.map_or(Vec::new(), |summaries| summaries.views());
+    let read: Vec<View> = read.into_iter().chain(lists).collect();
+    with_call(plan, place, batch, &[&table.views[..], &results.views(), &read].concat(), |mut call| {
         check_list_rows(&call, &table.views)?;
+        check_list_rows(&call, lists.as_slice())?;
+        (call.k_mean, call.v_mean) = means(summaries.as_ref());
+        let lists = lists.map_or(0, |lists| address(&lists));
         // SAFETY: as in `update_summaries`.
-        unsafe { plan.attend(&call, &device_table(table), &output(results)) }
+        unsafe { plan.attend(&call, (&device_table(table), lists), &output(results)) }
     })
 }
 
@@ -89,7 +99,8 @@ pub(super) fn select(
     let inputs = summaries.map_or(Vec::new(), |summaries| summaries.views());
     with_call(plan, place, batch, &[inputs, out.views()].concat(), |mut call| {
         check_select_rows(&call, out)?;
-        call.k_mean = summaries.map_or(0, |summaries| address(&summaries.k_mean));
+        (call.k_mean, call.v_mean) = means(summaries);
+        refresh(plan, &call, summaries)?;
         let at = |view: Option<View>| view.map_or(0, |view| address(&view));
         // SAFETY: as in `update_summaries`.
         unsafe { plan.select(&call, at(out.scores), at(out.masks)) }
@@ -132,7 +143,6 @@ pub(super) fn update_summaries(
     which: Which,
     out: &SummaryViews,
 ) -> Result<()> {
-    let v_mean = out.v_mean.map_or(0, |view| address(&view));
     let device = device_batch(plan, place.layout, batch, &out.views())?;
     if batch.is_empty() {
         return Ok(());
@@ -142,16 +152,29 @@ pub(super) fn update_summaries(
         layout: place.layout,
         batch: &device,
         k_mean: 0,
+        v_mean: 0,
         external: None,
         workspace: 0,
         stream: place.stream,
     };
     // SAFETY: the caller of the C function vouches for every tensor and the stream; outputs lie apart (`check_apart`).
-    unsafe { plan.update_summaries(&call, which, (address(&out.k_mean), v_mean)) }
+    unsafe { plan.update_summaries(&call, which, means_at(out)) }
+}
+
+/// With seals, makes anew on the device what is of other keys than lie there, before the stages that read it.
+fn refresh(plan: &Plan, call: &Call, summaries: Option<&SummaryViews>) -> Result<()> {
+    let Some(summaries) = summaries.filter(|summaries| summaries.seals.is_some()) else { return Ok(()) };
+    // SAFETY: as in `update_summaries`.
+    unsafe { plan.update_summaries(call, Which::Completed, means_at(summaries)) }
+}
+
+fn means_at(of: &SummaryViews) -> MeansAt {
+    let at = |view: Option<View>| view.map_or(0, |view| address(&view));
+    MeansAt { k: address(&of.k_mean), v: at(of.v_mean), seals: at(of.seals) }
 }
 
 /// Runs `body` unless there is nothing to compute; `others` are tensors beside the batch's.
-fn with_call(
+pub(super) fn with_call(
     plan: &Plan,
     place: &Place,
     batch: &BatchViews,
@@ -166,6 +189,7 @@ fn with_call(
         layout: place.layout,
         batch: &device,
         k_mean: 0,
+        v_mean: 0,
         external: None,
         workspace: scratch.data.addr() as u64,
         stream: place.stream,
@@ -203,12 +227,18 @@ fn device_batch(plan: &Plan, layout: &Layout, batch: &BatchViews, others: &[View
     })
 }
 
+/// Mean keys and mean values; 0 = none.
+fn means(from: Option<&SummaryViews>) -> (u64, u64) {
+    let v_mean = from.and_then(|summaries| summaries.v_mean);
+    (from.map_or(0, |summaries| address(&summaries.k_mean)), v_mean.map_or(0, |v_mean| address(&v_mean)))
+}
+
 fn pool(view: &View) -> DevicePool {
     let [stride_page, stride_token, stride_head, _] = view.stride;
     DevicePool { address: address(view), stride_page, stride_token, stride_head }
 }
 
-fn output(results: &OutputViews) -> DeviceOutput {
+pub(super) fn output(results: &OutputViews) -> DeviceOutput {
     let out = &results.out;
     DeviceOutput {
         out: DeviceTokens { address: address(out), stride_token: out.stride[0], stride_head: out.stride[1] },
@@ -239,14 +269,14 @@ fn check_select_rows(call: &Call, views: &SelectionViews) -> Result<()> {
     views.views().iter().try_for_each(|view| check_rows(view, rows, what))
 }
 
-fn check_list_rows(call: &Call, views: &[View]) -> Result<usize> {
+pub(super) fn check_list_rows(call: &Call, views: &[View]) -> Result<usize> {
     let (spans, _) = call.layout.most_spans(call.batch.num_reqs, call.batch.total_q);
     let rows = spans * call.layout.lists_per_span();
     views.iter().try_for_each(|view| check_rows(view, rows, "most list rows of such a batch"))?;
     Ok(rows)
 }
 
-fn address(view: &View) -> u64 {
+pub(super) fn address(view: &View) -> u64 {
     view.data.addr() as u64
 }
 

@@ -15,6 +15,7 @@ mod api_stages;
 mod batch;
 mod check;
 mod device;
+mod device_tables;
 mod guard;
 mod handle;
 mod merge;

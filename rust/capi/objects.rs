@@ -107,14 +107,6 @@ impl PlanObject {
         found.ok_or_else(|| Error::new(Status::Value, "layer", wanted(), layer))
     }
 
-    /// Refuses what runs on the CPU only.
-    pub(super) fn check_cpu(&self, function: &str) -> Result<()> {
-        if self.cuda.is_none() {
-            return Ok(());
-        }
-        Err(Error::new(Status::Unsupported, function, "a CPU context", "a CUDA context"))
-    }
-
     /// Refuses a stream where there can be none; a GPU's plan checks its streams itself.
     pub(super) fn check_stream(&self, stream: *mut std::ffi::c_void) -> Result<()> {
         if stream.is_null() || self.cuda.is_some() {

@@ -98,9 +98,9 @@ pub enum compactattn_mode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
 pub enum compactattn_which {
-    /// Those that this step's tokens complete: call it after every KV write.
+    /// Those that this step's tokens complete, and with seals those of other keys: call it after every KV write.
     COMPACTATTN_WHICH_COMPLETED = 0,
-    /// Every whole block: after a swap-in, or a prefix hit whose summaries are not there.
+    /// Every whole block: without seals, after a swap-in, or a prefix hit whose summaries are not there.
     COMPACTATTN_WHICH_ALL = 1,
 }
 

@@ -48,6 +48,11 @@ pub struct compactattn_summaries {
     pub k_mean: compactattn_tensor,
     /// As k_mean; needed for mean_correction only, else it may be none.
     pub v_mean: compactattn_tensor,
+    /// [num_pages, summary_slots_per_page, num_kv_heads, 2] u32, contiguous, zeros at first: of which keys each summary
+    /// is. With it, every call that reads summaries first writes those anew whose keys have changed, so none is ever
+    /// stale, whoever wrote the pages; k_mean, v_mean and seals are outputs of such a call then. None = the caller sees
+    /// to it that compactattn_summaries_update follows every KV write.
+    pub seals: compactattn_tensor,
 }
 
 /// What select found: scores, masks or both. Rows are select spans, at most select_rows of compactattn_sizes.
@@ -152,7 +157,8 @@ pub struct compactattn_attend_args {
     pub batch: *const compactattn_batch,
     /// What to read: checked entry by entry.
     pub table: *const compactattn_table,
-    /// For mean correction: the lists that table was built from, and summaries with v_mean. Both or neither.
+    /// For mean correction: the lists that table was built from, and summaries with v_mean, which are read as they are.
+    /// Both or neither; on CUDA for layers with mean_correction, whose workspace has room for it.
     pub lists: *const compactattn_tensor,
     /// See lists.
     pub summaries: *const compactattn_summaries,
@@ -255,7 +261,7 @@ pub struct compactattn_stats {
 const _: () = {
     use std::mem::offset_of;
     assert!(size_of::<compactattn_batch>() == 608 && offset_of!(compactattn_batch, block_table) == 488);
-    assert!(size_of::<compactattn_summaries>() == 200 && size_of::<compactattn_selection>() == 200);
+    assert!(size_of::<compactattn_summaries>() == 296 && size_of::<compactattn_selection>() == 200);
     assert!(size_of::<compactattn_table>() == 296 && size_of::<compactattn_padded>() == 296);
     assert!(size_of::<compactattn_csr>() == 296 && size_of::<compactattn_combine_args>() == 592);
     assert!(size_of::<compactattn_forward_args>() == 256 && offset_of!(compactattn_forward_args, out) == 40);

@@ -9,7 +9,7 @@ use super::tensor::{Device, Dim, View, Wanted};
 use crate::batch::Batch;
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
-use crate::summaries::Summaries;
+use crate::summaries::{Summaries, SummariesMut, Which};
 use crate::tensor::{LseMut, TokensMut};
 use crate::types::{Dtype, Shape};
 
@@ -20,10 +20,12 @@ pub(super) struct SummaryViews {
     pub(super) k_mean: View,
     /// Mean values.
     pub(super) v_mean: Option<View>,
+    /// Seals.
+    pub(super) seals: Option<View>,
 }
 
 impl SummaryViews {
-    /// Checks both tensors.
+    /// Checks all tensors.
     ///
     /// # Safety
     /// `from`: NULL, or readable for its `struct_size` bytes.
@@ -35,21 +37,61 @@ impl SummaryViews {
     ) -> Result<Self> {
         // SAFETY: this function's contract.
         let c = unsafe { input("summaries", from) }?;
-        let dims = vec![
-            Dim::Is(num_pages, "num_pages"),
-            Dim::Is(layout.geometry.summary_slots_per_page(), "summary_slots_per_page"),
-            Dim::Is(layout.shape.num_kv_heads, "num_kv_heads"),
-            Dim::Is(layout.shape.head_dim, "head_dim"),
-        ];
-        let wanted = |name| Wanted::dense(name, Dtype::F32, dims.clone(), plan.context.device);
-        let k_mean = check(&c.k_mean, &wanted("summaries.k_mean"))?;
-        let v_mean = wanted("summaries.v_mean").optional(&c.v_mean)?;
-        Ok(Self { k_mean, v_mean })
+        let wanted = |name, dtype, last| {
+            let dims = vec![
+                Dim::Is(num_pages, "num_pages"),
+                Dim::Is(layout.geometry.summary_slots_per_page(), "summary_slots_per_page"),
+                Dim::Is(layout.shape.num_kv_heads, "num_kv_heads"),
+                last,
+            ];
+            Wanted::dense(name, dtype, dims, plan.context.device)
+        };
+        let vector = Dim::Is(layout.shape.head_dim, "head_dim");
+        let k_mean = check(&c.k_mean, &wanted("summaries.k_mean", Dtype::F32, vector))?;
+        let v_mean = wanted("summaries.v_mean", Dtype::F32, vector).optional(&c.v_mean)?;
+        let words = Dim::Is(2, "words of a seal");
+        let seals = wanted("summaries.seals", Dtype::U32, words).optional(&c.seals)?;
+        Ok(Self { k_mean, v_mean, seals })
     }
 
-    /// Both, for overlap checks.
+    /// All, for overlap checks.
     pub(super) fn views(&self) -> Vec<View> {
-        [self.k_mean].into_iter().chain(self.v_mean).collect()
+        [self.k_mean].into_iter().chain(self.v_mean).chain(self.seals).collect()
+    }
+
+    /// What a call writes that reads these summaries: with seals all of them, without none.
+    pub(super) fn refreshed(&self) -> Vec<View> {
+        self.seals.map_or(Vec::new(), |_| self.views())
+    }
+
+    /// The memory to write.
+    ///
+    /// # Safety
+    /// As [`View::slice_mut`]; the tensors lie apart.
+    pub(super) unsafe fn open_mut<'a>(&self) -> SummariesMut<'a> {
+        // SAFETY: this function's contract; the dtype is f32.
+        let k_mean = unsafe { self.k_mean.slice_mut() };
+        // SAFETY: as above.
+        let v_mean = self.v_mean.map(|v_mean| unsafe { v_mean.slice_mut() });
+        // SAFETY: as above; the dtype is u32.
+        let seals = self.seals.map(|seals| unsafe { seals.slice_mut() });
+        SummariesMut { k_mean, v_mean, seals }
+    }
+
+    /// With seals, makes anew what is of other keys than lie there, before anybody reads it.
+    ///
+    /// # Errors
+    /// Those of [`crate::Plan::update_summaries`].
+    ///
+    /// # Safety
+    /// As [`SummaryViews::open_mut`].
+    pub(super) unsafe fn refresh(&self, plan: &PlanObject, layer: usize, batch: &Batch) -> Result<()> {
+        if self.seals.is_none() {
+            return Ok(());
+        }
+        // SAFETY: this function's contract.
+        let mut out = unsafe { self.open_mut() };
+        plan.plan.update_summaries(layer, batch, Which::Completed, &mut out)
     }
 
     /// The means to read.

@@ -102,6 +102,28 @@ pub(crate) fn all(open: usize, gate: bool) -> Vec<Contender> {
     all
 }
 
+/// Ways to choose pages that `sweep` compares with the union, the default's scope first; `open` as for [`all`].
+pub(crate) fn variants(open: usize) -> Vec<Contender> {
+    use Selector::{FlashPrefill, Oracle, PooledMass, SampledExact, TwoLevel};
+    let of = |settings| Contender { settings, knob: Knob::Threshold };
+    let mut all = Vec::new();
+    for scope in [Scope::HEAD_CHUNK, HEAD_256, Scope::HEAD_128, GROUP_256, Scope::GROUP_CHUNK] {
+        for block_size in BLOCKS {
+            let settings = Settings { block_size, ..even(SampledExact, scope) };
+            all.extend([settings, Settings { mean_correction: true, ..settings }].map(of));
+        }
+    }
+    let by_row = [Scope::HEAD_CHUNK, Scope::GROUP_CHUNK].map(|scope| even(SampledExact, scope));
+    all.extend(by_row.map(|settings| of(Settings { keep_at: KeepAt::Row, ..settings })));
+    let budgets = [Knob::Mass, Knob::Density].map(|knob| Contender { settings: by_row[0], knob });
+    all.extend(budgets);
+    all.extend([TwoLevel, PooledMass, FlashPrefill].map(|selector| of(even(selector, Scope::HEAD_CHUNK))));
+    all.extend(quoka(open));
+    all.extend(BLOCKS.map(|block_size| of(Settings { block_size, ..even(Oracle, Scope::HEAD_CHUNK) })));
+    all.push(of(even(Oracle, Scope::HEAD_128)));
+    all
+}
+
 /// A selector on equal terms: blocks of 128, first and last past block always, no floor, cap or guard.
 pub(crate) fn even(selector: Selector, scope: Scope) -> Settings {
     let mut settings = sparse(selector);
@@ -128,6 +150,12 @@ fn quoka(open: usize) -> [Contender; 2] {
 
 /// Tokens per block of every contender that does not say otherwise.
 pub(crate) const BLOCK: usize = 128;
+
+/// Block sizes that `sweep` compares.
+pub(crate) const BLOCKS: [usize; 4] = [BLOCK, 64, 32, 16];
+
+/// One list per query head and 256 query tokens.
+const HEAD_256: Scope = Scope { query_span: 256, heads_per_list: 1 };
 
 /// One list per KV head and 256 query tokens.
 pub(crate) const GROUP_256: Scope = Scope { query_span: 256, heads_per_list: 0 };

@@ -3,6 +3,7 @@
 mod agree;
 mod attend;
 mod bench;
+mod calibrate;
 mod contender;
 mod demo;
 mod doctor;
@@ -15,6 +16,7 @@ mod inspect;
 
 mod options;
 mod output;
+mod pages;
 mod plot;
 mod plot_error;
 mod plot_heat;
@@ -57,6 +59,10 @@ enum Command {
     Attend(attend::Args),
     /// What the union over heads and queries costs, layer by layer and head by head.
     Inspect(inspect::Args),
+    /// Pages that each way of choosing them needs for the error of the published union.
+    Sweep(pages::Args),
+    /// Find settings layer by layer for a target error or density; writes a file for COMPACTATTN_CONFIG.
+    Calibrate(calibrate::Args),
     /// Copy some layers of a trace into a smaller file.
     Extract(extract::Args),
     /// Time this library beside its peers on a GPU: runs tests/bench with Python.
@@ -89,6 +95,8 @@ fn run(command: &Command, out: &mut impl Write) -> std::result::Result<ExitCode,
         Command::Demo(args) => demo::run(args, out)?,
         Command::Attend(args) => attend::run(args, out)?,
         Command::Inspect(args) => inspect::run(args, out)?,
+        Command::Calibrate(args) => calibrate::run(args, out)?,
+        Command::Sweep(args) => pages::run(args, out)?,
         Command::Extract(args) => extract::run(args, out)?,
         Command::Bench(args) => return bench::run(args, out),
         Command::Doctor(args) => return doctor::run(args, out),

@@ -125,13 +125,13 @@ impl SelectArgs {
 }
 
 /// Parses a share or a score.
-fn share(text: &str) -> std::result::Result<f64, String> {
+pub(crate) fn share(text: &str) -> std::result::Result<f64, String> {
     let number = text.parse().ok().filter(|x: &f64| *x > 0.0 && *x <= 1.0);
     number.ok_or_else(|| format!("wanted a number in (0, 1], got {text:?}"))
 }
 
 /// Parses a scope.
-fn scope(text: &str) -> std::result::Result<Scope, String> {
+pub(crate) fn scope(text: &str) -> std::result::Result<Scope, String> {
     let wrong = || format!("wanted HEADS[:TOKENS] such as group:chunk, head:128 or 2:256, got {text:?}");
     let (heads, span) = text.split_once(':').unwrap_or((text, "chunk"));
     let heads_per_list = match heads {

@@ -176,7 +176,7 @@ impl Prefill {
         let mut means = std::mem::take(&mut self.means);
         let batch = self.batch()?;
         for Means { layout, k, v } in &mut means {
-            let mut out = SummariesMut { k_mean: k, v_mean: Some(v) };
+            let mut out = SummariesMut { k_mean: k, v_mean: Some(v), seals: None };
             summaries::update(layout, &batch, Which::Completed, &mut out, self.parallel);
         }
         self.means = means;

@@ -139,6 +139,21 @@ impl<'a> Sweep<'a> {
         self.measure_at(contender, target, &scored, nearest.1)
     }
 
+    /// Measures settings as they are.
+    ///
+    /// # Errors
+    /// Those of the stages.
+    pub(crate) fn as_set(&mut self, settings: &Settings) -> Result<Row> {
+        let (knob, x) = match settings.keep {
+            Keep::Threshold(x) => (Knob::Threshold, x),
+            Keep::Mass(x) => (Knob::Mass, x),
+            Keep::Density(x) => (Knob::Density, x),
+        };
+        let contender = Contender { settings: *settings, knob };
+        let scored = self.scored(&contender, f64::from(x))?;
+        self.measure_at(&contender, f64::from(x), &scored, x)
+    }
+
     fn measure_at(&mut self, contender: &Contender, target: f64, scored: &Key, knob: f32) -> Result<Row> {
         let lists = self.lists(contender, scored, knob)?;
         let layout = self.prefills[0].layout(&contender.at(knob, self.past_blocks()))?;

@@ -1,6 +1,6 @@
 //! attend and combine: which kernel serves a shape, and how it is launched.
 
-use super::batch::{DeviceBatch, DeviceTokens, int32};
+use super::batch::{DeviceBatch, DevicePool, DeviceTokens, int32};
 use super::context::Context;
 use super::kernels::{Arg, Grid};
 use super::params::{self, AttendParams, TILE_ROWS};
@@ -30,6 +30,8 @@ pub struct DeviceOutput {
 pub(crate) struct Kernel {
     /// As exported by its image.
     pub(crate) name: &'static str,
+    /// The same with mean correction.
+    pub(crate) corrected: &'static str,
     /// Its combine.
     pub(crate) combine: &'static str,
     threads: u32,
@@ -37,8 +39,8 @@ pub(crate) struct Kernel {
     /// The same in images for other GPUs than 9.0.
     small_shared_bytes: u32,
     ctas_per_sm: usize,
-    /// Takes three tensor maps before its parameters, with boxes of K and V of at most this many tokens; 0: takes
-    /// none.
+    /// Takes three tensor maps before its parameters, and two of means where it corrects, with boxes of K and V of at
+    /// most this many tokens; 0: takes none.
     map_tokens: usize,
 }
 
@@ -83,18 +85,16 @@ impl Kernel {
     /// Those of the driver.
     pub(crate) fn launch(&self, context: &Context, stream: Stream, call: &Call) -> Result<()> {
         let params = call.params();
+        let kernels = context.kernels();
         let num_ctas = call.scratch.stages.num_ctas.cast_unsigned();
         let shared_bytes = self.shared_bytes_on(context);
         let grid = Grid { blocks: [num_ctas, 1, 1], threads: self.threads, shared_bytes };
-        if self.map_tokens > 0 {
-            let maps = call.maps(context, self.map_tokens)?;
-            let args = [Arg::of(&maps[0]), Arg::of(&maps[1]), Arg::of(&maps[2]), Arg::of(&params)];
-            context.kernels().launch(stream, self.name, grid, &args)?;
-        } else {
-            context.kernels().launch(stream, self.name, grid, &[Arg::of(&params)])?;
-        }
+        let maps = if self.map_tokens > 0 { call.maps(context, self.map_tokens)? } else { Vec::new() };
+        let name = if call.means.is_some() { self.corrected } else { self.name };
+        let args = maps.iter().map(Arg::of).chain([Arg::of(&params)]).chain(call.means.map(Arg::of));
+        kernels.launch(stream, name, grid, &args.collect::<Vec<_>>())?;
         let grid = Grid { blocks: [num_ctas - 1, 8, 1], threads: 256, shared_bytes: 0 };
-        context.kernels().launch(stream, self.combine, grid, &[Arg::of(&params)])
+        kernels.launch(stream, self.combine, grid, &[Arg::of(&params)])
     }
 }
 
@@ -109,6 +109,8 @@ pub(crate) struct Call<'a> {
     pub(crate) scratch: &'a Scratch,
     /// Results.
     pub(crate) output: &'a DeviceOutput,
+    /// With mean correction.
+    pub(crate) means: Option<&'a params::Means>,
 }
 
 impl Call<'_> {
@@ -145,45 +147,77 @@ impl Call<'_> {
         }
     }
 
-    /// Maps of q, k and v as cuda/attend/sm90/kernel.cuh wants them; a longer box than `max_tokens` is copied in parts.
-    fn maps(&self, context: &Context, max_tokens: usize) -> Result<[TensorMap; 3]> {
-        let shape = &self.layout.shape;
-        let (heads, columns) = (self.layout.heads_per_list(), shape.head_dim / MAP_COLUMNS);
-        let encode = |address: u64, dims: &[Dim]| {
-            let sizes: Vec<u64> = dims.iter().map(|dim| dim.size as u64).collect();
-            // Dimensions of one entry have no stride of their own; any legal one will do.
-            let strides: Vec<u64> = dims[1..].iter().map(|dim| (dim.stride * 2).max(16) as u64).collect();
-            let boxes: Vec<u32> = dims.iter().map(|dim| dim.tile).collect();
-            tensor_map::encode(context.device().driver(), shape.dtype, address, &sizes, &strides, &boxes)
-        };
-        let tile = |x: usize| u32::try_from(x).unwrap_or(u32::MAX);
-        let inner = Dim { size: MAP_COLUMNS, stride: 1, tile: tile(MAP_COLUMNS) };
-        let column = Dim { size: columns, stride: MAP_COLUMNS, tile: 1 };
-        let q = self.batch.q;
-        let q = encode(
-            q.address,
-            &[
-                inner,
-                Dim { size: shape.num_q_heads, stride: q.stride_head, tile: tile(heads) },
-                Dim { size: self.batch.total_q, stride: q.stride_token, tile: tile(TILE_ROWS / heads) },
-                column,
-            ],
-        )?;
-        let rows = tile(self.layout.geometry.box_tokens().min(max_tokens));
-        let pool = |pool: &super::batch::DevicePool| {
-            encode(
-                pool.address,
-                &[
-                    inner,
-                    Dim { size: shape.page_size, stride: pool.stride_token, tile: rows },
-                    column,
-                    Dim { size: shape.num_kv_heads, stride: pool.stride_head, tile: 1 },
-                    Dim { size: self.batch.num_pages, stride: pool.stride_page, tile: 1 },
-                ],
-            )
-        };
-        Ok([q, pool(&self.batch.k)?, pool(&self.batch.v)?])
+    /// Maps of q, k and v as cuda/attend/sm90/kernel.cuh wants them, and with mean correction of the means.
+    fn maps(&self, context: &Context, max_tokens: usize) -> Result<Vec<TensorMap>> {
+        let (shape, heads, q) = (&self.layout.shape, self.layout.heads_per_list(), self.batch.q);
+        let dims = [
+            Dim { size: MAP_COLUMNS, stride: 1, tile: tile(MAP_COLUMNS) },
+            Dim { size: shape.num_q_heads, stride: q.stride_head, tile: tile(heads) },
+            Dim { size: self.batch.total_q, stride: q.stride_token, tile: tile(TILE_ROWS / heads) },
+            Dim { size: shape.head_dim / MAP_COLUMNS, stride: MAP_COLUMNS, tile: 1 },
+        ];
+        let q = encode(context, shape.dtype, q.address, &dims)?;
+        let pool = |pool| pool_map(context, self.layout, self.batch, pool, max_tokens);
+        let mut maps = vec![q, pool(&self.batch.k)?, pool(&self.batch.v)?];
+        for address in self.means.iter().flat_map(|means| [means.k, means.v]) {
+            maps.push(self.means_map(context, address, max_tokens)?);
+        }
+        Ok(maps)
     }
+
+    /// Rows of means as a pool whose pages are requests.
+    fn means_map(&self, context: &Context, address: u64, max_tokens: usize) -> Result<TensorMap> {
+        let (shape, len) = (&self.layout.shape, self.scratch.means.len);
+        let head = len * shape.head_dim;
+        let dims = [
+            Dim { size: MAP_COLUMNS, stride: 1, tile: tile(MAP_COLUMNS) },
+            Dim { size: len, stride: shape.head_dim, tile: tile(max_tokens) },
+            Dim { size: shape.head_dim / MAP_COLUMNS, stride: MAP_COLUMNS, tile: 1 },
+            Dim { size: shape.num_kv_heads, stride: head, tile: 1 },
+            Dim { size: self.batch.num_reqs, stride: shape.num_kv_heads * head, tile: 1 },
+        ];
+        encode(context, shape.dtype, address, &dims)
+    }
+}
+
+/// Map of one of the batch's pools, copied by boxes of 64 columns; a longer box than `max_tokens` is copied in parts.
+///
+/// # Errors
+/// The driver's.
+pub(crate) fn pool_map(
+    context: &Context,
+    layout: &Layout,
+    batch: &DeviceBatch,
+    pool: &DevicePool,
+    max_tokens: usize,
+) -> Result<TensorMap> {
+    let shape = &layout.shape;
+    let rows = tile(layout.geometry.box_tokens().min(max_tokens));
+    let dims = [
+        Dim { size: MAP_COLUMNS, stride: 1, tile: tile(MAP_COLUMNS) },
+        Dim { size: shape.page_size, stride: pool.stride_token, tile: rows },
+        Dim { size: shape.head_dim / MAP_COLUMNS, stride: MAP_COLUMNS, tile: 1 },
+        Dim { size: shape.num_kv_heads, stride: pool.stride_head, tile: 1 },
+        Dim { size: batch.num_pages, stride: pool.stride_page, tile: 1 },
+    ];
+    encode(context, shape.dtype, pool.address, &dims)
+}
+
+fn encode<const N: usize>(
+    context: &Context,
+    dtype: Dtype,
+    address: u64,
+    dims: &[Dim; N],
+) -> Result<TensorMap> {
+    let sizes = dims.map(|dim| dim.size as u64);
+    // Dimensions of one entry have no stride of their own; any legal one will do.
+    let strides = dims.map(|dim| (dim.stride * 2).max(16) as u64);
+    let boxes = dims.map(|dim| dim.tile);
+    tensor_map::encode(context.device().driver(), dtype, address, &sizes, &strides[1..], &boxes)
+}
+
+fn tile(x: usize) -> u32 {
+    u32::try_from(x).unwrap_or(u32::MAX)
 }
 
 /// One dimension of a tensor map; strides in elements.
@@ -205,42 +239,188 @@ const MAX_CTAS: usize = 1024;
 
 /// Every attend kernel, the best first for each (dtype, head_dim).
 static KERNELS: &[(Dtype, usize, Kernel)] = &[
-    (Dtype::Bf16, 64, sm90("compactattn_attend_sm90_bf16_d64", "compactattn_combine_bf16_d64", 214_016, 128)),
+    (
+        Dtype::Bf16,
+        64,
+        sm90(
+            [
+                "compactattn_attend_sm90_bf16_d64",
+                "compactattn_attend_sm90_bf16_d64_means",
+                "compactattn_combine_bf16_d64",
+            ],
+            214_016,
+            128,
+        ),
+    ),
     (
         Dtype::Bf16,
         128,
-        sm90("compactattn_attend_sm90_bf16_d128", "compactattn_combine_bf16_d128", 230_400, 128),
+        sm90(
+            [
+                "compactattn_attend_sm90_bf16_d128",
+                "compactattn_attend_sm90_bf16_d128_means",
+                "compactattn_combine_bf16_d128",
+            ],
+            230_400,
+            128,
+        ),
     ),
     (
         Dtype::Bf16,
         256,
-        sm90("compactattn_attend_sm90_bf16_d256", "compactattn_combine_bf16_d256", 230_400, 64),
+        sm90(
+            [
+                "compactattn_attend_sm90_bf16_d256",
+                "compactattn_attend_sm90_bf16_d256_means",
+                "compactattn_combine_bf16_d256",
+            ],
+            230_400,
+            64,
+        ),
     ),
-    (Dtype::F16, 64, sm90("compactattn_attend_sm90_fp16_d64", "compactattn_combine_fp16_d64", 214_016, 128)),
+    (
+        Dtype::F16,
+        64,
+        sm90(
+            [
+                "compactattn_attend_sm90_fp16_d64",
+                "compactattn_attend_sm90_fp16_d64_means",
+                "compactattn_combine_fp16_d64",
+            ],
+            214_016,
+            128,
+        ),
+    ),
     (
         Dtype::F16,
         128,
-        sm90("compactattn_attend_sm90_fp16_d128", "compactattn_combine_fp16_d128", 230_400, 128),
+        sm90(
+            [
+                "compactattn_attend_sm90_fp16_d128",
+                "compactattn_attend_sm90_fp16_d128_means",
+                "compactattn_combine_fp16_d128",
+            ],
+            230_400,
+            128,
+        ),
     ),
     (
         Dtype::F16,
         256,
-        sm90("compactattn_attend_sm90_fp16_d256", "compactattn_combine_fp16_d256", 230_400, 64),
+        sm90(
+            [
+                "compactattn_attend_sm90_fp16_d256",
+                "compactattn_attend_sm90_fp16_d256_means",
+                "compactattn_combine_fp16_d256",
+            ],
+            230_400,
+            64,
+        ),
     ),
-    (Dtype::Bf16, 64, sm80("compactattn_attend_sm80_bf16_d64", "compactattn_combine_bf16_d64", D64)),
-    (Dtype::Bf16, 96, sm80("compactattn_attend_sm80_bf16_d96", "compactattn_combine_bf16_d96", D96)),
-    (Dtype::Bf16, 128, sm80("compactattn_attend_sm80_bf16_d128", "compactattn_combine_bf16_d128", D128)),
-    (Dtype::Bf16, 256, sm80("compactattn_attend_sm80_bf16_d256", "compactattn_combine_bf16_d256", D256)),
-    (Dtype::F16, 64, sm80("compactattn_attend_sm80_fp16_d64", "compactattn_combine_fp16_d64", D64)),
-    (Dtype::F16, 96, sm80("compactattn_attend_sm80_fp16_d96", "compactattn_combine_fp16_d96", D96)),
-    (Dtype::F16, 128, sm80("compactattn_attend_sm80_fp16_d128", "compactattn_combine_fp16_d128", D128)),
-    (Dtype::F16, 256, sm80("compactattn_attend_sm80_fp16_d256", "compactattn_combine_fp16_d256", D256)),
+    (
+        Dtype::Bf16,
+        64,
+        sm80(
+            [
+                "compactattn_attend_sm80_bf16_d64",
+                "compactattn_attend_sm80_bf16_d64_means",
+                "compactattn_combine_bf16_d64",
+            ],
+            D64,
+        ),
+    ),
+    (
+        Dtype::Bf16,
+        96,
+        sm80(
+            [
+                "compactattn_attend_sm80_bf16_d96",
+                "compactattn_attend_sm80_bf16_d96_means",
+                "compactattn_combine_bf16_d96",
+            ],
+            D96,
+        ),
+    ),
+    (
+        Dtype::Bf16,
+        128,
+        sm80(
+            [
+                "compactattn_attend_sm80_bf16_d128",
+                "compactattn_attend_sm80_bf16_d128_means",
+                "compactattn_combine_bf16_d128",
+            ],
+            D128,
+        ),
+    ),
+    (
+        Dtype::Bf16,
+        256,
+        sm80(
+            [
+                "compactattn_attend_sm80_bf16_d256",
+                "compactattn_attend_sm80_bf16_d256_means",
+                "compactattn_combine_bf16_d256",
+            ],
+            D256,
+        ),
+    ),
+    (
+        Dtype::F16,
+        64,
+        sm80(
+            [
+                "compactattn_attend_sm80_fp16_d64",
+                "compactattn_attend_sm80_fp16_d64_means",
+                "compactattn_combine_fp16_d64",
+            ],
+            D64,
+        ),
+    ),
+    (
+        Dtype::F16,
+        96,
+        sm80(
+            [
+                "compactattn_attend_sm80_fp16_d96",
+                "compactattn_attend_sm80_fp16_d96_means",
+                "compactattn_combine_fp16_d96",
+            ],
+            D96,
+        ),
+    ),
+    (
+        Dtype::F16,
+        128,
+        sm80(
+            [
+                "compactattn_attend_sm80_fp16_d128",
+                "compactattn_attend_sm80_fp16_d128_means",
+                "compactattn_combine_fp16_d128",
+            ],
+            D128,
+        ),
+    ),
+    (
+        Dtype::F16,
+        256,
+        sm80(
+            [
+                "compactattn_attend_sm80_fp16_d256",
+                "compactattn_attend_sm80_fp16_d256_means",
+                "compactattn_combine_fp16_d256",
+            ],
+            D256,
+        ),
+    ),
 ];
 
 /// As cuda/attend/sm90/traits.h says; `map_tokens` are those of a tile.
-const fn sm90(name: &'static str, combine: &'static str, shared_bytes: u32, map_tokens: usize) -> Kernel {
+const fn sm90(names: [&'static str; 3], shared_bytes: u32, map_tokens: usize) -> Kernel {
+    let [name, corrected, combine] = names;
     Kernel {
         name,
+        corrected,
         combine,
         threads: 384,
         shared_bytes,
@@ -250,9 +430,10 @@ const fn sm90(name: &'static str, combine: &'static str, shared_bytes: u32, map_
     }
 }
 
-const fn sm80(name: &'static str, combine: &'static str, tile: Tile) -> Kernel {
+const fn sm80(names: [&'static str; 3], tile: Tile) -> Kernel {
+    let [name, corrected, combine] = names;
     let Tile { threads, shared_bytes, small_shared_bytes, ctas_per_sm } = tile;
-    Kernel { name, combine, threads, shared_bytes, small_shared_bytes, ctas_per_sm, map_tokens: 0 }
+    Kernel { name, corrected, combine, threads, shared_bytes, small_shared_bytes, ctas_per_sm, map_tokens: 0 }
 }
 
 /// What cuda/attend/sm80/traits.h says of one head_dim: of the image for 9.0, which buffers K and V twice, and of the
@@ -292,6 +473,7 @@ mod tests {
             let element = if dtype == Dtype::Bf16 { "bf16" } else { "fp16" };
             let suffix = format!("_{element}_d{head_dim}");
             assert!(kernel.name.ends_with(&suffix) && kernel.combine.ends_with(&suffix), "{}", kernel.name);
+            assert_eq!(kernel.corrected, format!("{}_means", kernel.name));
             assert_eq!(kernel.map_tokens > 0, kernel.name.contains("sm90"), "{}", kernel.name);
             let same = KERNELS.iter().filter(|entry| (entry.0, entry.1) == (dtype, head_dim));
             let by_maps: Vec<bool> = same.map(|entry| entry.2.map_tokens > 0).collect();

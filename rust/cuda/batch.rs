@@ -87,6 +87,6 @@ pub(crate) fn int32(x: usize) -> i32 {
 }
 
 /// A stride that the border keeps below 2^63.
-fn int64(x: usize) -> i64 {
+pub(super) fn int64(x: usize) -> i64 {
     i64::try_from(x).unwrap_or(i64::MAX)
 }

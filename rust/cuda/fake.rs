@@ -99,16 +99,23 @@ pub(crate) fn fatbin(contents: &str) -> &'static [u8] {
 pub(crate) fn context(fake: &Fake) -> Arc<Context> {
     let device = Device::open_on(fake.driver(), 0).unwrap();
     let arch = if device.properties().capability == (9, 0) { "sm_90a" } else { "sm_80" };
-    let maps = (arch == "sm_90a").then_some("128,128,128,272");
+    let maps = (arch == "sm_90a").then_some(["128,128,128,272", "128,128,128,128,128,272,72"]);
     let mut kernels: Vec<(String, &str)> = ALONE.map(|(name, params)| (name.to_owned(), params)).to_vec();
     for dtype in ["bf16", "fp16"] {
         kernels.extend(TYPED.map(|(name, params)| (format!("{name}_{dtype}"), params)));
-        kernels.extend(maps.map(|params| (format!("attend_sm90_{dtype}_d128"), params)));
+        for [params, corrected] in maps {
+            kernels.push((format!("attend_sm90_{dtype}_d128"), params));
+            kernels.push((format!("attend_sm90_{dtype}_d128_means"), corrected));
+        }
         for dim in [64, 128].iter().filter(|_| maps.is_some()) {
             kernels.push((format!("flashprefill_sm90_{dtype}_d{dim}"), "456"));
         }
+        let cells = ["cells_read", "cells_read_candidates"];
+        let cells = cells.map(|name| (format!("{name}_sm90_{dtype}_d128"), "128,456,4"));
+        kernels.extend(cells.into_iter().filter(|_| maps.is_some()));
         for dim in [64, 96, 128, 256] {
             kernels.extend(["attend_sm80", "combine"].map(|name| (format!("{name}_{dtype}_d{dim}"), "272")));
+            kernels.push((format!("attend_sm80_{dtype}_d{dim}_means"), "272,72"));
         }
     }
     let described = kernels.iter().map(|(name, params)| format!(" compactattn_{name}:{params};"));
@@ -118,12 +125,16 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
     Arc::new(Context::on(device, &[image]).unwrap())
 }
 
-/// Kernels with the bytes of their parameters: `Step` 456, `GateParams` 56, `AttendParams` 272, maps 128.
-const ALONE: [(&str, &str); 10] = [
+/// Kernels with the bytes of their parameters: `Step` 456, `GateParams` 56, `AttendParams` 272, `Means` 72, maps 128.
+const ALONE: [(&str, &str); 14] = [
     ("plan_spans", "456"),
     ("keep_rows", "456"),
     ("union_table", "456,4"),
     ("table", "456"),
+    ("export_padded", "456,32"),
+    ("export_counts", "456,32"),
+    ("export_starts", "32"),
+    ("export_csr", "456,32"),
     ("plan_work", "456"),
     ("fill_scores", "456,4"),
     ("cells_mass", "456,4"),
@@ -132,7 +143,7 @@ const ALONE: [(&str, &str); 10] = [
     ("flashprefill_relate", "456"),
 ];
 /// One for each 16-bit type.
-const TYPED: [(&str, &str); 9] = [
+const TYPED: [(&str, &str); 11] = [
     ("cells_read", "456,4"),
     ("cells_read_candidates", "456,4"),
     ("cells_pool", "456,4"),
@@ -141,7 +152,9 @@ const TYPED: [(&str, &str); 9] = [
     ("xattention_mass", "456"),
     ("attn_gate_keys", "456,56"),
     ("attn_gate", "456,56"),
-    ("summaries", "456,8,8,4"),
+    ("summaries", "456,8,8,8,4,4"),
+    ("merge", "136"),
+    ("plan_work_means", "456,72"),
 ];
 
 /// A file of its own for each copy, because the loader opens one file only once; it stays open, so that its name

@@ -282,6 +282,7 @@ pub(super) fn choose(properties: &Properties, images: &[Image]) -> Result<&'stat
 /// its launch need not. tests/gpu/check_sass.py looks for the wait in the machine code of each.
 fn overlaps(name: &str) -> bool {
     let name = name.strip_prefix("compactattn_").unwrap_or(name);
+    let name = name.strip_suffix("_means").unwrap_or(name);
     let name =
         name.rsplit_once("_d").filter(|(_, dim)| dim.parse::<u32>().is_ok()).map_or(name, |(name, _)| name);
     let name = ["_bf16", "_fp16"].iter().find_map(|dtype| name.strip_suffix(dtype)).unwrap_or(name);
@@ -312,7 +313,7 @@ fn check_image(image: &Image) -> Result<()> {
 
 /// Kernels that wait for themselves, without the dtype and head_dim that follow. Never the first of a step: what the
 /// caller put on the stream before it need not be done when the kernel before the step's is.
-const OVERLAPPING: [&str; 21] = [
+const OVERLAPPING: [&str; 22] = [
     "attend_sm80",
     "attend_sm90",
     "attn_gate",
@@ -328,6 +329,7 @@ const OVERLAPPING: [&str; 21] = [
     "flashprefill_sm90",
     "keep_rows",
     "plan_work",
+    "plan_work_means",
     "table",
     "two_level_candidates",
     "two_level_mass",

@@ -14,6 +14,7 @@ mod batch;
 mod context;
 mod device;
 mod driver;
+mod export;
 #[cfg(test)]
 pub(crate) mod fake;
 mod gate;
@@ -22,6 +23,7 @@ mod images;
 mod interop;
 mod kernels;
 mod memory;
+mod merge;
 mod owned;
 mod params;
 mod plan;
@@ -30,16 +32,20 @@ mod select;
 mod shared;
 mod step;
 mod stream;
+mod summaries;
 mod symbols;
 mod tensor_map;
 
 pub use attend::DeviceOutput;
 pub use batch::{DeviceBatch, DevicePool, DeviceTokens};
 pub use context::Context;
+pub use export::{DeviceCsr, DevicePadded, most_pages, most_rows};
 pub use memory::DeviceBuffer;
+pub use merge::DeviceSide;
 pub use owned::OwnedCall;
-pub(crate) use plan::check_summaries;
 pub use plan::{Call, DeviceTable, External, Plan};
+pub(crate) use plan::{check_mean_values, check_summaries};
+pub use summaries::MeansAt;
 
 use crate::error::Result;
 #[cfg(doc)]

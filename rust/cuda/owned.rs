@@ -12,6 +12,7 @@ use super::batch::{DeviceBatch, DevicePool, DeviceTokens};
 use super::context::Context;
 use super::memory::DeviceBuffer;
 use super::plan::{Call, External, Plan};
+use super::summaries::MeansAt;
 use crate::batch::Batch;
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
@@ -36,6 +37,8 @@ pub struct OwnedCall {
     /// What `batch` and `external` point into.
     inputs: Vec<DeviceBuffer>,
     k_mean: DeviceBuffer,
+    /// Empty without mean correction.
+    v_mean: DeviceBuffer,
     workspace: DeviceBuffer,
     out: DeviceBuffer,
     lse: DeviceBuffer,
@@ -57,11 +60,13 @@ impl OwnedCall {
         let device_batch = upload_batch(context, batch, &mut inputs)?;
         let external = upload_external(context, &layout, step, &mut inputs)?;
         let rows = batch.total_q() * layout.shape.num_q_heads;
-        let means = select::needs_summaries(layout.settings.selector);
-        let len = if means { summaries::len(&layout, batch.k().num_pages) } else { 0 };
+        let corrects = layout.settings.mean_correction;
+        let means = corrects || select::needs_summaries(layout.settings.selector);
+        let len = |wanted: bool| if wanted { summaries::len(&layout, batch.k().num_pages) } else { 0 };
         let this = Self {
             workspace: context.alloc(plan.workspace_bytes(step.layer, &layout)?)?,
-            k_mean: context.alloc(len * size_of::<f32>())?,
+            k_mean: context.alloc(len(means) * size_of::<f32>())?,
+            v_mean: context.alloc(len(corrects) * size_of::<f32>())?,
             out: context.alloc(rows * layout.shape.head_dim * layout.shape.dtype.size_bytes())?,
             lse: context.alloc(rows * size_of::<f32>())?,
             plan,
@@ -73,8 +78,10 @@ impl OwnedCall {
             inputs,
         };
         if means && rows > 0 {
-            // SAFETY: `call` names this object's buffers, which outlive the wait below; `k_mean` holds `len` elements.
-            unsafe { this.plan.update_summaries(&this.call(), Which::All, (this.k_mean.address(), 0)) }?;
+            let call = this.call();
+            let means_at = MeansAt { k: call.k_mean, v: call.v_mean, seals: 0 };
+            // SAFETY: `call` names this object's buffers, which outlive the wait below; means hold a pool's elements.
+            unsafe { this.plan.update_summaries(&call, Which::All, means_at) }?;
             context.synchronize()?;
         }
         Ok(this)
@@ -85,7 +92,9 @@ impl OwnedCall {
     /// # Errors
     /// [`Status::Unsupported`].
     pub fn kernel(&self) -> Result<&'static str> {
-        Kernel::choose(self.plan.context(), &self.layout).map(|kernel| kernel.name)
+        let corrects = self.layout.settings.mean_correction;
+        let kernel = Kernel::choose(self.plan.context(), &self.layout)?;
+        Ok(if corrects { kernel.corrected } else { kernel.name })
     }
 
     /// `times` forward passes, one after the other, and one wait at the end.
@@ -179,6 +188,7 @@ impl OwnedCall {
             layout: &self.layout,
             batch: &self.batch,
             k_mean: self.k_mean.address(),
+            v_mean: if self.layout.settings.mean_correction { self.v_mean.address() } else { 0 },
             external: self.external,
             workspace: self.workspace.address(),
             stream: std::ptr::null_mut(),

@@ -157,6 +157,24 @@ pub(crate) struct AttendParams {
     pub(crate) reserved: i32,
 }
 
+/// What mean correction reads and writes, of `cuda/common/means.cuh`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct Means {
+    pub(crate) k: u64,
+    pub(crate) v: u64,
+    pub(crate) k_mean: u64,
+    pub(crate) v_mean: u64,
+    pub(crate) spans: u64,
+    pub(crate) lists: u64,
+    pub(crate) rows: i32,
+    pub(crate) num_kv_heads: i32,
+    pub(crate) head_dim: i32,
+    pub(crate) lists_per_span: i32,
+    pub(crate) mask_words: i32,
+    pub(crate) log2_block_tokens: i32,
+}
+
 /// Bytes of `Counters`.
 pub(crate) const COUNTERS_BYTES: usize = 32;
 /// Bytes of one `Request`.
@@ -173,11 +191,14 @@ pub(crate) const CUT_BYTES: usize = 8;
 pub(crate) const STATS_WORDS: usize = 8;
 /// Query rows of a tile.
 pub(crate) const TILE_ROWS: usize = 128;
+/// Tokens of a stream, or means, in a tile.
+pub(crate) const TILE_TOKENS: usize = 128;
 
 // What cuda/params.h asserts on its side.
 const _: () = {
     assert!(size_of::<Batch>() == 136 && size_of::<Layout>() == 64 && size_of::<Settings>() == 80);
     assert!(size_of::<Stages>() == 176 && size_of::<Step>() == 456);
     assert!(size_of::<Work>() == 56 && size_of::<Results>() == 64 && size_of::<AttendParams>() == 272);
+    assert!(size_of::<Means>() == 72);
     assert!(std::mem::offset_of!(Step, stages) == 280 && std::mem::offset_of!(AttendParams, batch) == 120);
 };

@@ -16,6 +16,7 @@ use super::select::{self, Scoring};
 use super::shared::{self, GateShape};
 use super::step;
 use super::stream::Stream;
+use super::summaries::{self, MeansAt};
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::run;
@@ -23,6 +24,7 @@ use crate::select::needs_summaries;
 use crate::settings::Selector;
 use crate::stats::Stats;
 use crate::summaries::Which;
+use crate::types::Dtype;
 use crate::union::Counts;
 
 /// What the device side of a plan owns: counters of what its layers selected.
@@ -59,6 +61,8 @@ pub struct Call<'a> {
     pub batch: &'a DeviceBatch,
     /// Mean keys; 0 = none.
     pub k_mean: u64,
+    /// Mean values; 0 = none.
+    pub v_mean: u64,
     /// For selector `external`.
     pub external: Option<External>,
     /// [`Plan::workspace_bytes`] bytes, aligned.
@@ -150,8 +154,10 @@ impl Plan {
     /// has passed the call.
     pub unsafe fn forward(&self, call: &Call, output: &DeviceOutput) -> Result<()> {
         check_summaries(call.layout, call.k_mean != 0)?;
+        check_mean_values(call.layout, call.v_mean != 0)?;
         // SAFETY: this function's contract.
-        let run = unsafe { self.begin(call) }?;
+        let mut run = unsafe { self.begin(call) }?;
+        run.correct(call.layout.settings.mean_correction)?;
         run.plan_spans()?;
         if !matches!(call.external, Some(External::Masks(_))) {
             run.select()?;
@@ -217,50 +223,51 @@ impl Plan {
         run.table()
     }
 
-    /// attend and combine over the caller's table.
+    /// attend and combine over the caller's table; with the `lists` it was built from (0 = none), what they leave out is
+    /// corrected by the call's means.
     ///
     /// # Errors
-    /// As [`Plan::forward`].
+    /// [`Status::Unsupported`] for lists under a layer without room for means, those of [`Plan::forward`].
     ///
     /// # Safety
     /// As [`Plan::forward`].
-    pub unsafe fn attend(&self, call: &Call, table: &DeviceTable, output: &DeviceOutput) -> Result<()> {
+    pub unsafe fn attend(
+        &self,
+        call: &Call,
+        (table, lists): (&DeviceTable, u64),
+        output: &DeviceOutput,
+    ) -> Result<()> {
         // SAFETY: this function's contract.
         let mut run = unsafe { self.begin(call) }?;
         run.give(table);
+        run.step.stages.lists = lists;
+        run.correct(lists != 0)?;
         run.plan_spans()?;
         run.attend(output)
     }
 
-    /// Block means of the blocks that the step completes, or of all; `v_mean` 0 = none.
+    /// Block means of the blocks that the step completes, or of all; with seals also of those of other keys.
     ///
     /// # Errors
     /// The driver's.
     ///
     /// # Safety
     /// As [`Plan::forward`].
-    pub unsafe fn update_summaries(
-        &self,
-        call: &Call,
-        which: Which,
-        (k_mean, v_mean): (u64, u64),
-    ) -> Result<()> {
+    pub unsafe fn update_summaries(&self, call: &Call, which: Which, means: MeansAt) -> Result<()> {
         // SAFETY: this function's contract.
         let stream = unsafe { self.context.stream(call.stream) }?;
         let entered = self.context.enter()?;
         let step = step::step(call.layout, call.batch, &Scratch::at(0, call.layout, 1, 0)?);
-        select::update_summaries(
-            &self.context,
-            stream,
-            &step,
-            (which, k_mean, v_mean),
-            call.layout.shape.dtype,
-        )?;
+        summaries::update(&self.context, stream, &step, (which, means), call.layout.shape.dtype)?;
         drop(entered);
         Ok(())
     }
 
-    unsafe fn begin<'a>(&'a self, call: &'a Call<'a>) -> Result<Run<'a>> {
+    /// The stages of `call`, none of them launched; the device is entered.
+    ///
+    /// # Safety
+    /// As [`Plan::forward`].
+    pub(super) unsafe fn begin<'a>(&'a self, call: &'a Call<'a>) -> Result<Run<'a>> {
         let (kernel, scratch) = self.scratch(call.workspace, call.layer, call.layout)?;
         let mut step = step::step(call.layout, call.batch, &scratch);
         let stats = (call.layer * STATS_WORDS * 8) as u64;
@@ -276,7 +283,7 @@ impl Plan {
         // SAFETY: the caller's promise (`Plan::forward`).
         let stream = unsafe { self.context.stream(call.stream) }?;
         let entered = self.context.enter()?;
-        Ok(Run { plan: self, call, kernel, scratch, step, stream, _entered: entered })
+        Ok(Run { plan: self, call, kernel, scratch, step, means: None, stream, _entered: entered })
     }
 }
 
@@ -292,13 +299,15 @@ pub struct DeviceTable {
 }
 
 /// The stages of one call.
-struct Run<'a> {
-    plan: &'a Plan,
+pub(super) struct Run<'a> {
+    pub(super) plan: &'a Plan,
     call: &'a Call<'a>,
     kernel: Kernel,
     scratch: Scratch,
-    step: params::Step,
-    stream: Stream,
+    pub(super) step: params::Step,
+    /// With mean correction.
+    means: Option<params::Means>,
+    pub(super) stream: Stream,
     _entered: super::device::Entered<'a>,
 }
 
@@ -308,20 +317,45 @@ impl Run<'_> {
         (stages.counts, stages.stream_lens, stages.boxes) = (table.counts, table.stream_lens, table.boxes);
     }
 
+    /// Lists are where they will be.
+    fn correct(&mut self, is_on: bool) -> Result<()> {
+        let rows = self.scratch.means;
+        if is_on && rows.len == 0 {
+            let wanted = "none, or a layer with mean_correction on CUDA, whose workspace has room for means";
+            return Err(Error::new(Status::Unsupported, "args.lists", wanted, "lists"));
+        }
+        let (stages, layout) = (&self.step.stages, &self.step.layout);
+        self.means = is_on.then(|| params::Means {
+            k: rows.k,
+            v: rows.v,
+            k_mean: self.call.k_mean,
+            v_mean: self.call.v_mean,
+            spans: stages.list_spans,
+            lists: stages.lists,
+            rows: int32(rows.len),
+            num_kv_heads: layout.num_kv_heads,
+            head_dim: layout.head_dim,
+            lists_per_span: layout.num_kv_heads * layout.lists_per_kv_head,
+            mask_words: layout.mask_words,
+            log2_block_tokens: layout.log2_block_tokens,
+        });
+        Ok(())
+    }
+
     fn launch(&self, name: &'static str, grid: Grid) -> Result<()> {
         self.plan.context.kernels().launch(self.stream, name, grid, &[Arg::of(&self.step)])
     }
 
-    fn plan_spans(&self) -> Result<()> {
+    pub(super) fn plan_spans(&self) -> Result<()> {
         let clusters = self.plan.context.device().properties().has_clusters();
         let ctas = if clusters { SPANS_CLUSTER } else { 1 };
         self.launch("compactattn_plan_spans", grid(ctas, 1024, 0))
     }
 
     fn select(&self) -> Result<()> {
-        let Call { layout, layer, .. } = *self.call;
-        let context = &*self.plan.context;
-        Scoring { context, stream: self.stream, layout, step: &self.step, gate: self.plan.gate(layer) }.run()
+        let Call { layout, layer, batch, .. } = *self.call;
+        let (context, gate) = (&*self.plan.context, self.plan.gate(layer));
+        Scoring { context, stream: self.stream, layout, batch, step: &self.step, gate }.run()
     }
 
     fn keep_rows(&self) -> Result<()> {
@@ -353,15 +387,29 @@ impl Run<'_> {
         shared::keep(layout.max_blocks.cast_unsigned(), layout.mask_words.cast_unsigned())
     }
 
+    /// One CTA plans; with mean correction as many beside it as there are other SMs write the means.
+    fn plan_work(&self) -> Result<()> {
+        let Some(means) = &self.means else {
+            return self.launch("compactattn_plan_work", grid(1, 1024, 0));
+        };
+        let context = &self.plan.context;
+        let is_bf16 = self.call.layout.shape.dtype == Dtype::Bf16;
+        let names = ["compactattn_plan_work_means_fp16", "compactattn_plan_work_means_bf16"];
+        let args = [Arg::of(&self.step), Arg::of(means)];
+        let ctas = context.num_sms().max(2);
+        context.kernels().launch(self.stream, names[usize::from(is_bf16)], grid(ctas, 1024, 0), &args)
+    }
+
     fn attend(&self, output: &DeviceOutput) -> Result<()> {
         // No query, no map of queries.
         if self.call.batch.total_q == 0 {
             return Ok(());
         }
-        self.launch("compactattn_plan_work", grid(1, 1024, 0))?;
+        self.plan_work()?;
         let scratch = Scratch { stages: self.step.stages, ..self.scratch };
-        let call =
-            attend::Call { layout: self.call.layout, batch: self.call.batch, scratch: &scratch, output };
+        let means = self.means.as_ref();
+        let (layout, batch) = (self.call.layout, self.call.batch);
+        let call = attend::Call { layout, batch, scratch: &scratch, output, means };
         self.kernel.launch(&self.plan.context, self.stream, &call)
     }
 }
@@ -387,6 +435,17 @@ pub(crate) fn check_summaries(layout: &Layout, given: bool) -> Result<()> {
     Err(Error::new(Status::Null, "summaries", wanted, "NULL"))
 }
 
+/// Means of values, for mean correction.
+///
+/// # Errors
+/// [`Status::Null`].
+pub(crate) fn check_mean_values(layout: &Layout, given: bool) -> Result<()> {
+    if given || !layout.settings.mean_correction {
+        return Ok(());
+    }
+    Err(Error::new(Status::Null, "summaries.v_mean", "mean values, for mean_correction", "none"))
+}
+
 /// What CUDA does not offer, by name.
 fn check_layer(context: &Context, layout: &Layout, gate: Option<GateShape>) -> Result<()> {
     let settings = &layout.settings;
@@ -398,9 +457,6 @@ fn check_layer(context: &Context, layout: &Layout, gate: Option<GateShape>) -> R
             format!("at most {MAX_REQS} on CUDA"),
             got,
         ));
-    }
-    if settings.mean_correction {
-        return Err(Error::new(Status::Unsupported, "mean_correction", "0 on CUDA", 1));
     }
     if settings.selector == Selector::Quoka {
         let wanted = "another selector on CUDA";

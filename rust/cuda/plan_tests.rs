@@ -4,7 +4,9 @@ use std::ffi::CStr;
 
 use super::*;
 use crate::cuda::batch::{DevicePool, DeviceTokens};
+use crate::cuda::export::{DeviceCsr, DevicePadded};
 use crate::cuda::fake::{Fake, context};
+use crate::cuda::merge::DeviceSide;
 use crate::error::Status;
 use crate::fixture;
 use crate::parallel::Parallel;
@@ -78,11 +80,9 @@ fn a_stream_of_another_context_is_refused_before_anything_runs() {
 fn what_the_gpu_does_not_offer_is_unsupported_by_name() {
     let usual = || desc(Settings::of(Selector::SampledExact), Dtype::Bf16, 128);
     let quoka = Settings { block_size: 16, ..Settings::of(Selector::Quoka) };
-    let corrected = Settings { mean_correction: true, ..Settings::of(Selector::SampledExact) };
     let crowded = Limits { max_num_reqs: 1025, max_total_q: 2000, ..LIMITS };
     for (desc, named) in [
         (desc(quoka, Dtype::Bf16, 128), "quoka"),
-        (desc(corrected, Dtype::Bf16, 128), "mean_correction"),
         (desc(Settings::paper(), Dtype::F32, 128), "f32"),
         (PlanDesc { splits: 2, ..usual() }, "num_splits"),
         (PlanDesc { limits: crowded, ..usual() }, "max_num_reqs"),
@@ -136,12 +136,77 @@ fn summaries_that_a_selector_needs_are_asked_for() {
     }
 }
 
+#[test]
+fn exports_and_merges_launch_their_kernels_and_nothing_else() {
+    for (dtype, merge) in [(Dtype::Bf16, "compactattn_merge_bf16"), (Dtype::F16, "compactattn_merge_fp16")] {
+        let world = World::new("", desc(Settings::of(Selector::SampledExact), dtype, 96)).unwrap();
+        let csr = DeviceCsr { indptr: SOMEWHERE, indices: SOMEWHERE, last_page_len: SOMEWHERE };
+        let padded = DevicePadded { counts: SOMEWHERE, seq_lens: SOMEWHERE, pages: SOMEWHERE, width: 1024 };
+        let layout = &world.plan_of_host.layouts()[0];
+        let (side, both) = (side(layout), output(layout));
+        // Two requests, lists of a whole chunk: two spans; 600 tokens of 8 heads of 96 by 8 elements a thread.
+        let rows = 2 * layout.lists_per_span();
+        let launches = world
+            .launches_of(world.stream(), |call| {
+                // SAFETY: the fake driver follows no address but the workspace's, and its streams are known to it.
+                unsafe { world.plan.export_padded(call, SOMEWHERE, &padded) }?;
+                // SAFETY: as above.
+                unsafe { world.plan.export_csr(call, SOMEWHERE, &csr) }?;
+                // SAFETY: as above.
+                unsafe { world.plan.merge((&layout.shape, 600), (&side, &side), &both, call.stream) }
+            })
+            .unwrap();
+        let got: Vec<_> =
+            launches.iter().map(|line| line.split(' ').take(2).collect::<Vec<_>>().join(" ")).collect();
+        let plan = "compactattn_plan_spans 8x1x1".to_owned();
+        let of = |name: &str| format!("compactattn_export_{name} {rows}x1x1");
+        let starts = "compactattn_export_starts 1x1x1".to_owned();
+        let merge = format!("{merge} {}x1x1", 600 * 8 * 96 / 8 / 256);
+        assert_eq!(got, [plan.clone(), of("padded"), plan, of("counts"), starts, of("csr"), merge]);
+    }
+}
+
+/// Planning writes the rows of means too, attend reads them; the workspace has room for two of every request.
+#[test]
+fn mean_correction_has_kernels_and_room_of_its_own() {
+    let corrected = Settings { mean_correction: true, ..Settings::of(Selector::SampledExact) };
+    for (dtype, head_dim) in HEAD_DIMS.iter().flat_map(|&dim| [(Dtype::Bf16, dim), (Dtype::F16, dim)]) {
+        let plain = World::new("", desc(Settings::of(Selector::SampledExact), dtype, head_dim)).unwrap();
+        let world = World::new("", desc(corrected, dtype, head_dim)).unwrap();
+        let names = |world: &World| -> Vec<String> {
+            let launches = world.run(world.stream()).unwrap();
+            launches.iter().map(|line| line.split(' ').next().unwrap().to_owned()).collect()
+        };
+        let suffix = if dtype == Dtype::Bf16 { "_means_bf16" } else { "_means_fp16" };
+        let expected = names(&plain).into_iter().map(|name| match &name {
+            _ if name.ends_with("plan_work") => name + suffix,
+            _ if name.contains("attend_sm") => name + "_means",
+            _ => name,
+        });
+        assert_eq!(names(&world), expected.collect::<Vec<_>>());
+        // Blocks of 128: a row of 16384 tokens has 128 means, of 2 bytes an element.
+        let rows = 2 * LIMITS.max_num_reqs * KV_HEADS * 128 * head_dim * 2;
+        assert_eq!(world.workspace.len_bytes(), plain.workspace.len_bytes() + rows);
+    }
+}
+
+#[test]
+fn mean_values_are_asked_for() {
+    let corrected = Settings { mean_correction: true, ..Settings::of(Selector::FlashPrefill) };
+    let mut world = World::new("", desc(corrected, Dtype::Bf16, 64)).unwrap();
+    world.v_mean = 0;
+    let error = world.run(world.stream()).unwrap_err();
+    assert!(error.status() == Status::Null && error.to_string().contains("v_mean"), "{error}");
+    assert!(world.fake.launches().is_empty());
+}
+
 struct World {
     fake: Fake,
     plan: Plan,
     plan_of_host: run::Plan,
     workspace: DeviceBuffer,
     k_mean: u64,
+    v_mean: u64,
 }
 
 impl World {
@@ -153,31 +218,42 @@ impl World {
         let plan = Plan::new(Arc::clone(&context), &plan_of_host, desc.splits)?;
         let bytes = plan.workspace_bytes(0, &plan_of_host.layouts()[0])?;
         let workspace = context.alloc(bytes)?;
-        Ok(Self { fake, plan, plan_of_host, workspace, k_mean: SOMEWHERE })
+        Ok(Self { fake, plan, plan_of_host, workspace, k_mean: SOMEWHERE, v_mean: SOMEWHERE })
     }
 
     fn stream(&self) -> *mut c_void {
         std::ptr::without_provenance_mut(self.fake.number(c"fake_stream"))
     }
 
-    /// Launches of one forward, which may call nothing of the driver but [`ALLOWED`].
+    /// Launches of one forward.
     fn run(&self, stream: *mut c_void) -> Result<Vec<String>> {
+        let output = output(&self.plan_of_host.layouts()[0]);
+        // SAFETY: the fake driver follows no address but the workspace's, and its streams are known to it.
+        self.launches_of(stream, |call| unsafe { self.plan.forward(call, &output) })
+    }
+
+    /// Launches of `body`, which may call nothing of the driver but [`ALLOWED`].
+    fn launches_of(
+        &self,
+        stream: *mut c_void,
+        body: impl FnOnce(&Call) -> Result<()>,
+    ) -> Result<Vec<String>> {
         let layout = &self.plan_of_host.layouts()[0];
         let external = layout.settings.selector == Selector::External;
-        let (batch, output) = (batch(layout), output(layout));
+        let batch = batch(layout);
         let call = Call {
             layer: 0,
             layout,
             batch: &batch,
             k_mean: self.k_mean,
+            v_mean: self.v_mean,
             external: external.then_some(External::Scores(SOMEWHERE)),
             workspace: self.workspace.address(),
             stream,
         };
         let allowed = || ALLOWED.map(|function| self.fake.calls(function)).iter().sum::<u64>();
         let before = (self.fake.all_calls(), allowed(), self.fake.launches().len());
-        // SAFETY: the fake driver follows no address but the workspace's, and its streams are known to it.
-        let result = unsafe { self.plan.forward(&call, &output) };
+        let result = body(&call);
         assert_eq!(self.fake.all_calls() - before.0, allowed() - before.1, "a call that is not allowed");
         assert_eq!(self.fake.number(c"fake_context_depth"), 0);
         result.map(|()| self.fake.launches().split_off(before.2))
@@ -195,7 +271,7 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
         Selector::PooledMass => &["cells_pool_T", "cells_mass"],
         Selector::TwoLevel => {
             let first = ["cells_pool_T", "cells_mass", "two_level_candidates"];
-            &[&first[..], &["cells_pool_T", "cells_read_candidates_T", "two_level_mass"]].concat()
+            &[&first[..], &["cells_read_candidates_T", "two_level_mass"]].concat()
         }
         Selector::FlashPrefill if dim == 64 => &["flashprefill_sm90_T_d64", "flashprefill_relate"],
         Selector::FlashPrefill if dim == 128 => &["flashprefill_sm90_T_d128", "flashprefill_relate"],
@@ -209,7 +285,12 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
     let attend = if dim == 128 { "attend_sm90_T_d128" } else { &format!("attend_sm80_T_d{dim}") };
     let last = ["union_table", "plan_work", attend, &format!("combine_T_d{dim}")];
     let all = [&["plan_spans"], scoring, keeping, &last].concat();
-    all.iter().map(|name| format!("compactattn_{}", name.replace("_T", &format!("_{dtype}")))).collect()
+    let full = |name: &&str| match *name {
+        "cells_read_T" | "cells_read_candidates_T" if dim == 128 => name.replace("_T", "_sm90_T_d128"),
+        _ => (*name).to_owned(),
+    };
+    let typed = |name: String| format!("compactattn_{}", name.replace("_T", &format!("_{dtype}")));
+    all.iter().map(full).map(typed).collect()
 }
 
 fn desc(settings: Settings, dtype: Dtype, head_dim: usize) -> PlanDesc {
@@ -246,6 +327,10 @@ fn batch(layout: &Layout) -> DeviceBatch {
 
 fn output(layout: &Layout) -> DeviceOutput {
     DeviceOutput { out: tokens(layout), lse: SOMEWHERE, lse_stride_head: 600, lse_stride_token: 1 }
+}
+
+fn side(layout: &Layout) -> DeviceSide {
+    DeviceSide { out: tokens(layout), lse: SOMEWHERE, lse_stride_head: 600 }
 }
 
 fn tokens(layout: &Layout) -> DeviceTokens {

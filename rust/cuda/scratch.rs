@@ -3,6 +3,7 @@
 use super::batch::int32;
 use super::params::{
     COUNTERS_BYTES, CUT_BYTES, ITEM_BYTES, PIECE_BYTES, REQUEST_BYTES, SPAN_BYTES, Stages, TILE_ROWS,
+    TILE_TOKENS,
 };
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
@@ -18,6 +19,17 @@ pub(crate) struct Partials {
     pub(crate) lse: u64,
 }
 
+/// Where mean correction keeps the means of every request, in the pool's type.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct MeanRows {
+    /// `[max_num_reqs, num_kv_heads, len, head_dim]`.
+    pub(crate) k: u64,
+    /// As `k`.
+    pub(crate) v: u64,
+    /// Blocks of a row: those of the longest request, up to whole tiles; 0 without correction.
+    pub(crate) len: usize,
+}
+
 /// Buffers of the largest step of one layer, from one address up.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Scratch {
@@ -25,6 +37,8 @@ pub(crate) struct Scratch {
     pub(crate) stages: Stages,
     /// See [`Partials`].
     pub(crate) partials: Partials,
+    /// See [`MeanRows`].
+    pub(crate) means: MeanRows,
     /// All of it.
     pub(crate) bytes: usize,
 }
@@ -68,10 +82,21 @@ impl Scratch {
             out: cursor.take(&[2 * num_ctas, TILE_ROWS, layout.shape.head_dim, 4])?,
             lse: cursor.take(&[2 * num_ctas, TILE_ROWS, 4])?,
         };
+        let means = mean_rows(layout, &mut cursor)?;
         (stages.max_list_spans, stages.max_select_spans) = (int32(spans), int32(selects));
         (stages.max_items, stages.num_ctas) = (int32(items), int32(num_ctas));
-        Ok(Self { stages, partials, bytes: cursor.bytes })
+        Ok(Self { stages, partials, means, bytes: cursor.bytes })
     }
+}
+
+fn mean_rows(layout: &Layout, cursor: &mut Cursor) -> Result<MeanRows> {
+    if !layout.settings.mean_correction {
+        return Ok(MeanRows::default());
+    }
+    let (shape, len) = (&layout.shape, layout.max_blocks().next_multiple_of(TILE_TOKENS));
+    let bytes =
+        [layout.limits.max_num_reqs, shape.num_kv_heads, len, shape.head_dim, shape.dtype.size_bytes()];
+    Ok(MeanRows { k: cursor.take(&bytes)?, v: cursor.take(&bytes)?, len })
 }
 
 /// Whether the selector fills scores of ours.

@@ -1,5 +1,7 @@
 //! select on the GPU: which kernels score for a selector, in what order, over which grids, with how much scratch.
 
+use super::attend::pool_map;
+use super::batch::{DeviceBatch, int32};
 use super::context::Context;
 use super::gate::DeviceGate;
 use super::kernels::{Arg, Grid};
@@ -9,7 +11,6 @@ use super::stream::Stream;
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::settings::Selector;
-use crate::summaries::Which;
 use crate::types::Dtype;
 
 /// 4-byte elements of scratch that select and union need for the largest step; `gate_len` is
@@ -25,7 +26,10 @@ pub(crate) fn scratch_len(layout: &Layout, gate_len: usize) -> Result<usize> {
         Selector::SampledExact | Selector::Oracle | Selector::PooledMass => {
             product(&[selects, kv_heads, TILE_ROWS, blocks])?
         }
-        Selector::TwoLevel => product(&[selects, kv_heads, TILE_ROWS * blocks + layout.mask_words()])?,
+        // Candidates as bits, and as a list with its length.
+        Selector::TwoLevel => {
+            product(&[selects, kv_heads, TILE_ROWS * blocks + layout.mask_words() + 1 + blocks])?
+        }
         Selector::FlashPrefill => product(&[selects, heads, 8 * blocks.div_ceil(128)])?,
         Selector::XAttention => {
             let stride = layout.settings.xattention_stride;
@@ -47,6 +51,7 @@ pub(crate) struct Scoring<'a> {
     pub(crate) context: &'a Context,
     pub(crate) stream: Stream,
     pub(crate) layout: &'a Layout,
+    pub(crate) batch: &'a DeviceBatch,
     pub(crate) step: &'a Step,
     pub(crate) gate: Option<&'a DeviceGate>,
 }
@@ -59,7 +64,7 @@ impl Scoring<'_> {
     pub(crate) fn run(&self) -> Result<()> {
         match self.layout.settings.selector {
             Selector::SampledExact | Selector::Oracle => self.by_tiles(|tile| {
-                self.cells_read(tile, READ)?;
+                self.cells_read(tile, Read::Every)?;
                 self.mass(tile, "compactattn_cells_mass")
             }),
             Selector::PooledMass => self.pooled_mass(),
@@ -88,9 +93,13 @@ impl Scoring<'_> {
         let blocks = [self.kv_heads(), self.selects(), 1];
         let grid = Grid { blocks, threads: 1024, shared_bytes: 0 };
         self.launch("compactattn_two_level_candidates", grid, &[Arg::of(self.step)])?;
+        let has_one = self.tiles() == 1;
         self.by_tiles(|tile| {
-            self.cells_pool(tile)?;
-            self.cells_read(tile, READ_CANDIDATES)?;
+            // The cells of a span's only tile are still those by mean keys.
+            if !has_one {
+                self.cells_pool(tile)?;
+            }
+            self.cells_read(tile, Read::Candidates)?;
             self.mass(tile, "compactattn_two_level_mass")
         })
     }
@@ -146,9 +155,26 @@ impl Scoring<'_> {
     }
 
     /// Exact cells of one tile of sampled rows.
-    fn cells_read(&self, tile: i32, names: [&'static str; 2]) -> Result<()> {
+    fn cells_read(&self, tile: i32, which: Read) -> Result<()> {
+        if let Some(kernel) = Sm90::choose(self.context, self.layout) {
+            return self.cells_read_sm90(tile, kernel.names[which as usize], kernel.map_tokens);
+        }
         let per_sm = u32::try_from(3 * self.context.num_sms()).unwrap_or(u32::MAX);
-        self.cells(self.of_dtype(names[0], names[1]), per_sm.div_ceil(self.kv_heads()), tile)
+        let [bf16, fp16] = READ[which as usize];
+        self.cells(self.of_dtype(bf16, fp16), per_sm.div_ceil(self.kv_heads()), tile)
+    }
+
+    /// The same by the copy engine; CTAs share the work evenly, whatever their number.
+    fn cells_read_sm90(&self, tile: i32, name: &'static str, map_tokens: usize) -> Result<()> {
+        // A pool without pages has no map.
+        if self.selects() == 0 || self.batch.num_pages == 0 {
+            return Ok(());
+        }
+        let map = pool_map(self.context, self.layout, self.batch, &self.batch.k, map_tokens)?;
+        let ctas = u32::try_from(self.context.num_sms()).unwrap_or(u32::MAX);
+        let grid =
+            Grid { blocks: [ctas, 1, 1], threads: 288, shared_bytes: shared::cells_sm90(self.head_dim()) };
+        self.launch(name, grid, &[Arg::of(&map), Arg::of(self.step), Arg::of(&tile)])
     }
 
     /// Cells of one tile by mean keys.
@@ -174,13 +200,17 @@ impl Scoring<'_> {
 
     /// Runs `body` for each tile of sampled rows that a span can have.
     fn by_tiles(&self, body: impl Fn(i32) -> Result<()>) -> Result<()> {
+        (0..self.tiles()).try_for_each(body)
+    }
+
+    fn tiles(&self) -> i32 {
         let longest = self.longest_span();
         let samples = match self.step.settings.sample_rows {
             0 => longest,
             n => longest.min(n.unsigned_abs() as usize),
         };
         let per_tile = (TILE_ROWS / self.layout.shape.group_size()).max(1);
-        (0..super::batch::int32(samples.div_ceil(per_tile))).try_for_each(body)
+        int32(samples.div_ceil(per_tile))
     }
 
     fn longest_span(&self) -> usize {
@@ -222,42 +252,69 @@ impl Scoring<'_> {
     }
 }
 
-/// Means of the blocks that a step completes, or of all whole blocks; `v_mean` 0 = none.
-///
-/// # Errors
-/// The driver's.
-pub(crate) fn update_summaries(
-    context: &Context,
-    stream: Stream,
-    step: &Step,
-    (which, k_mean, v_mean): (Which, u64, u64),
-    dtype: Dtype,
-) -> Result<()> {
-    let kv_heads = step.layout.num_kv_heads.cast_unsigned();
-    let completed = (step.batch.total_q >> step.layout.log2_block_tokens) + step.batch.num_reqs;
-    let width = match which {
-        Which::Completed => completed.cast_unsigned(),
-        // CTAs share the blocks evenly, whatever their number.
-        Which::All => u32::try_from(8 * context.num_sms()).unwrap_or(u32::MAX).div_ceil(kv_heads),
-    };
-    let name = if dtype == Dtype::Bf16 { "compactattn_summaries_bf16" } else { "compactattn_summaries_fp16" };
-    let grid = Grid { blocks: [width, kv_heads, 1], threads: 128, shared_bytes: 0 };
-    let all = i32::from(which == Which::All);
-    let args = [Arg::of(step), Arg::of(&k_mean), Arg::of(&v_mean), Arg::of(&all)];
-    context.kernels().launch(stream, name, grid, &args)
-}
-
 fn product(factors: &[usize]) -> Result<usize> {
     let all = factors.iter().try_fold(1_usize, |all, &x| all.checked_mul(x));
     all.ok_or_else(|| Error::new(Status::Overflow, "limits", "buffers within 63 bits", "more"))
 }
 
-const READ: [&str; 2] = ["compactattn_cells_read_bf16", "compactattn_cells_read_fp16"];
-const READ_CANDIDATES: [&str; 2] =
-    ["compactattn_cells_read_candidates_bf16", "compactattn_cells_read_candidates_fp16"];
 const FLASHPREFILL_SM90: [(Dtype, u32, &str); 4] = [
     (Dtype::Bf16, 64, "compactattn_flashprefill_sm90_bf16_d64"),
     (Dtype::Bf16, 128, "compactattn_flashprefill_sm90_bf16_d128"),
     (Dtype::F16, 64, "compactattn_flashprefill_sm90_fp16_d64"),
     (Dtype::F16, 128, "compactattn_flashprefill_sm90_fp16_d128"),
+];
+
+/// Which blocks get exact cells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Read {
+    /// All that a sampled row sees.
+    Every,
+    /// Those that `two_level` scores again, and the open ones.
+    Candidates,
+}
+
+/// By [`Read`], then bf16 and f16.
+pub(crate) const READ: [[&str; 2]; 2] = [
+    ["compactattn_cells_read_bf16", "compactattn_cells_read_fp16"],
+    ["compactattn_cells_read_candidates_bf16", "compactattn_cells_read_candidates_fp16"],
+];
+
+/// Exact cells on Hopper (cuda/select/sm90).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Sm90 {
+    /// By [`Read`].
+    pub(crate) names: [&'static str; 2],
+    /// Most tokens of a box of keys.
+    map_tokens: usize,
+}
+
+impl Sm90 {
+    /// The kernels for the layer, where this GPU has them.
+    pub(crate) fn choose(context: &Context, layout: &Layout) -> Option<Self> {
+        let key = (layout.shape.dtype, layout.shape.head_dim);
+        let found = SM90.iter().find(|(dtype, head_dim, _)| (*dtype, *head_dim) == key);
+        found.map(|(_, _, kernels)| *kernels).filter(|kernels| context.kernels().has(kernels.names[0]))
+    }
+}
+
+macro_rules! sm90 {
+    ($dtype:literal, $dim:literal, $map_tokens:literal) => {
+        Sm90 {
+            names: [
+                concat!("compactattn_cells_read_sm90_", $dtype, "_d", $dim),
+                concat!("compactattn_cells_read_candidates_sm90_", $dtype, "_d", $dim),
+            ],
+            map_tokens: $map_tokens,
+        }
+    };
+}
+
+/// `map_tokens` are those of a tile of cuda/select/sm90/traits.h.
+static SM90: [(Dtype, usize, Sm90); 6] = [
+    (Dtype::Bf16, 64, sm90!("bf16", 64, 128)),
+    (Dtype::Bf16, 128, sm90!("bf16", 128, 128)),
+    (Dtype::Bf16, 256, sm90!("bf16", 256, 64)),
+    (Dtype::F16, 64, sm90!("fp16", 64, 128)),
+    (Dtype::F16, 128, sm90!("fp16", 128, 128)),
+    (Dtype::F16, 256, sm90!("fp16", 256, 64)),
 ];

@@ -3,6 +3,7 @@
 
 use super::attend::Kernel;
 use super::context::Context;
+use super::select::{READ, Read, Sm90};
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::settings::{KeepAt, Selector};
@@ -27,6 +28,11 @@ pub(crate) const fn flashprefill_sm90(head_dim: u32) -> u32 {
 /// Of `compactattn_cells_*`.
 pub(crate) const fn cells(head_dim: u32) -> u32 {
     256 * row(head_dim)
+}
+
+/// Of `compactattn_cells_*_sm90_*`.
+pub(crate) const fn cells_sm90(head_dim: u32) -> u32 {
+    if head_dim == 64 { 215_040 } else { 231_424 }
 }
 
 /// Of `compactattn_attn_gate_keys_*`.
@@ -64,7 +70,7 @@ pub(crate) struct GateShape {
 /// [`Status::Unsupported`] naming what asks for it, with bytes wanted and available.
 pub(crate) fn check(context: &Context, layout: &Layout, gate: Option<GateShape>) -> Result<()> {
     let (head_dim, selector) = (layout.shape.head_dim, layout.settings.selector.name());
-    for (kernel, bytes) in scoring(layout, gate).into_iter().flatten() {
+    for (kernel, bytes) in scoring(context, layout, gate).into_iter().flatten() {
         fit(context, kernel, bytes, || format!("selector {selector} with head_dim {head_dim}"))?;
     }
     let (max_kv_len, block_size) = (layout.limits.max_kv_len, layout.geometry.block_size);
@@ -80,17 +86,23 @@ pub(crate) fn check(context: &Context, layout: &Layout, gate: Option<GateShape>)
 }
 
 /// Kernels that score for the layer's selector, and what launches give them.
-fn scoring(layout: &Layout, gate_shape: Option<GateShape>) -> [Option<(&'static str, u32)>; 2] {
+fn scoring(
+    context: &Context,
+    layout: &Layout,
+    gate_shape: Option<GateShape>,
+) -> [Option<(&'static str, u32)>; 2] {
     let bf16 = layout.shape.dtype == Dtype::Bf16;
     let of = |names: [&'static str; 2]| if bf16 { names[0] } else { names[1] };
     let dim = narrow(layout.shape.head_dim);
-    let read = (of(["compactattn_cells_read_bf16", "compactattn_cells_read_fp16"]), cells(dim));
+    let read = |which| match Sm90::choose(context, layout) {
+        Some(kernels) => (kernels.names[which as usize], cells_sm90(dim)),
+        None => (of(READ[which as usize]), cells(dim)),
+    };
     let pool = (of(["compactattn_cells_pool_bf16", "compactattn_cells_pool_fp16"]), cells(dim));
-    let candidates = ["compactattn_cells_read_candidates_bf16", "compactattn_cells_read_candidates_fp16"];
     match layout.settings.selector {
-        Selector::SampledExact | Selector::Oracle => [Some(read), None],
+        Selector::SampledExact | Selector::Oracle => [Some(read(Read::Every)), None],
         Selector::PooledMass => [Some(pool), None],
-        Selector::TwoLevel => [Some(pool), Some((of(candidates), cells(dim)))],
+        Selector::TwoLevel => [Some(pool), Some(read(Read::Candidates))],
         Selector::FlashPrefill => {
             let names = ["compactattn_flashprefill_bf16", "compactattn_flashprefill_fp16"];
             [Some((of(names), flashprefill(dim))), None]
@@ -145,6 +157,7 @@ mod tests {
             equal(&format!("flashprefill_bytes({dim})"), flashprefill(dim));
             equal(&format!("flashprefill_sm90_bytes({dim})"), flashprefill_sm90(dim));
             equal(&format!("cells_bytes({dim})"), cells(dim));
+            equal(&format!("cells_sm90_bytes({dim})"), cells_sm90(dim));
             equal(&format!("gate_keys_bytes({dim})"), gate_keys(dim));
             equal(&format!("gate_bytes(1, {dim}, 64)"), gate(1, dim, 64));
             equal(&format!("gate_bytes(7, {dim}, 96)"), gate(7, dim, 96));

@@ -4,7 +4,7 @@ use std::ffi::c_int;
 
 use super::device::Device;
 use super::driver::Handle;
-use super::symbols::Object;
+use super::symbols::{Address, Object};
 use crate::error::{Error, Result, Status};
 
 /// A stream of the caller.
@@ -71,6 +71,25 @@ impl Stream {
     }
 }
 
+/// Sets `count` words at `address` to `value`, on `stream`; the device is entered.
+///
+/// # Errors
+/// Those of the driver.
+///
+/// # Safety
+/// `address` is a multiple of 4 and has `count` words of `device`'s memory that live until the work is done.
+pub(crate) unsafe fn memset_u32(
+    device: &Device,
+    stream: Stream,
+    address: Address,
+    value: u32,
+    count: usize,
+) -> Result<()> {
+    // SAFETY: the caller's promise about the memory; a live stream by `from_raw`.
+    let code = unsafe { (device.driver().functions.memset_d32_async)(address, value, count, stream.raw()) };
+    device.driver().check(code, "cuMemsetD32Async")
+}
+
 /// NULL, CU_STREAM_LEGACY, CU_STREAM_PER_THREAD.
 const SPECIAL: [usize; 3] = [0, 1, 2];
 const OTHER: &str = "one of another context";
@@ -79,6 +98,7 @@ const OTHER: &str = "one of another context";
 mod tests {
     use super::*;
     use crate::cuda::fake::Fake;
+    use crate::cuda::memory::DeviceBuffer;
 
     #[test]
     fn a_stream_of_another_context_is_refused_and_special_ones_are_not() {
@@ -106,5 +126,21 @@ mod tests {
         assert_eq!(stream.check(&device), Ok(()));
         assert_eq!(stream.is_capturing(&device), Ok(true));
         assert_eq!(stream.synchronize(&device).unwrap_err().status(), Status::Capture);
+    }
+
+    #[test]
+    fn memset_writes_words() {
+        let fake = Fake::in_mode("");
+        let device = Device::open_on(fake.driver(), 0).unwrap();
+        let mut buffer = DeviceBuffer::new(&device, 16).unwrap();
+        buffer.upload(0, &[1_u32, 2, 3, 4]).unwrap();
+        let _entered = device.enter().unwrap();
+        // SAFETY: a special stream.
+        let stream = unsafe { Stream::from_raw(std::ptr::null_mut()) };
+        // SAFETY: two words inside the buffer; the fake driver works at once.
+        unsafe { memset_u32(&device, stream, buffer.address() + 4, 9, 2) }.unwrap();
+        let mut words = [0_u32; 4];
+        buffer.download(0, &mut words).unwrap();
+        assert_eq!(words, [1, 9, 9, 4]);
     }
 }

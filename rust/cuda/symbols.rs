@@ -98,6 +98,7 @@ driver_functions! {
     stream_get_ctx = c"cuStreamGetCtx"(Object, *mut Object);
     stream_is_capturing = c"cuStreamIsCapturing"(Object, *mut c_int);
     stream_synchronize = c"cuStreamSynchronize"(Object);
+    memset_d32_async = c"cuMemsetD32Async"(Address, c_uint, usize, Object);
     mem_alloc = c"cuMemAlloc_v2"(*mut Address, usize);
     mem_free = c"cuMemFree_v2"(Address);
     memcpy_htod = c"cuMemcpyHtoD_v2"(Address, *const c_void, usize);

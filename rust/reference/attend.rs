@@ -16,6 +16,21 @@ pub struct Row {
     pub terms: usize,
     /// `|q| |k| sm_scale` with the longest key of the request: what absolute errors of the logits scale with.
     pub reach: f64,
+    /// The part of mean keys and values in it.
+    pub means: MeanPart,
+}
+
+/// What of a row comes from means: what the errors of stored means scale with.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct MeanPart {
+    /// Of the row's weights.
+    pub share: f64,
+    /// `[head_dim]`: as [`Row::spread`], summed over means alone.
+    pub spread: Vec<f64>,
+    /// `|q| |k| sm_scale` with the longest mean key that takes part.
+    pub reach: f64,
+    /// `|q|_1 sm_scale`: a logit's error for an error of 1 in each element of a mean key.
+    pub slope: f64,
 }
 
 /// Rows `[num_q_heads][total_q]` of the batch, each attending to `lists [list spans * lists per span][blocks]`.
@@ -27,8 +42,8 @@ pub fn attend(layout: &Layout, requests: &[Request], lists: &[Vec<bool>]) -> Vec
     let shape = &layout.shape;
     let group = shape.num_q_heads / shape.num_kv_heads;
     let means: Vec<Vec<Means>> = requests.iter().map(|r| Means::of(layout, r)).collect();
-    let length = |rows: &Vec<Vec<f64>>| rows.iter().map(|k| dot(k, k)).fold(0.0, f64::max).sqrt();
-    let longest: Vec<Vec<f64>> = requests.iter().map(|r| r.k.iter().map(length).collect()).collect();
+    let most = |rows: &Vec<Vec<f64>>| rows.iter().map(|k| length(k)).fold(0.0, f64::max);
+    let longest: Vec<Vec<f64>> = requests.iter().map(|r| r.k.iter().map(most).collect()).collect();
     let spans = chunks(layout, requests, layout.settings.scope.query_span);
     let per_span = lists.len() / spans.len().max(1);
     let lists_per_kv_head = per_span / shape.num_kv_heads;
@@ -84,14 +99,15 @@ impl At<'_> {
         let stands = skipped.map(|j| (block_size as f64, &self.means.k[j], &self.means.v[j]));
         let terms: Vec<(f64, &Vec<f64>, &Vec<f64>)> = tokens.chain(stands).collect();
         let scale = f64::from(self.layout.shape.sm_scale);
-        Row { reach: dot(q, q).sqrt() * self.longest_key * scale, ..weighted_mean(q, scale, &terms) }
+        Row { reach: length(q) * self.longest_key * scale, ..weighted_mean(q, scale, &terms) }
     }
 }
 
 /// `sum_i n_i exp(q . k_i * scale) v_i / sum_i n_i exp(q . k_i * scale)` over `terms (n, k, v)`.
 fn weighted_mean(q: &[f64], scale: f64, terms: &[(f64, &Vec<f64>, &Vec<f64>)]) -> Row {
     let zero = vec![0.0; q.len()];
-    let empty = Row { out: zero.clone(), lse: f64::NEG_INFINITY, spread: zero, terms: 0, reach: 0.0 };
+    let means = MeanPart { spread: zero.clone(), ..MeanPart::default() };
+    let empty = Row { out: zero.clone(), lse: f64::NEG_INFINITY, spread: zero, terms: 0, reach: 0.0, means };
     if terms.is_empty() {
         return empty;
     }
@@ -100,12 +116,31 @@ fn weighted_mean(q: &[f64], scale: f64, terms: &[(f64, &Vec<f64>, &Vec<f64>)]) -
     let weights: Vec<f64> = terms.iter().zip(&logits).map(|((n, _, _), x)| n * (x - max).exp()).collect();
     let sum: f64 = weights.iter().sum();
     let mut row = Row { lse: max + sum.ln(), terms: terms.len(), ..empty };
-    for ((_, _, v), w) in terms.iter().zip(&weights) {
+    row.means.slope = q.iter().map(|x| x.abs()).sum::<f64>() * scale;
+    for ((n, k, v), w) in terms.iter().zip(&weights) {
         let share = w / sum;
         for (x, value) in v.iter().enumerate() {
             row.out[x] += share * value;
             row.spread[x] += share * value.abs();
         }
+        // A mean stands for at least 16 tokens.
+        if *n > 1.0 {
+            row.means.add(share, v);
+            row.means.reach = row.means.reach.max(length(q) * length(k) * scale);
+        }
     }
     row
+}
+
+impl MeanPart {
+    fn add(&mut self, share: f64, v: &[f64]) {
+        self.share += share;
+        for (spread, value) in self.spread.iter_mut().zip(v) {
+            *spread += share * value.abs();
+        }
+    }
+}
+
+fn length(x: &[f64]) -> f64 {
+    dot(x, x).sqrt()
 }

@@ -33,7 +33,7 @@ pub(super) fn batches() -> Vec<(Paged, usize)> {
 pub(super) fn scores(paged: &Paged, settings: Settings) -> (Layout, Vec<f32>) {
     let (layout, batch) = (paged.layout(settings), paged.batch());
     let mut k_mean = vec![f32::NAN; summaries::len(&layout, paged.num_pages)];
-    let mut out = SummariesMut { k_mean: &mut k_mean, v_mean: None };
+    let mut out = SummariesMut { k_mean: &mut k_mean, v_mean: None, seals: None };
     summaries::update(&layout, &batch, Which::All, &mut out, Parallel::new(1));
     let summaries = Some(Summaries { k_mean: &k_mean, v_mean: None });
     let mut scores = vec![UNTOUCHED; layout.score_len().unwrap()];

@@ -37,6 +37,12 @@ if cargo +nightly --version > /dev/null 2>&1; then
   done
   caught "$out/bad"
   ASAN_OPTIONS=detect_leaks=1:strict_init_order=1 "$out/smoke"
+  # The example server: pages that change hands, steps that overlap.
+  g++ -std=c++17 -g -O1 -fsanitize=address -Iinclude -Icpp_shim/include cpp_shim/examples/paged_server/*.cpp \
+    "$library" -lpthread -ldl -lm -o "$out/paged_server"
+  ASAN_OPTIONS=detect_leaks=1:strict_init_order=1 "$out/paged_server" > "$out/paged_server.log" \
+    || { tail "$out/paged_server.log"; exit 1; }
+  tail -2 "$out/paged_server.log"
   echo "AddressSanitizer and LeakSanitizer: clean"
 else
   cargo build

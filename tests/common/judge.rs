@@ -38,22 +38,26 @@ pub(crate) struct Arithmetic {
     weight: (f64, f64),
     /// Relative error of an element of a mean key as it meets a query.
     mean_key: f64,
+    /// Error of an element of a mean that stands for a skipped block: relative, and absolute.
+    stored_mean: (f64, f64),
 }
 
 impl Arithmetic {
     /// f32 throughout.
-    pub(crate) const F32: Self = Self { unit: U, exp: EXP_ERROR, weight: (0.0, 0.0), mean_key: 0.0 };
+    pub(crate) const F32: Self =
+        Self { unit: U, exp: EXP_ERROR, weight: (0.0, 0.0), mean_key: 0.0, stored_mean: (0.0, 0.0) };
 
     /// Tensor cores: they cut what f32 cannot hold instead of rounding it; each weight is rescaled at most twice (a new
     /// maximum, a combined split), each time by an exponential; weights are rounded to the values' type, where f16 has
     /// steps of 2^-24 below 2^-14, and the largest weight of a row is at least 1 before it is divided by their sum;
-    /// mean keys are sums of two such numbers, the second rounded to as many bits as the first.
+    /// mean keys are sums of two such numbers, the second rounded to as many bits as the first; means that stand for
+    /// skipped blocks are one.
     pub(crate) fn tensor_cores(dtype: Dtype) -> Self {
         let (weight, mean_key) = match dtype {
             Dtype::F16 => ((1.0 / 2048.0, 1.0 / (1 << 25) as f64), 1.0 / (1 << 22) as f64),
             _ => ((1.0 / 256.0, 0.0), 1.0 / (1 << 16) as f64),
         };
-        Self { unit: 2.0 * U, exp: 3.0 * EXP_ERROR, weight, mean_key }
+        Self { unit: 2.0 * U, exp: 3.0 * EXP_ERROR, weight, mean_key, stored_mean: weight }
     }
 }
 
@@ -250,7 +254,10 @@ fn row_agrees(arithmetic: Arithmetic, case: &Case, want: &attend::Row, (lse, out
     // once for the values; splits add one more weighted sum each.
     let walk = LAMBDA * ((want.terms + 8) as f64).sqrt();
     let weight = logit_error(case, want.reach, arithmetic) + arithmetic.exp + walk * arithmetic.unit;
-    let lse_error = weight + 2.0 * U * (want.lse.abs() + 1.0);
+    // A rounded mean key moves its weight by a factor of at most 1 + shift, and the sum by that times its share.
+    let means = &want.means;
+    let shift = (arithmetic.stored_mean.0 * means.reach + arithmetic.stored_mean.1 * means.slope).exp_m1();
+    let lse_error = weight + 2.0 * U * (want.lse.abs() + 1.0) + shift * means.share;
     if off(lse, want.lse, lse_error) {
         return Err(format!("lse {lse}, not {} (+-{lse_error:.1e})", want.lse));
     }
@@ -262,7 +269,10 @@ fn row_agrees(arithmetic: Arithmetic, case: &Case, want: &attend::Row, (lse, out
     for (x, &got) in out.iter().enumerate() {
         // A rounded weight's error grows with its value, of which none here exceeds 3.5; roundings are independent.
         let rounded = arithmetic.weight.0 * want.spread[x] + arithmetic.weight.1 * walk * 3.5;
-        let computed = 2.0 * weight * want.spread[x] + rounded;
+        // Sum and weighted sum move by a factor of at most 1 + shift, and values are rounded too.
+        let moved = shift * (1.0 + shift) * (means.spread[x] + means.share * want.out[x].abs());
+        let stored = arithmetic.stored_mean.0 * means.spread[x] + arithmetic.stored_mean.1 * means.share;
+        let computed = 2.0 * weight * want.spread[x] + rounded + moved + stored;
         // f16 loses relative precision below 2^-14: half of its smallest step on top.
         let error = computed + rounding * (want.out[x].abs() + computed) + 3e-8;
         if off(f64::from(got), want.out[x], error) {

@@ -3,6 +3,7 @@
 
 pub(crate) mod case;
 pub(crate) mod gate;
+pub(crate) mod history;
 pub(crate) mod judge;
 pub(crate) mod pipeline;
 pub(crate) mod pool;

@@ -27,7 +27,7 @@ impl Means {
     }
 
     pub(crate) fn update(&mut self, case: &Case, layout: &Layout, which: Which) {
-        let mut out = SummariesMut { k_mean: &mut self.k, v_mean: Some(&mut self.v) };
+        let mut out = SummariesMut { k_mean: &mut self.k, v_mean: Some(&mut self.v), seals: None };
         summaries::update(layout, &case.batch(), which, &mut out, Parallel::new(1));
     }
 

@@ -6,7 +6,7 @@ prefix=$(cd "$1" && pwd)
 mkdir -p "$2"
 build=$(cd "$2" && pwd)
 tests=$(cd "$(dirname "$0")" && pwd)
-examples=$tests/../../cpp_shim/examples
+example=$tests/../../cpp_shim/examples/paged_server
 cxx=${CXX:-g++}
 
 fail() {
@@ -42,11 +42,11 @@ check_cmake() {
   for link in shared static; do
     from=$prefix
     [ $link = shared ] || from=$moved
-    configure_and_build "$examples" "example-$link" "$from" -DCOMPACTATTN_LINK=$link
+    configure_and_build "$example" "example-$link" "$from" -DCOMPACTATTN_LINK=$link
     configure_and_build "$tests" "tests-$link" "$from" -DCOMPACTATTN_LINK=$link
     "$build/tests-$link/raii_throwing"
     "$build/tests-$link/raii_reporting"
-    "$build/example-$link/server_loop"
+    "$build/example-$link/paged_server"
   done
   if cmake -S "$tests" -B "$build/too-new" -DCMAKE_PREFIX_PATH="$prefix" -DWANTED_VERSION=0.9 > "$build/too-new.log" 2>&1; then
     fail "find_package(compactattn 0.9) is satisfied by another version"
@@ -55,10 +55,17 @@ check_cmake() {
 
 # The example's bound means something only if worse lists exceed it.
 check_example_can_fail() {
-  if "$build/example-shared/server_loop" streaming > "$build/streaming.log"; then
-    fail "server_loop accepts a selector that misses what matters, see $build/streaming.log"
+  if "$build/example-shared/paged_server" --selector streaming > "$build/streaming.log"; then
+    fail "paged_server accepts a selector that misses what matters, see $build/streaming.log"
   fi
-  grep -q '^total: ' "$build/streaming.log" || fail "server_loop streaming ended early"
+  grep -q '^total: ' "$build/streaming.log" || fail "paged_server --selector streaming ended early"
+}
+
+# Built without CUDA, it runs where there is a GPU and says why where it cannot; any other end is a fault.
+check_example_on_gpu() {
+  "$build/example-shared/paged_server" --device cuda > "$build/cuda.log" 2>&1 && return
+  grep -Eq '^paged_server: (no CUDA driver|cuInit: CUDA_ERROR_NO_DEVICE|.*no GPU kernels in this build)' "$build/cuda.log" \
+    || fail "paged_server --device cuda, see $build/cuda.log"
 }
 
 check_pkg_config() {
@@ -110,6 +117,7 @@ exports() {
 check_headers
 check_cmake
 check_example_can_fail
+check_example_on_gpu
 check_pkg_config
 check_binaries
 echo "tests/cpp: ok"

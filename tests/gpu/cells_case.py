@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from driver import Kernel, check, cuda
+from driver import Kernel, check, cuda, tensor_map
 from params import Counters, Span, Step
 
 CUBINS = {
@@ -19,6 +19,7 @@ CUBINS = {
     "cells_candidates": ("compactattn_two_level_candidates",),
     "summaries": ("compactattn_summaries",),
 }
+SM90 = {64: (128, 215040), 128: (128, 231424), 256: (64, 231424)}  # head_dim: tokens of a key tile, shared memory
 UNTOUCHED = 777.0
 ROWS = 128
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -129,7 +130,8 @@ class Case:
         self.slots = max(1, shape.page // shape.block)
         self.scores = torch.empty(self.max_spans, heads, self.max_blocks, device="cuda")
         self.num_cells = self.max_spans * shape.kv_heads * ROWS * self.max_blocks
-        self.cells = torch.empty(self.num_cells + self.max_spans * shape.kv_heads * self.words, device="cuda")
+        units = self.max_spans * shape.kv_heads
+        self.cells = torch.empty(self.num_cells + units * (self.words + 1 + self.max_blocks), device="cuda")
         dims = (data.num_pages * self.slots, shape.kv_heads, shape.head_dim)
         self.k_mean, self.v_mean = (torch.full(dims, math.nan, device="cuda") for _ in range(2))
         garbage = [Span(HUGE, HUGE, HUGE, HUGE, HUGE, HUGE)] * (self.max_spans - len(self.spans))
@@ -176,10 +178,26 @@ class Case:
         stages.scores, stages.cells = self.scores.data_ptr(), self.cells.data_ptr()
         stages.k_mean, stages.max_select_spans = self.k_mean.data_ptr(), self.max_spans
 
+    @property
+    def tiles(self) -> int:
+        """Launches of sampled rows that the longest span can need."""
+        shape, total_q = self.data.shape, self.step.batch.total_q
+        longest = min(shape.query_span or total_q, total_q)
+        return math.ceil(min(shape.sample_rows or longest, longest) / max(1, ROWS // shape.group))
+
+    def key_map(self) -> ctypes.Array:
+        """Boxes of keys, as the sm_90a kernels copy them."""
+        shape, pool = self.data.shape, self.data.k_pool
+        sizes = (64, shape.page, shape.head_dim // 64, shape.kv_heads, self.data.num_pages)
+        strides = (pool.stride(1), 64, pool.stride(2), pool.stride(0))
+        rows = min(shape.page, shape.block, SM90[shape.head_dim][0])
+        return tensor_map(pool, sizes, strides, (64, rows, 1, 1, 1))
+
     def bits(self) -> torch.Tensor:
         """Candidates `[select spans, kv_heads, max_blocks]`."""
         heads = self.data.shape.kv_heads
-        words = self.cells[self.num_cells :].view(torch.int32).view(self.max_spans, heads, self.words)
+        words = self.cells[self.num_cells :][: self.max_spans * heads * self.words]
+        words = words.view(torch.int32).view(self.max_spans, heads, self.words)
         bits = words[..., None] >> torch.arange(32, device="cuda") & 1
         return bits.flatten(-2)[..., : self.max_blocks].bool()
 
@@ -196,6 +214,12 @@ class Kernels:
                 full = f"{name}_{NAMES[dtype]}" if typed else name
                 self.kernels[name.removeprefix("compactattn_")] = Kernel(cubins / f"{cubin}.cubin", full, shared)
 
+        self.has_sm90 = head_dim in SM90
+        for name in ("cells_read_sm90", "cells_read_candidates_sm90") if self.has_sm90 else ():
+            suffix = f"{NAMES[dtype]}_d{head_dim}"
+            cubin = cubins / f"cells_sm90_{suffix}.cubin"
+            self.kernels[name] = Kernel(cubin, f"compactattn_{name}_{suffix}", SM90[head_dim][1])
+
     def launch(self, name: str, grid: tuple[int, ...], block: int, *args: object) -> None:
         """On torch's current stream."""
         kernel = self.kernels[name]
@@ -211,13 +235,20 @@ class Kernels:
         k = ctypes.c_uint64(case.k_mean.data_ptr())
         v = ctypes.c_uint64(case.v_mean.data_ptr() if with_v else 0)
         grid = (x, case.data.shape.kv_heads)
-        self.launch("summaries", grid, 128, case.step, k, v, ctypes.c_int32(which))
+        seals = ctypes.c_uint64(0)
+        self.launch("summaries", grid, 128, case.step, k, v, seals, ctypes.c_int32(which), ctypes.c_int32(x))
 
     def cells(self, case: Case, name: str, tile: int, x: int = 0) -> None:
         """One of the kernels over cells; `x` instead of the usual grid."""
         shape, index = case.data.shape, ctypes.c_int32(tile)
         if name.endswith("mass"):
             self.launch(name, (shape.kv_heads * shape.group, case.max_spans), 1024, case.step, index)
+            return
+        if name == "candidates":
+            self.candidates(case)
+            return
+        if name.endswith("sm90"):
+            self.launch(name, (x or 132,), 288, case.key_map(), case.step, index)
             return
         longest = shape.query_span or case.step.batch.total_q
         pools = math.ceil(case.max_blocks / 64)
@@ -235,13 +266,16 @@ class Kernels:
 
     def score(self, case: Case, fill: str, mass: str = "cells_mass", x: int = 0) -> None:
         """Every tile of a selector: cells by each of `fill`, then the masses."""
-        shape = case.data.shape
-        longest = min(shape.query_span or case.step.batch.total_q, case.step.batch.total_q)
-        count = min(shape.sample_rows or longest, longest)
-        for tile in range(math.ceil(count / max(1, ROWS // shape.group))):
+        for tile in range(case.tiles):
             for name in fill.split():
                 self.cells(case, name, tile, x)
             self.cells(case, mass, tile)
+
+    def two_level(self, case: Case, own: str = "", x: int = 0) -> None:
+        """What follows pooled scores; the cells of a span's only tile are still those by mean keys."""
+        self.candidates(case)
+        pool = "" if case.tiles == 1 else "cells_pool "
+        self.score(case, pool + "cells_read_candidates" + own, "two_level_mass", x)
 
 
 class Expected:

@@ -21,6 +21,7 @@ from cells_case import UNTOUCHED, Case, Data, Expected, Kernels, Shape
 
 RAGGED = ((200, 1000), (1, 517), (130, 0), (63, 2100), (7, 129), (70, -30), (128, 128))
 EXACT, POOLED, TWO_LEVEL = "exact", "pooled", "two_level"
+SM90 = " by sm_90a"
 
 
 def cases() -> Iterator[Shape]:
@@ -62,20 +63,20 @@ def reset(case: Case) -> None:
 def run(kernels: Kernels, case: Case, what: str, x: int = 0) -> None:
     """All launches of a selector."""
     reset(case)
-    if what == EXACT:
-        kernels.score(case, "cells_read", x=x)
+    own = "_sm90" if what.endswith(SM90) else ""
+    if what.startswith(EXACT):
+        kernels.score(case, "cells_read" + own, x=x)
         return
     kernels.score(case, "cells_pool", x=x)
-    if what == TWO_LEVEL:
+    if what.startswith(TWO_LEVEL):
         case.ranked = case.scores.clone()
-        kernels.candidates(case)
-        kernels.score(case, "cells_pool cells_read_candidates", "two_level_mass", x)
+        kernels.two_level(case, own, x)
 
 
 def score_faults(case: Case, what: str) -> Iterator[str]:
     """Where scores are wrong."""
     shape = case.data.shape
-    bits = case.bits() if what == TWO_LEVEL else None
+    bits = case.bits() if what.startswith(TWO_LEVEL) else None
     for s, span in enumerate(case.spans):
         for kv_head in range(shape.kv_heads):
             got = case.scores[s, kv_head * shape.group : (kv_head + 1) * shape.group]
@@ -85,7 +86,7 @@ def score_faults(case: Case, what: str) -> Iterator[str]:
             if past == 0:
                 continue
             expected = Expected(case, span, kv_head)
-            cells = expected.exact if what == EXACT else expected.pooled
+            cells = expected.exact if what.startswith(EXACT) else expected.pooled
             chosen = torch.ones(past, dtype=torch.bool, device="cuda")
             if bits is not None:
                 chosen = bits[s, kv_head, :past]
@@ -95,7 +96,7 @@ def score_faults(case: Case, what: str) -> Iterator[str]:
             want = expected.mass(cells)
             want = torch.where(chosen | want.isnan(), want, 0.0)
             error = (got[:, :past].double() - want).abs() / (want + 1e-30)
-            most = bound(shape, what != EXACT, expected.reach)
+            most = bound(shape, not what.startswith(EXACT), expected.reach)
             if not bool((got[:, :past].isnan() == want.isnan()).all()):
                 yield f"span {s} head {kv_head}: NaN {int(got[:, :past].isnan().sum())}, not {int(want.isnan().sum())}"
             worst = float(error.nan_to_num(0.0).max())
@@ -179,12 +180,14 @@ def faults(kernels: Kernels, shape: Shape, seed: int, worst: list[float]) -> Ite
     if not shape.nan_key:
         yield from summary_faults(kernels, case)
     kernels.summaries(case, 1, 1000)
-    for what in (EXACT, POOLED, TWO_LEVEL):
+    own = (EXACT + SM90, TWO_LEVEL + SM90) if kernels.has_sm90 else ()
+    for what in (EXACT, POOLED, TWO_LEVEL, *own):
         run(kernels, case, what)
         torch.cuda.synchronize()
         yield from (f"{what}: {fault}" for fault in score_faults(case, what))
         first = case.scores.clone()
-        run(kernels, case, what, x=1 + seed % 3)
+        # By few CTAs, and on sm_90a also by so many that each reads one head of an only span.
+        run(kernels, case, what, x=16 if what.endswith(SM90) and seed % 2 else 1 + seed % 3)
         if not torch.equal(first.view(torch.int32), case.scores.view(torch.int32)):
             yield f"{what}: other bits the second time"
         if seed % 4 == 0:

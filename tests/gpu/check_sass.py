@@ -54,13 +54,20 @@ EVERYWHERE = {
     *(f"compactattn_{name}_{dtype}_d{dim}" for name in SIZED for dtype in DTYPES for dim in HEAD_DIMS),
 }
 EXPECTED = {arch: set(EVERYWHERE) for arch in ARCHS}
-EXPECTED["sm_90a"] |= {f"compactattn_attend_sm90_{dtype}_d{dim}" for dtype in DTYPES for dim in (64, 128, 256)}
+EXPECTED["sm_90a"] |= {
+    f"compactattn_{name}_sm90_{dtype}_d{dim}"
+    for name in ("attend", "cells_read", "cells_read_candidates")
+    for dtype in DTYPES
+    for dim in (64, 128, 256)
+}
 EXPECTED["sm_90a"] |= {f"compactattn_flashprefill_sm90_{dtype}_d{dim}" for dtype in DTYPES for dim in (64, 128)}
 
 # By the start of a kernel's name, the first that fits: tensor cores, then the copies that run beside them.
 WANTED = {
     "compactattn_attend_sm90_": {"HGMMA", "UTMALDG"},
     "compactattn_attend_sm80_": {"HMMA", "LDGSTS"},
+    "compactattn_cells_read_sm90_": {"HGMMA", "UTMALDG"},
+    "compactattn_cells_read_candidates_sm90_": {"HGMMA", "UTMALDG"},
     "compactattn_cells_read_": {"HMMA", "LDGSTS"},
     "compactattn_cells_pool_": {"HMMA", "LDGSTS"},
     "compactattn_flashprefill_relate": set(),
@@ -183,8 +190,8 @@ def step_faults(name: str, code: list[str]) -> list[str]:
 def faults_of(name: str, arch: str, used: set[str]) -> list[str]:
     """What a kernel lacks or should not have."""
     wanted = next((wanted for start, wanted in WANTED.items() if name.startswith(start)), set())
-    # Kernels that may start early wait by themselves (rust/cuda/kernels.rs, OVERLAPPING): all but the one of no step.
-    if arch != "sm_80" and not name.startswith("compactattn_summaries_"):
+    # Kernels that may start early wait by themselves (rust/cuda/kernels.rs, OVERLAPPING): all but those of no step.
+    if arch != "sm_80" and not name.startswith(("compactattn_summaries_", "compactattn_merge_")):
         wanted = wanted | {"ACQBULK"}
     faults = [f"{name} for {arch} has no {opcode}" for opcode in sorted(wanted - used)]
     return faults + [f"{name} for {arch} uses local memory: {opcode}" for opcode in sorted(LOCAL & used)]

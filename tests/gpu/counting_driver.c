@@ -16,17 +16,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum {
-  kOk,
-  kInvalidValue,
-  kOutOfMemory,
-  kStub = 34,
-  kNoDevice = 100,
-  kInvalidDevice,
-  kBadImage = 200
-};
-enum { kInvalidContext = 201, kNoBinary = 209, kInvalidHandle = 400, kNotFound = 500, kLost = 700 };
-enum { kMismatch = 803, kCapture = 900, kImplicit = 906 };
+enum { kOk, kInvalidValue, kOutOfMemory, kStub = 34, kNoDevice = 100, kInvalidDevice };
+enum { kBadImage = 200, kInvalidContext = 201, kNoBinary = 209, kInvalidHandle = 400 };
+enum { kNotFound = 500, kLost = 700, kMismatch = 803, kCapture = 900, kImplicit = 906 };
 enum {
   kMaxNames = 64,
   kMaxBlocks = 4096,
@@ -379,15 +371,10 @@ DRIVER(cuFuncGetParamInfo, (void* function, size_t index, size_t* offset, size_t
 
 // CUlaunchConfig and CUlaunchAttribute of cuda.h.
 struct Attribute {
-  int id;
-  int padding;
-  int value[16];
+  int id, padding, value[16];
 };
-
 struct Launch {
-  unsigned grid[3];
-  unsigned block[3];
-  unsigned shared;
+  unsigned grid[3], block[3], shared;
   void* on;
   struct Attribute* attributes;
   unsigned num_attributes;
@@ -396,13 +383,11 @@ struct Launch {
 // Whether it asks to overlap with the kernel before it; -1 for anything else.
 static int overlap_of(const struct Launch* launch) {
   if (launch->num_attributes == 0) return 0;
-  const struct Attribute* only = launch->attributes;
-  int known = launch->num_attributes == 1 && only->id == 6 && only->value[0] == 1;
-  return known && capability() >= 90 ? 1 : -1;
+  int known = launch->num_attributes == 1 && launch->attributes->id == 6;
+  return known && launch->attributes->value[0] == 1 && capability() >= 90 ? 1 : -1;
 }
 
-DRIVER(cuLaunchKernelEx,
-       (const struct Launch* launch, void* function, void** values, void** extra),
+DRIVER(cuLaunchKernelEx, (const struct Launch* launch, void* function, void** values, void** extra),
        (launch, function, values, extra)) {
   struct Function* of = function;
   const unsigned *grid = launch->grid, *block = launch->block;
@@ -438,6 +423,17 @@ DRIVER(cuStreamIsCapturing, (void* of, int* status), (of, status)) {
 DRIVER(cuStreamSynchronize, (void* of), (of)) {
   UNUSED(of);
   return is("capture") ? kCapture : kOk;
+}
+
+DRIVER(cuMemsetD32Async, (Address to, unsigned value, size_t words, void* on),
+       (to, value, words, on)) {
+  UNUSED(on);
+  struct Block* block = block_of(to);
+  if (!has_context()) return kInvalidContext;
+  if (!block || to % 4 || to + 4 * words > (Address)(uintptr_t)block->start + block->bytes)
+    return kInvalidValue;
+  for (size_t i = 0; i < words; ++i) ((uint32_t*)(uintptr_t)to)[i] = value;
+  return kOk;
 }
 
 DRIVER(cuMemAlloc_v2, (Address * out, size_t bytes), (out, bytes)) {

@@ -121,6 +121,15 @@ class AttendParams(ctypes.Structure):
     ]
 
 
+class Means(ctypes.Structure):
+    """What mean correction reads and writes (cuda/common/means.cuh)."""
+
+    _fields_ = [
+        *_fields(c_uint64, "k v k_mean v_mean spans lists"),
+        *_fields(c_int32, "rows num_kv_heads head_dim lists_per_span mask_words log2_block_tokens"),
+    ]
+
+
 for _type, _bytes in (
     (Batch, 136),
     (Layout, 64),
@@ -132,5 +141,6 @@ for _type, _bytes in (
     (Stages, 176),
     (Step, 456),
     (AttendParams, 272),
+    (Means, 72),
 ):
     assert ctypes.sizeof(_type) == _bytes, _type

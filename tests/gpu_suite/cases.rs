@@ -50,8 +50,9 @@ pub(crate) fn describe(case: &Case) -> String {
         .map(|(q, kv)| format!("{}/{kv}", q[1] - q[0]))
         .collect();
     format!(
-        "{} b{} p{} d{} h{}/{} {} {:?} {:?} {:?} q/kv {}",
+        "{}{} b{} p{} d{} h{}/{} {} {:?} {:?} {:?} q/kv {}",
         s.selector.name(),
+        if s.mean_correction { "+means" } else { "" },
         s.block_size,
         shape.page_size,
         shape.head_dim,
@@ -81,8 +82,7 @@ fn settings(rng: &mut Rng) -> Settings {
     let selector = rng.pick(&SELECTORS);
     let by_token = matches!(selector, Selector::Dense | Selector::External) && rng.once_in(4);
     let block_size = if by_token { 1 } else { rng.pick(&[16, 16, 32, 64, 64, 128, 256]) };
-    // Means that stand in for skipped blocks are the CPU's alone; what a context lacks it refuses by name.
-    Settings { selector, block_size, mean_correction: false, ..drawn }
+    Settings { selector, block_size, mean_correction: drawn.mean_correction && block_size > 1, ..drawn }
 }
 
 /// One request, several ragged ones, or prefill chunks among decode rows.

@@ -11,6 +11,7 @@ use super::abi::Refusal;
 use super::cases;
 use super::device::Device;
 use super::driver::Handle;
+use super::exports;
 use super::memory::{Memory, Packing};
 use super::step::{Done, Given, Step, lse_stride, store_bytes, store_of, total_q};
 use crate::common::case::Case;
@@ -25,6 +26,8 @@ pub(crate) struct Ran {
     pub(crate) attended: Attended,
     /// `[pages, slots, num_kv_heads, head_dim]`; empty where the selector reads none.
     pub(crate) k_mean: Vec<f32>,
+    /// The same of values; empty without mean correction.
+    pub(crate) v_mean: Vec<f32>,
 }
 
 /// A thread's own part of a device.
@@ -87,6 +90,7 @@ pub(crate) fn given_as(case: &Case, rng: &mut Rng, scores: bool) -> Given {
 fn run(device: &Device, step: &mut Step) -> Result<Ran, String> {
     step.update_summaries()?;
     step.stages()?;
+    step.exports(std::ptr::null_mut())?;
     device.sync();
     let before = step.plan.stats();
     step.forward()?;
@@ -98,12 +102,12 @@ fn run(device: &Device, step: &mut Step) -> Result<Ran, String> {
         return Err(format!("{counted} calls counted for one"));
     }
     step.memory.pull();
-    memory_is_right(step)?;
+    memory_is_right(step, device.cuda.is_some())?;
     Ok(gather(step, &before, &after))
 }
 
 /// Inputs and canaries as they were; the stages' results are the whole pass's; both ways to lists agree.
-fn memory_is_right(step: &Step) -> Done {
+fn memory_is_right(step: &Step, on_gpu: bool) -> Done {
     let (case, parts, memory) = (step.case, &step.parts, &*step.memory);
     for (name, part, was) in [
         ("q", parts.q, store_bytes(&case.q.store)),
@@ -125,6 +129,9 @@ fn memory_is_right(step: &Step) -> Done {
             return Err(format!("{name}: forward and the stages differ, first in byte {at}"));
         }
     }
+    let lists: Vec<u32> = bytemuck::pod_collect_to_vec(memory.bytes(parts.lists));
+    let exported = parts.exports.map(|part| bytemuck::pod_collect_to_vec(memory.bytes(part)));
+    exports::compare(&exported, &exports::expected(case, &lists, &parts.exports, on_gpu)?)?;
     if step.keeps_rows() && memory.bytes(parts.lists) != memory.bytes(parts.lists_of_masks) {
         return Err("lists of scores and lists of their masks differ".into());
     }
@@ -163,7 +170,9 @@ fn gather(step: &Step, before: &compactattn_stats, after: &compactattn_stats) ->
         lse_stride: lse_stride(case),
     };
     let k_mean = if step.needs_summaries() { memory.bytes(parts.k_mean) } else { &[] };
-    Ran { selected, attended, k_mean: bytemuck::pod_collect_to_vec(k_mean) }
+    let v_mean = if step.corrects() { memory.bytes(parts.v_mean) } else { &[] };
+    let [k_mean, v_mean] = [k_mean, v_mean].map(bytemuck::pod_collect_to_vec);
+    Ran { selected, attended, k_mean, v_mean }
 }
 
 fn rows(case: &Case, layout: &Layout) -> usize {
@@ -174,7 +183,7 @@ fn judge(case: &Case, given: &Given, ran: &Ran, arithmetic: Arithmetic) -> Done 
     let layout = case.layout();
     let requests = Request::gather_all(&case.batch());
     let lists = &ran.selected.lists;
-    summaries(case, &layout, &requests, &ran.k_mean).map_err(|e| format!("summaries: {e}"))?;
+    summaries(case, &layout, &requests, ran).map_err(|e| format!("summaries: {e}"))?;
     match given {
         Given::Nothing => {
             judge::selection(case, (&layout, &requests), &ran.selected, arithmetic)?;
@@ -205,19 +214,18 @@ fn counts(layout: &Layout, requests: &[Request], ran: &Ran) -> Done {
 }
 
 /// Means of whole blocks; slots of no block keep what they held.
-fn summaries(case: &Case, layout: &Layout, requests: &[Request], got: &[f32]) -> Done {
-    if got.is_empty() {
-        return Ok(());
-    }
+fn summaries(case: &Case, layout: &Layout, requests: &[Request], ran: &Ran) -> Done {
     let mut want = Means::poisoned(case, layout);
     want.update(case, layout, Which::All);
-    let keys = requests.iter().flat_map(|r| &r.k).flatten().flatten();
-    let largest = keys.fold(0.0_f64, |a, x| a.max(x.abs()));
+    let elements = requests.iter().flat_map(|r| r.k.iter().chain(&r.v)).flatten().flatten();
+    let largest = elements.fold(0.0_f64, |a, x| a.max(x.abs()));
     // A sum of block_size terms, in any order and in f32: a rounding each, of at most the running sum.
     let error = layout.settings.block_size as f64 * largest / f64::from(1_u32 << 24);
-    for (i, (&want, &got)) in want.k.iter().zip(got).enumerate() {
-        if want.is_nan() != got.is_nan() || (want - got).abs() as f64 > error {
-            return Err(format!("k_mean[{i}] {got}, not {want} (+-{error:.1e})"));
+    for (name, want, got) in [("k_mean", &want.k, &ran.k_mean), ("v_mean", &want.v, &ran.v_mean)] {
+        for (i, (&want, &got)) in want.iter().zip(got).enumerate() {
+            if want.is_nan() != got.is_nan() || (want - got).abs() as f64 > error {
+                return Err(format!("{name}[{i}] {got}, not {want} (+-{error:.1e})"));
+            }
         }
     }
     Ok(())

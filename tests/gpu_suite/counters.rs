@@ -1,4 +1,4 @@
-//! What a pass asks of the driver, once it is warm: launches, and nothing that waits or allocates.
+//! What a pass, and tables for other kernels, ask of the driver, once it is warm: launches, and nothing that waits or allocates.
 //!
 //! The library is given a driver that counts its calls and hands them on (COMPACTATTN_LIBCUDA names it); this test's
 //! own binding goes to the driver itself, so only the library's calls are counted.
@@ -98,11 +98,13 @@ fn passes(device: &Device, counting: &Counting, selector: Selector, d: usize) ->
 fn warm_passes(device: &Device, counting: &Counting, step: &Step) -> Done {
     step.update_summaries()?;
     step.forward()?;
+    step.exports(step.stream)?;
     device.sync();
     let read = || (ALLOWED.map(|name| counting.calls(name)), FORBIDDEN.map(|name| counting.calls(name)));
     let (all, before) = (counting.calls_of("*"), read());
     for _ in 0..3 {
         step.forward()?;
+        step.exports(step.stream)?;
     }
     let (all, after) = (counting.calls_of("*") - all, read());
     device.sync();

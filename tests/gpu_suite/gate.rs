@@ -57,7 +57,6 @@ fn judged(worker: &mut Worker, i: usize) -> Result<(), Refusal> {
             break case;
         }
     };
-    case.settings.mean_correction = false;
     let file = GateFile::write(&mut rng, i, &case.shape).map_err(Refusal::Fault)?;
     worker.judged(&case, &Given::Gate(Box::new(file))).map(|_| ())
 }

@@ -1,4 +1,4 @@
-//! A whole pass recorded once, then replayed while lengths, tables and contents change on the device between replays.
+//! A whole pass, and the tables for other kernels of given lists, recorded once, then replayed while lengths, tables and contents change on the device between replays.
 //!
 //! On the CPU context, which has no graphs, a second call stands in for the replay: that tests this test.
 
@@ -9,10 +9,12 @@ use super::abi::Refusal;
 use super::check::Worker;
 use super::device::Device;
 use super::driver::Graph;
+use super::exports;
 use super::memory::Packing;
 use super::scenes;
 use super::step::{Done, Given, Step, store_bytes};
 use crate::common::case::{Case, Lens};
+use crate::common::judge;
 use crate::common::rng::Rng;
 
 const REQS: usize = 3;
@@ -98,18 +100,23 @@ struct Stepped<'a, 'd> {
     step: Step<'a, 'd>,
     device: &'d Device,
     graph: Option<Graph<'d>>,
+    /// What the exports read; no pass writes it.
+    lists: Vec<u32>,
 }
 
 impl<'a, 'd> Stepped<'a, 'd> {
     /// Warms up, then records.
     fn new(device: &'d Device, step: Step<'a, 'd>) -> Result<Self, String> {
+        let lists = judge::sparse_bits(&mut Rng::new(5), step.parts.lists.len / 4);
+        step.memory.set(step.parts.lists, bytemuck::cast_slice(&lists));
         step.update_summaries()?;
         step.forward()?;
         device.sync();
-        let Some(cuda) = &device.cuda else { return Ok(Self { step, device, graph: None }) };
-        let (graph, done) = cuda.capture(step.stream, || step.forward());
+        let Some(cuda) = &device.cuda else { return Ok(Self { step, device, graph: None, lists }) };
+        let record = || step.forward().and_then(|()| step.exports(step.stream));
+        let (graph, done) = cuda.capture(step.stream, record);
         done.map_err(|e| format!("under capture: {e}"))?;
-        Ok(Self { step, device, graph: Some(graph?) })
+        Ok(Self { step, device, graph: Some(graph?), lists })
     }
 
     /// Passes counted after so many comparisons: the warm-up, and a replay and a call in each. Recording counts none.
@@ -131,6 +138,7 @@ impl<'a, 'd> Stepped<'a, 'd> {
         }
         self.step.update_summaries()?;
         let replayed = self.results(Self::launch)?;
+        self.judge_exports(case)?;
         let eager = self.results(|this| this.step.forward())?;
         if replayed != eager {
             let what = if replayed[0] == eager[0] { "lse" } else { "out" };
@@ -147,8 +155,16 @@ impl<'a, 'd> Stepped<'a, 'd> {
                 cuda.sync_stream(self.step.stream);
                 Ok(())
             }
-            _ => self.step.forward(),
+            _ => self.step.forward().and_then(|()| self.step.exports(self.step.stream)),
         }
+    }
+
+    /// What the replay left of the exports, then poison again.
+    fn judge_exports(&self, case: &Case) -> Done {
+        let (step, parts) = (&self.step, &self.step.parts.exports);
+        let got = parts.map(|part| bytemuck::pod_collect_to_vec(&step.memory.get(part)));
+        step.poison_exports();
+        exports::compare(&got, &exports::expected(case, &self.lists, parts, self.device.cuda.is_some())?)
     }
 
     fn results(&self, call: impl FnOnce(&Self) -> Done) -> Result<[Vec<u8>; 2], String> {

@@ -15,18 +15,21 @@ mod abi;
 mod bad_input;
 mod cases;
 mod check;
+mod combine;
 #[path = "../common/mod.rs"]
 mod common;
 mod counters;
 mod device;
 mod differential;
 mod driver;
+mod exports;
 mod gate;
 mod graph;
 mod laws;
 mod memory;
 mod repeats;
 mod scenes;
+mod stale;
 mod step;
 mod views;
 
@@ -40,6 +43,8 @@ use memory::Packing;
 const USAGE: &str = "gpu_suite [PART] [OPTION VALUE]...
   differential      random cases against the f64 oracle   --cases 20000 --seed 1 --case I --threads N
   laws              each request of batches of 16 alone
+  stale             summaries kept while pages are used again     --count
+  combine           two results merged, against f64       --count
   gate              selector attn_gate, its weights in every form  --count
   sanitizer-cases   40 small cases through every kernel, for compute-sanitizer
   repeats           bits over repeats                     --count 1000
@@ -61,8 +66,18 @@ struct Options {
 }
 
 /// Parts of [`USAGE`], in the order they run.
-const PARTS: [&str; 8] =
-    ["differential", "laws", "gate", "sanitizer-cases", "repeats", "graph", "counters", "bad-input"];
+const PARTS: [&str; 10] = [
+    "differential",
+    "laws",
+    "stale",
+    "combine",
+    "gate",
+    "sanitizer-cases",
+    "repeats",
+    "graph",
+    "counters",
+    "bad-input",
+];
 
 fn main() -> ExitCode {
     let options = match parse(std::env::args().skip(1)) {
@@ -128,8 +143,14 @@ fn run_part(device: &Device, options: &Options, part: &str, quick: bool) -> bool
             differential::run(device, range)
         }
         "laws" => differential::batches_of_16(device),
+        "stale" => stale::run(device, few(options.count)),
+        "combine" => combine::run(device, few(options.count.min(200)), Packing::Together),
         "gate" => gate::run(device, few(options.count.min(120)), Packing::Together),
-        "sanitizer-cases" => repeats::miniatures(device) & gate::run(device, 6, Packing::Apart),
+        "sanitizer-cases" => {
+            repeats::miniatures(device)
+                & gate::run(device, 6, Packing::Apart)
+                & combine::run(device, 6, Packing::Apart)
+        }
         "repeats" => repeats::run(device, few(options.count)),
         "graph" => graph::run(device, few(options.replays)),
         // The counting driver must be there before the context is made, so a quick run does without.

@@ -37,7 +37,7 @@ const SCRATCH_CANARY: usize = 1024;
 /// Least bytes of canaries after a part.
 const MARGIN: usize = 256;
 /// All bits set: NaN in each float type, -1 in integers.
-const POISON: u8 = 0xFF;
+pub(crate) const POISON: u8 = 0xFF;
 
 /// What a step's inputs and outputs are, on the host.
 impl<'a> Memory<'a> {

@@ -8,6 +8,7 @@ use half::{bf16, f16};
 use super::abi::{NONE, Plan, Refusal};
 use super::device::{Device, last_error, struct_size};
 use super::driver::Handle;
+use super::exports;
 use super::gate::GateFile;
 use super::memory::{Memory, Part};
 use crate::common::case::Case;
@@ -31,6 +32,8 @@ pub(crate) struct Parts {
     pub(crate) table: Part,
     pub(crate) given: Part,
     pub(crate) k_mean: Part,
+    pub(crate) v_mean: Part,
+    pub(crate) seals: Part,
     pub(crate) scores: Part,
     pub(crate) masks: Part,
     pub(crate) lists: Part,
@@ -39,6 +42,8 @@ pub(crate) struct Parts {
     pub(crate) counts: Part,
     pub(crate) stream_lens: Part,
     pub(crate) boxes: Part,
+    /// Tables for other kernels.
+    pub(crate) exports: exports::Parts,
     /// Of the stages, one by one.
     pub(crate) staged: [Part; 2],
     /// out and lse of the whole pass.
@@ -54,6 +59,8 @@ pub(crate) struct Step<'a, 'd> {
     pub(crate) parts: Parts,
     pub(crate) workspace: *mut u8,
     pub(crate) stream: Handle,
+    /// Whether summaries are given with their seals.
+    pub(crate) sealed: bool,
 }
 
 /// A status with its message.
@@ -72,7 +79,8 @@ impl<'a, 'd> Step<'a, 'd> {
         let parts = place(memory, case, given, &plan.sizes);
         memory.push();
         let workspace = memory.workspace(plan.sizes.workspace_bytes as usize);
-        Ok(Self { case, layout: case.layout(), plan, given, memory, parts, workspace, stream })
+        let layout = case.layout();
+        Ok(Self { case, layout, plan, given, memory, parts, workspace, stream, sealed: false })
     }
 
     /// select, union, table and attend, one call each, on the default stream.
@@ -100,19 +108,28 @@ impl<'a, 'd> Step<'a, 'd> {
         ok("table_build", unsafe {
             compactattn_table_build(plan, 0, &raw const batch, &raw const lists, &raw const table)
         })?;
-        self.attend(&batch, &table)
+        self.attend(&batch, &table, self.corrects().then_some((&lists, summaries)))
     }
 
     /// Means of every whole block, if the selector reads them.
     pub(crate) fn update_summaries(&self) -> Done {
+        self.update(compactattn_which::COMPACTATTN_WHICH_ALL)
+    }
+
+    /// Means of the blocks that the step completes, if the selector reads them.
+    pub(crate) fn update_completed(&self) -> Done {
+        self.update(compactattn_which::COMPACTATTN_WHICH_COMPLETED)
+    }
+
+    fn update(&self, which: compactattn_which) -> Done {
         if !self.needs_summaries() {
             return Ok(());
         }
         let (batch, summaries) = (self.batch(), self.summaries());
-        let all = compactattn_which::COMPACTATTN_WHICH_ALL as i32;
+        let (plan, which) = (self.plan.handle, which as i32);
         let status =
             // SAFETY: the structs describe parts of the memory.
-            unsafe { compactattn_summaries_update(self.plan.handle, 0, &raw const batch, all, &raw const summaries) };
+            unsafe { compactattn_summaries_update(plan, 0, &raw const batch, which, &raw const summaries) };
         ok("summaries_update", status)
     }
 
@@ -162,15 +179,21 @@ impl<'a, 'd> Step<'a, 'd> {
         })
     }
 
-    fn attend(&self, batch: &compactattn_batch, table: &compactattn_table) -> Done {
+    /// `corrected`: the lists that `table` was built from, and means for what they leave out.
+    fn attend(
+        &self,
+        batch: &compactattn_batch,
+        table: &compactattn_table,
+        corrected: Option<(&compactattn_tensor, *const compactattn_summaries)>,
+    ) -> Done {
         let [out, lse] = self.results(self.parts.staged);
         let args = compactattn_attend_args {
             struct_size: struct_size::<compactattn_attend_args>(),
             layer: 0,
             batch,
             table,
-            lists: std::ptr::null(),
-            summaries: std::ptr::null(),
+            lists: corrected.map_or(std::ptr::null(), |(lists, _)| lists),
+            summaries: corrected.map_or(std::ptr::null(), |(_, summaries)| summaries),
             out,
             lse,
             workspace: self.workspace.cast(),
@@ -204,6 +227,8 @@ fn place(memory: &mut Memory, case: &Case, given: &Given, sizes: &compactattn_si
     let slots = case.pools.num_pages as i64 * sizes.summary_slots_per_page;
     let vectors = case.shape.num_kv_heads * case.shape.head_dim;
     parts.k_mean = words(slots * vectors as i64);
+    parts.v_mean = words(slots * vectors as i64);
+    parts.seals = words(slots * case.shape.num_kv_heads as i64 * 2);
     parts.scores = words(rows * sizes.max_blocks);
     parts.masks = words(rows * sizes.mask_words);
     parts.lists = words(sizes.list_rows * sizes.mask_words);
@@ -211,6 +236,7 @@ fn place(memory: &mut Memory, case: &Case, given: &Given, sizes: &compactattn_si
     parts.counts = words(sizes.list_rows);
     parts.stream_lens = words(sizes.list_rows);
     parts.boxes = words(sizes.list_rows * sizes.max_boxes);
+    parts.exports = exports::place(memory, case, sizes);
     let lse = lse_stride(case) * heads * 4;
     for results in [&mut parts.staged, &mut parts.whole] {
         *results = [memory.add_poison(parts.q.len), memory.add_poison(lse)];
@@ -244,7 +270,7 @@ pub(crate) fn store_of(dtype: Dtype, bytes: &[u8]) -> Store {
     }
 }
 
-fn ok(call: &str, status: compactattn_status) -> Done {
+pub(crate) fn ok(call: &str, status: compactattn_status) -> Done {
     match status {
         compactattn_status::COMPACTATTN_OK => Ok(()),
         _ => Err(format!("{call}: {}", last_error())),

@@ -61,11 +61,13 @@ impl Step<'_, '_> {
         let (sizes, shape) = (&self.plan.sizes, &self.case.shape);
         let slots = sizes.summary_slots_per_page as usize;
         let dims = [self.case.pools.num_pages, slots, shape.num_kv_heads, shape.head_dim];
+        let seals = [dims[0], dims[1], dims[2], 2];
         compactattn_summaries {
             struct_size: struct_size::<compactattn_summaries>(),
             reserved: 0,
             k_mean: self.tensor(self.parts.k_mean, F32, &dims),
-            v_mean: NONE,
+            v_mean: if self.corrects() { self.tensor(self.parts.v_mean, F32, &dims) } else { NONE },
+            seals: if self.sealed { self.tensor(self.parts.seals, U32, &seals) } else { NONE },
         }
     }
 
@@ -106,12 +108,16 @@ impl Step<'_, '_> {
         }
     }
 
-    fn tensor(&self, part: Part, dtype: i32, shape: &[usize]) -> compactattn_tensor {
+    pub(super) fn tensor(&self, part: Part, dtype: i32, shape: &[usize]) -> compactattn_tensor {
         tensor(self.memory.address(part), part.len, dtype, shape, None)
     }
 
     pub(crate) fn needs_summaries(&self) -> bool {
-        select::needs_summaries(self.case.settings.selector)
+        self.corrects() || select::needs_summaries(self.case.settings.selector)
+    }
+
+    pub(crate) fn corrects(&self) -> bool {
+        self.case.settings.mean_correction
     }
 
     pub(crate) fn keeps_rows(&self) -> bool {

@@ -137,3 +137,16 @@ def test_tables_is_the_short_way_to_both_forms() -> None:
     padded = compactattn.tables(*case.inputs(), settings=settings)
     csr = compactattn.tables(*case.inputs(), settings=settings, form="csr")
     assert np.diff(np.asarray(csr.indptr)).tolist() == padded.counts.tolist()
+
+
+@pytest.mark.parametrize("seals", [True, False])
+def test_means_kept_while_pages_get_other_data_are_stale_without_seals_only(seals: bool) -> None:
+    old, new = Case(LENS, seed=10), Case(LENS, seed=11)
+    # The same pages, written anew without a word to the library.
+    new.block_table, new.k, new.v = old.block_table, -old.k, old.v
+    settings = sparse(selector="pooled_mass", block_size=16)
+    was, now = compactattn.Batch.of(*old.inputs()), compactattn.Batch.of(*new.inputs())
+    plan = compactattn.plan_for(now, settings=settings)
+    kept = compactattn.BlockMeans(plan, seals=seals).update(was, which="all")
+    scores = [np.asarray(compactattn.select(plan, now, summaries=given).scores) for given in (kept, None)]
+    assert np.array_equal(*scores) == seals

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../../common/epilogue.cuh"
+#include "../../common/means.cuh"
 #include "../../common/softmax.cuh"
 #include "../../common/work.cuh"
 #include "../../ptx/grid.cuh"
@@ -116,6 +117,26 @@ struct Copier {
       }
     }
   }
+
+  // One step of means; `data` is the rows of keys or values.
+  __device__ __forceinline__ void copy_means(const Means& means, const void* data,
+                                             const uint8_t* tile, int step,
+                                             const Skipped& skipped) const {
+    const int thread = ptx::not_before(threadIdx.x);
+    const int row = thread / T::kRowLanes * T::kLaneRows, chunk = thread % T::kRowLanes;
+    if (chunk >= T::kChunks) return;
+    const int block = step * T::kTokens + row;
+    // With one buffer, what depends on the piece alone is computed in each step: registers spill.
+    const int kv_heads = T::kStages == 1 ? ptx::not_before(means.num_kv_heads) : means.num_kv_heads;
+    const int64_t list = skipped.req * kv_heads + kv_head;
+    const uint4* from =
+        static_cast<const uint4*>(data) + (list * means.rows + block) * T::kChunks + chunk;
+    const uint32_t smem = ptx::shared_address(tile) + row * T::kRowBytes + chunk * 16;
+#pragma unroll
+    for (int r = 0; r < T::kLaneRows; ++r) {
+      ptx::copy_async(smem + r * T::kRowBytes, from + r * T::kChunks, block + r < skipped.blocks);
+    }
+  }
 };
 
 // The warp's rows of the item's queries; zeros for rows that are not the item's, whose maxima may
@@ -216,16 +237,20 @@ struct Rows {
   RowState state[T::kBlocks];
 };
 
-// Columns of a step that the tile's first and last query tokens see.
+// Columns of a step that the tile's first and last query tokens see; of a step of means, those
+// that the list leaves out.
+template <class T>
 struct Sight {
   int first;
   int last;
   int heads_per_list;
+  float bias;                         // of a mean's weight, in powers of two; 0: a step of tokens
+  uint32_t skipped[T::kTokens / 32];  // from the thread's first column
 };
 
 // Drops what the rows of a block may not see.
 template <class T>
-__device__ __forceinline__ void mask_block(float (&s)[T::kTokens / 2], const Sight& sight,
+__device__ __forceinline__ void mask_block(float (&s)[T::kTokens / 2], const Sight<T>& sight,
                                            int block) {
   const int thread = threadIdx.x;
   const int row = thread / 32 * T::kWarpRows + thread % 32 / 4 + 16 * block;
@@ -240,17 +265,26 @@ __device__ __forceinline__ void mask_block(float (&s)[T::kTokens / 2], const Sig
 
 // Scores of one step to P, masked where rows differ in what they see; moves O where maxima rose.
 template <class T>
-__device__ __forceinline__ void soften(float sm_scale, const Sight& sight, Scores<T>& s,
+__device__ __forceinline__ void soften(float sm_scale, const Sight<T>& sight, Scores<T>& s,
                                        Rows<T>& rows,
                                        uint32_t (&p)[T::kBlocks][T::kTokens / 16][4]) {
   const float scale = sm_scale * kLog2E;
 #pragma unroll
   for (int b = 0; b < T::kBlocks; ++b) {
-    if (sight.first < T::kTokens) mask_block<T>(s[b], sight, b);
+    const float bias = T::kMeans ? sight.bias : 0.0f;
+    if (bias > 0) {
+      mask_columns(s[b], sight.skipped);
+    } else if (sight.first < T::kTokens) {
+      mask_block<T>(s[b], sight, b);
+    }
     float top[2], factor[2];
     tile_max(s[b], top);
+    if constexpr (T::kMeans) {
+      top[0] += bias / scale;
+      top[1] += bias / scale;
+    }
     if (raise_max<T>(top, scale, rows.state[b], factor)) rescale(rows.o[b], factor);
-    exponentiate<true>(s[b], scale, rows.state[b]);
+    exponentiate<true>(s[b], scale, rows.state[b], bias);
     pack<typename T::Element>(s[b], p[b]);
   }
 }
@@ -261,44 +295,84 @@ template <class T>
 struct Walk {
   static constexpr bool kTwo = T::kStages == 2;
   const AttendParams& params;
+  const Means* correction;  // of kernels that correct
   SharedStorage<T>& smem;
   Copier<T> copier;
+  Skipped skipped;
   int visible;  // columns that the tile's first query token sees
   int& stage;   // the buffer that is read
   int first;
   int step;
   int entry;  // of the next step that is copied, asked for a step ahead
 
-  __device__ __forceinline__ Walk(const AttendParams& params, const LoadedPiece& piece,
-                                  SharedStorage<T>& smem, int& stage)
+  __device__ __forceinline__ Walk(const AttendParams& params, const Means* correction,
+                                  const LoadedPiece& piece, SharedStorage<T>& smem, int& stage)
       : params(params),
+        correction(correction),
         smem(smem),
         copier(params, piece),
+        skipped(T::kMeans ? skipped_by(*correction, piece.item) : Skipped{}),
         visible(piece.stream.visible),
         stage(stage) {
-    constexpr int kSteps = kTileTokens / T::kTokens;  // a tile
-    first = piece.begin * kSteps;
-    step = min(piece.end * kSteps, (copier.limit + T::kTokens - 1) / T::kTokens) - 1;
+    const OwnTiles<T::kTokens, T::kMeans> own(skipped);
+    first = own.at(piece.begin);
+    step = min(own.at(piece.end), own.means + (copier.limit + T::kTokens - 1) / T::kTokens) - 1;
   }
 
+  // Counted from the stream's first step; below 0 where the step is of means.
+  __device__ __forceinline__ int of_stream(int of) const {
+    return T::kMeans ? of - skipped.tiles(T::kTokens) : of;
+  }
+  __device__ __forceinline__ bool is_mean(int of) const { return T::kMeans && of_stream(of) < 0; }
+
   __device__ __forceinline__ void copy_keys(int buffer, int of) const {
-    copier.copy(keys(params.batch), smem.k[buffer], of, entry);
+    if (is_mean(of)) {
+      copier.copy_means(*correction, correction->k, smem.k[buffer], of, skipped);
+    } else {
+      copier.copy(keys(params.batch), smem.k[buffer], of_stream(of), entry);
+    }
   }
   __device__ __forceinline__ void copy_values(int buffer, int of) const {
-    copier.copy(values(params.batch), smem.v[buffer], of, entry);
+    if (is_mean(of)) {
+      copier.copy_means(*correction, correction->v, smem.v[buffer], of, skipped);
+    } else {
+      copier.copy(values(params.batch), smem.v[buffer], of_stream(of), entry);
+    }
+  }
+
+  // Asks for the entry of a step; -1 for those of means.
+  __device__ __forceinline__ void ask(int of) { entry = copier.entry_of(of_stream(of)); }
+
+  __device__ __forceinline__ Sight<T> sight() const {
+    constexpr int kWords = T::kTokens / 32;
+    const int column = of_stream(step) * T::kTokens;
+    Sight<T> out;
+    out.first = visible - column;
+    out.last = copier.limit - column;
+    out.heads_per_list = params.work.heads_per_list;
+    out.bias = 0.0f;
+    if (is_mean(step)) {
+      // Computed in each step, as Operands are.
+      out.bias = static_cast<float>(ptx::not_before(correction->log2_block_tokens));
+#pragma unroll
+      for (int i = 0; i < kWords; ++i)
+        out.skipped[i] =
+            skipped.word(*correction, copier.list_row, step * kWords + i) >> threadIdx.x % 4 * 2;
+    }
+    return out;
   }
 
   // Other warps may still be at the last piece's last step: `stage`, with one buffer K, is not in
   // it any more, and each warp copies its own queries.
   __device__ __forceinline__ void begin(const WorkItem& item) {
-    entry = copier.entry_of(step);
+    ask(step);
     // A lane's copies may fall on query rows that the warp's other lanes still read.
     __syncwarp();
     copy_queries<T>(params, item, smem.q);
     copy_keys(stage, step);
     if constexpr (kTwo) {
       copy_values(stage, step);
-      entry = copier.entry_of(step - 1);
+      ask(step - 1);
     }
   }
 
@@ -310,11 +384,11 @@ struct Walk {
       if (step == first) return;
       copy_keys(stage ^ 1, step - 1);
       copy_values(stage ^ 1, step - 1);
-      entry = copier.entry_of(step - 2);
+      ask(step - 2);
     } else {
       copy_values(0, step);
       ptx::commit_copies();
-      entry = copier.entry_of(step - 1);
+      ask(step - 1);
     }
   }
 
@@ -342,9 +416,7 @@ struct Walk {
       const Operands<T> at(smem, stage);
       multiply_keys<T>(s, at.q, at.k);
       leave_keys();
-      const int column = step * T::kTokens;
-      const Sight sight{visible - column, copier.limit - column, params.work.heads_per_list};
-      soften<T>(params.sm_scale, sight, s, rows, p);
+      soften<T>(params.sm_scale, sight(), s, rows, p);
       await_values();
       multiply_values<T>(rows.o, p, Operands<T>(smem, stage).v);
       if constexpr (kTwo) stage ^= 1;
@@ -353,7 +425,7 @@ struct Walk {
 };
 
 template <class T>
-__device__ __forceinline__ void attend(const AttendParams& params) {
+__device__ __forceinline__ void attend(const AttendParams& params, const Means* means = nullptr) {
   extern __shared__ __align__(16) uint8_t bytes[];
   SharedStorage<T>& smem = *reinterpret_cast<SharedStorage<T>*>(bytes);
   static_assert(sizeof(smem) == T::kSharedBytes);
@@ -366,7 +438,7 @@ __device__ __forceinline__ void attend(const AttendParams& params) {
     for (int b = 0; b < T::kBlocks; ++b) reset(rows.state[b]);
     {
       const LoadedPiece piece = Pieces(params.work).at(params.work, i);
-      if (piece.end > piece.begin) Walk<T>(params, piece, smem, stage).run(piece.item, rows);
+      if (piece.end > piece.begin) Walk<T>(params, means, piece, smem, stage).run(piece.item, rows);
     }
     const LoadedPiece piece = Pieces(params.work).at(params.work, i);
     const int row = threadIdx.x / 32 * T::kWarpRows + threadIdx.x % 32 / 4;

@@ -33,8 +33,16 @@ struct Tile {
   static constexpr int kLaneRows = kTokens * kRowLanes / kThreads;  // consecutive
   // The old row maximum stays until a row grows by this many powers of two (as sm90/traits.h).
   static constexpr float kRescaleAbove = 8.0f;
+  static constexpr bool kMeans = false;
   static_assert(sizeof(E) == 2 && kChunks % 2 == 0 && 16 * kBlocks * kWarps == kRows);
   static_assert(kLaneRows >= 1 && (kLaneRows & (kLaneRows - 1)) == 0);
+};
+
+// The same with mean correction: a kernel of its own, for what it adds would cost the others
+// registers.
+template <class T>
+struct Corrected : T {
+  static constexpr bool kMeans = true;
 };
 
 // A CTA may have 227 KB of shared memory on sm_90, where these tiles were measured; 163 KB on

@@ -17,14 +17,16 @@ struct Consumer {
 
   SharedStorage<T>& smem;
   Place at;
-  float scale;  // sm_scale * log2(e)
+  float scale;         // sm_scale * log2(e)
+  const Means* means;  // of kernels that correct
   ptx::Ring<T::kKeyStages> k_ring;
   ptx::Ring<T::kValueStages> v_ring;
   Queries<T> q;
 
   // The piece's first tile: scores and P; nothing to overlap with yet.
+  template <Kind kKind>
   __device__ __forceinline__ void first_tile(Scores& s, Weights& p, RowState& rows,
-                                             const int (&visible)[2]) {
+                                             const Columns<T>& columns) {
     smem.k_full[k_ring.stage].wait(k_ring.phase);
     ptx::fence_registers(s);
     cute::warpgroup_arrive();
@@ -33,18 +35,16 @@ struct Consumer {
     cute::warpgroup_wait<0>();
     ptx::fence_registers(s);
     release_keys();
-    mask_scores(s, visible);
-    float top[2], factor[2];
-    tile_max(s, top);
-    raise_max<T>(top, scale, rows, factor);
-    exponentiate<true>(s, scale, rows);
+    float factor[2];
+    raise_for<T, kKind>(s, scale, rows, columns, at.column, factor);
+    exponentiate<true>(s, scale, rows, kKind == Kind::kMeans ? columns.bias : 0.0f);
     pack<typename T::Element>(s, p);
   }
 
   // Scores of the next tile beside O += P V of the last one.
-  template <bool kMasked>
+  template <Kind kKind>
   __device__ __forceinline__ void step(Scores& s, Outputs& o, Weights& p, RowState& rows,
-                                       const int (&visible)[2]) {
+                                       const Columns<T>& columns) {
     // Both waits stand before the products: a branch between them costs a second fence. V was asked
     // for long before K.
     smem.v_full[v_ring.stage].wait(v_ring.phase);
@@ -60,24 +60,23 @@ struct Consumer {
     cute::warpgroup_wait<1>();
     ptx::fence_registers(s);
     if constexpr (T::kTurns) end_turn();
-    if constexpr (T::kAhead && !kMasked) {
+    if constexpr (T::kAhead && kKind == Kind::kWhole) {
       weigh_ahead(s, o, rows);
     } else {
-      weigh<kMasked>(s, o, rows, visible);
+      weigh<kKind>(s, o, rows, columns);
     }
     pack<typename T::Element>(s, p);
   }
 
   // P of a tile on its own maxima, and O on them too once its products are done.
-  template <bool kMasked>
+  template <Kind kKind>
   __device__ __forceinline__ void weigh(Scores& s, Outputs& o, RowState& rows,
-                                        const int (&visible)[2]) {
+                                        const Columns<T>& columns) {
     release_keys();
-    if constexpr (kMasked) mask_scores(s, visible);
-    float top[2], factor[2];
-    tile_max(s, top);
-    const bool grown = raise_max<T>(top, scale, rows, factor);
-    exponentiate<kMasked>(s, scale, rows);
+    float factor[2];
+    const bool grown = raise_for<T, kKind>(s, scale, rows, columns, at.column, factor);
+    exponentiate<kKind != Kind::kWhole>(s, scale, rows,
+                                        kKind == Kind::kMeans ? columns.bias : 0.0f);
     cute::warpgroup_wait<0>();
     ptx::fence_registers(o);
     release_values();
@@ -166,20 +165,34 @@ struct Consumer {
     release_values();
   }
 
+  // What a tile of means needs of the list.
+  __device__ __forceinline__ void ask_list(const Skipped& skipped, const LoadedPiece& piece,
+                                           int tile, Columns<T>& columns) const {
+    const int64_t row = static_cast<int64_t>(piece.item.list_row) * means->mask_words;
+    const uint32_t* bits = means->lists + row + tile * columns.kWords;
+    columns.left = skipped.blocks - tile * T::kTokens;
+    columns.bias = static_cast<float>(means->log2_block_tokens);
+#pragma unroll
+    for (int i = 0; i < columns.kWords; ++i)
+      columns.listed[i] = i * 32 < columns.left ? __ldg(bits + i) : 0;
+  }
+
   // O and row sums of one piece.
   __device__ __forceinline__ void attend(const LoadedPiece& piece, int heads_per_list, Outputs& o,
                                          RowState& rows) {
     Scores s;
     Weights p;
-    const Tiles<T> range(piece);
-    int visible[2];  // columns from the thread's first column of the current tile
+    const Skipped skipped = skipped_of<T>(means, piece.item);
+    const Tiles<T> range(piece, skipped);
+    Columns<T> columns;
     QueryRow mine[2];
     int tile = range.end - 1;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       mine[r] = query_row(piece.item, heads_per_list, at.row + 8 * r);
       const int token = min(mine[r].token, piece.item.num_tokens - 1);
-      visible[r] = piece.stream.visible + token - tile * T::kTokens - at.column;
+      columns.visible[r] =
+          piece.stream.visible + token - (tile - range.means) * T::kTokens - at.column;
     }
     if constexpr (T::kSharedQueries) {
       // The compiler learns that operands made of it are the same in all lanes.
@@ -190,20 +203,33 @@ struct Consumer {
     }
     load_queries<T>(q, smem.q, at, mine);
     if constexpr (!T::kSharedQueries) release_queries();
-    first_tile(s, p, rows, visible);
-    const int used = piece.stream.visible + piece.item.num_tokens - 1 - tile * T::kTokens;
-    if (used < T::kTokens) {
-      smem.v_full[v_ring.stage].wait(v_ring.phase);
-      zero_tail<T>(smem.v[v_ring.stage], used, at.warpgroup);
+    if (T::kMeans && tile < range.means) {
+      ask_list(skipped, piece, tile, columns);
+      first_tile<Kind::kMeans>(s, p, rows, columns);
+      --tile;
+    } else {
+      first_tile<Kind::kCausal>(s, p, rows, columns);
+      const int used =
+          piece.stream.visible + piece.item.num_tokens - 1 - (tile - range.means) * T::kTokens;
+      if (used < T::kTokens) {
+        smem.v_full[v_ring.stage].wait(v_ring.phase);
+        zero_tail<T>(smem.v[v_ring.stage], used, at.warpgroup);
+      }
+      // Tiles below this one are seen whole by every row.
+      const int unmasked =
+          max(range.means + max(piece.stream.visible, 0) / T::kTokens, range.stream_begin());
+      for (--tile; tile >= unmasked; --tile) {
+        columns.advance();
+        step<Kind::kCausal>(s, o, p, rows, columns);
+      }
+      for (; tile >= range.stream_begin(); --tile) step<Kind::kWhole>(s, o, p, rows, columns);
     }
-    // Tiles below this one are seen whole by every row, and every row has seen something of others.
-    const int unmasked = max((max(piece.stream.visible, 1) - 1) / T::kTokens, range.begin);
-    for (--tile; tile >= unmasked; --tile) {
-      visible[0] += T::kTokens;
-      visible[1] += T::kTokens;
-      step<true>(s, o, p, rows, visible);
+    if constexpr (T::kMeans) {
+      for (; tile >= range.begin; --tile) {
+        ask_list(skipped, piece, tile, columns);
+        step<Kind::kMeans>(s, o, p, rows, columns);
+      }
     }
-    for (; tile >= range.begin; --tile) step<false>(s, o, p, rows, visible);
     if constexpr (T::kSharedQueries) release_queries();
     last_values(o, p);
   }

@@ -24,6 +24,21 @@ struct Maps {
   const CUtensorMap& v;
 };
 
+// Of kernels that correct: the rows of `means` as pools whose pages are requests, in boxes of
+// kTokens x 64.
+struct MeanMaps {
+  const CUtensorMap& k;
+  const CUtensorMap& v;
+  const Means& means;
+};
+
+// A pool of keys or values, and that of their means.
+struct Source {
+  const CUtensorMap& map;
+  const CUtensorMap* mean_map;
+  const Means* means;
+};
+
 // ---- producer ----
 
 // The one box of each tile that a lane copies.
@@ -64,8 +79,7 @@ __device__ __forceinline__ ptx::PoolBox place(const AttendParams& params, int en
 // One warp; K or V tiles of every piece, last tile first. Every tile arrives with all its bytes,
 // zeros included.
 template <class T, int kStages>
-__device__ __forceinline__ void produce_tiles(const CUtensorMap& map,
-                                              uint8_t (*tiles)[T::kKvTileBytes],
+__device__ __forceinline__ void produce_tiles(const Source& from, uint8_t (*tiles)[T::kKvTileBytes],
                                               ptx::CopyBarrier* full, ptx::Barrier* empty,
                                               const AttendParams& params) {
   const int lane = threadIdx.x % 32;
@@ -74,12 +88,14 @@ __device__ __forceinline__ void produce_tiles(const CUtensorMap& map,
   const Pieces pieces(params.work);
   for (int i = 0; i < pieces.count; ++i) {
     const LoadedPiece piece = pieces.at(params.work, i);
-    const Tiles<T> range(piece);
-    int token = (range.end - 1) * T::kTokens + mine.first;
-    int entry = range.end > range.begin ? entry_at(params, piece.stream, token) : 0;
+    const Skipped skipped = skipped_of<T>(from.means, piece.item);
+    const Tiles<T> range(piece, skipped);
+    const int first = range.stream_begin();
+    int token = (range.end - range.means - 1) * T::kTokens + mine.first;
+    int entry = range.end > first ? entry_at(params, piece.stream, token) : 0;
 #pragma unroll 1
-    for (int tile = range.end - 1; tile >= range.begin; --tile) {
-      const int next = tile > range.begin ? entry_at(params, piece.stream, token - T::kTokens) : 0;
+    for (int tile = range.end - 1; tile >= first; --tile) {
+      const int next = tile > first ? entry_at(params, piece.stream, token - T::kTokens) : 0;
       empty[ring.stage].wait(ring.phase ^ 1);
       if (lane == 0) full[ring.stage].arrive_and_expect_tx(T::kKvTileBytes);
       __syncwarp();
@@ -87,11 +103,25 @@ __device__ __forceinline__ void produce_tiles(const CUtensorMap& map,
         ptx::PoolBox at = place(params, entry, token);
         at.columns = mine.columns;
         at.kv_head = piece.item.kv_head;
-        ptx::load(map, full[ring.stage], tiles[ring.stage] + mine.smem, at);
+        ptx::load(from.map, full[ring.stage], tiles[ring.stage] + mine.smem, at);
       }
       entry = next;
       token -= T::kTokens;
       ring.advance();
+    }
+    if constexpr (T::kMeans) {
+#pragma unroll 1
+      for (int tile = min(range.end, range.means) - 1; tile >= range.begin; --tile) {
+        empty[ring.stage].wait(ring.phase ^ 1);
+        if (lane == 0) full[ring.stage].arrive_and_expect_tx(T::kKvTileBytes);
+        __syncwarp();
+        if (lane < T::kGroups) {
+          const ptx::PoolBox at{tile * T::kTokens, lane, piece.item.kv_head, skipped.req};
+          ptx::load(*from.mean_map, full[ring.stage], tiles[ring.stage] + lane * T::kKvGroupBytes,
+                    at);
+        }
+        ring.advance();
+      }
     }
   }
 }
@@ -121,8 +151,9 @@ __device__ __forceinline__ void produce_queries(const CUtensorMap& map, SharedSt
 // ---- consumers ----
 
 template <class T>
-__device__ __forceinline__ void consume(const AttendParams& params, SharedStorage<T>& smem) {
-  Consumer<T> consumer{smem, place_of_thread(), params.sm_scale * kLog2E, {}, {}, {}};
+__device__ __forceinline__ void consume(const AttendParams& params, const Means* means,
+                                        SharedStorage<T>& smem) {
+  Consumer<T> consumer{smem, place_of_thread(), params.sm_scale * kLog2E, means, {}, {}, {}};
   const Place at = consumer.at;
   uint32_t q_phase = 0;
   const Pieces pieces(params.work);
@@ -168,7 +199,9 @@ __device__ __forceinline__ void init_barriers(SharedStorage<T>& smem) {
 }
 
 template <class T>
-__device__ __forceinline__ void attend(const Maps& maps, const AttendParams& params) {
+__device__ __forceinline__ void attend(const Maps& maps, const AttendParams& params,
+                                       const MeanMaps* mean = nullptr) {
+  const Means* means = T::kMeans ? &mean->means : nullptr;
   extern __shared__ __align__(1024) uint8_t bytes[];
   SharedStorage<T>& smem = *reinterpret_cast<SharedStorage<T>*>(bytes);
   if (threadIdx.x == 0) smem.scale.value = params.sm_scale * kLog2E;
@@ -179,14 +212,18 @@ __device__ __forceinline__ void attend(const Maps& maps, const AttendParams& par
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     const int warp = threadIdx.x / 32;
-    if (warp == 0)
-      produce_tiles<T, T::kKeyStages>(maps.k, smem.k, smem.k_full, smem.k_empty, params);
-    if (warp == 1)
-      produce_tiles<T, T::kValueStages>(maps.v, smem.v, smem.v_full, smem.v_empty, params);
+    if (warp == 0) {
+      const Source from{maps.k, T::kMeans ? &mean->k : nullptr, means};
+      produce_tiles<T, T::kKeyStages>(from, smem.k, smem.k_full, smem.k_empty, params);
+    }
+    if (warp == 1) {
+      const Source from{maps.v, T::kMeans ? &mean->v : nullptr, means};
+      produce_tiles<T, T::kValueStages>(from, smem.v, smem.v_full, smem.v_empty, params);
+    }
     if (threadIdx.x == 64) produce_queries<T>(maps.q, smem, params);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
-    consume<T>(params, smem);
+    consume<T>(params, means, smem);
   }
 }
 

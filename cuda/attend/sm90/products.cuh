@@ -1,7 +1,8 @@
 // What consumer warpgroups do to a tile: matrix products, operands, buffers given back.
 #pragma once
 
-#include "../../common/work.cuh"
+#include "../../common/means.cuh"
+#include "../../common/softmax.cuh"
 #include "../../ptx/mma.cuh"
 #include "../../ptx/tma.cuh"
 #include "../../ptx/wgmma.cuh"
@@ -15,19 +16,84 @@ template <class T>
 struct Tiles {
   int begin;
   int end;
+  int means;  // tiles before the stream's
 
-  static_assert(kTileTokens % T::kTokens == 0 && kTileRows == T::kRows);
+  static_assert(kTileRows == T::kRows);
 
-  __device__ explicit Tiles(const LoadedPiece& piece) {
-    constexpr int kParts = kTileTokens / T::kTokens;
-    begin = piece.begin * kParts;
-    end = piece.end * kParts;
-    if constexpr (kParts > 1) {
+  __device__ Tiles(const LoadedPiece& piece, const Skipped& skipped) {
+    const OwnTiles<T::kTokens, T::kMeans> own(skipped);
+    means = own.means;
+    begin = own.at(piece.begin);
+    end = own.at(piece.end);
+    if constexpr (own.kParts > 1) {
       const int seen = piece.stream.visible + piece.item.num_tokens - 1;
-      end = min(end, max(seen + T::kTokens - 1, 0) / T::kTokens);
+      end = min(end, means + max(seen + T::kTokens - 1, 0) / T::kTokens);
     }
   }
+
+  // The first tile of the piece that is of the stream.
+  __device__ int stream_begin() const { return T::kMeans ? max(begin, means) : begin; }
 };
+
+// What the piece's list leaves out; nothing in kernels that do not correct.
+template <class T>
+__device__ __forceinline__ Skipped skipped_of(const Means* means, const WorkItem& item) {
+  if constexpr (T::kMeans) return skipped_by(*means, item);
+  return {};
+}
+
+// What differs between the tiles of a piece.
+enum class Kind {
+  kWhole,   // every row sees every column
+  kCausal,  // rows differ in what they see
+  kMeans,
+};
+
+// A thread's part of a tile, as far as the tile's kind asks for it.
+template <class T>
+struct Columns {
+  static constexpr int kWords = T::kTokens / 32;
+  int visible[2];           // of each row, from the thread's first column
+  uint32_t listed[kWords];  // means: the list's bits as they are, so that nothing waits for them
+  int left;                 // means from the tile's first on
+  float bias;               // of a mean's weight, in powers of two
+
+  // Drops the blocks that the list reads itself, and what is no block; `column` is the thread's
+  // first.
+  __device__ __forceinline__ void mask_listed(float (&s)[T::kScores], int column) const {
+    uint32_t skipped[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      skipped[i] = ~listed[i];
+      if (left < T::kTokens) skipped[i] &= range_word(i, 0, left);
+      skipped[i] >>= column;
+    }
+    mask_columns(s, skipped);
+  }
+
+  // The next tile of the stream is taken.
+  __device__ __forceinline__ void advance() {
+    visible[0] += T::kTokens;
+    visible[1] += T::kTokens;
+  }
+};
+
+// Scores of a tile to powers of two below the reference maxima, which may move; whether O must be
+// multiplied by `factor`.
+template <class T, Kind kKind>
+__device__ __forceinline__ bool raise_for(float (&s)[T::kScores], float scale, RowState& rows,
+                                          const Columns<T>& columns, int column,
+                                          float (&factor)[2]) {
+  if constexpr (kKind == Kind::kCausal) mask_scores(s, columns.visible);
+  if constexpr (kKind == Kind::kMeans) columns.mask_listed(s, column);
+  float top[2];
+  tile_max(s, top);
+  if constexpr (kKind == Kind::kMeans) {
+    top[0] += columns.bias / scale;
+    top[1] += columns.bias / scale;
+  }
+  return raise_max<T>(top, scale, rows, factor);
+}
 
 // A thread's place in its warpgroup's 64 rows; rows are query token * heads_per_list + head.
 struct Place {

@@ -51,6 +51,14 @@ struct Tile {
   static constexpr bool kAhead = false;
   static constexpr bool kHeldWait = false;  // then: P V is waited for behind the exponentials
   static constexpr bool kTurns = false;     // warpgroups issue products in turn
+  static constexpr bool kMeans = false;
+};
+
+// The same with mean correction: a kernel of its own, for what it adds would cost the others
+// registers.
+template <class T>
+struct Corrected : T {
+  static constexpr bool kMeans = true;
 };
 
 // As many stages as 227 KB hold beside Q. Ahead and in turns 14 % faster than neither, of which

@@ -119,7 +119,8 @@ class Stage(_Ours):
         calls = []
         for copy in problem.copies:
             batch = _batch(problem, copy)
-            means = {"summaries": ours.BlockMeans(plan).update(batch)} if reads_means else {}
+            # Without seals: comparing them is a launch of its own, which ours-op contains.
+            means = {"summaries": ours.BlockMeans(plan, seals=False).update(batch)} if reads_means else {}
             scores = ours.select(plan, batch, **means)
             lists = ours.union(plan, batch, scores)
             table = ours.table(plan, batch, lists)
@@ -147,11 +148,11 @@ def _forward(problem: Problem, copy: Copy, plan: Any, settings: Any) -> Callable
             return out
 
         return run
-    means = ours.BlockMeans(plan)
-    means.update(batch)
+    means = ours.BlockMeans(plan).update(batch)
 
     def run_with_means() -> torch.Tensor:
-        plan.forward(batch, out, summaries=means.update(batch))
+        # Makes anew what the step completes, as if the KV had just been written.
+        plan.forward(batch, out, summaries=means)
         return out
 
     return run_with_means

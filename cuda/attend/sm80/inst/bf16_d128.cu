@@ -9,3 +9,10 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
     compactattn_attend_sm80_bf16_d128(const __grid_constant__ compactattn::AttendParams params) {
   compactattn::sm80::attend<Tile>(params);
 }
+
+extern "C" __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
+    compactattn_attend_sm80_bf16_d128_means(
+        const __grid_constant__ compactattn::AttendParams params,
+        const __grid_constant__ compactattn::Means means) {
+  compactattn::sm80::attend<compactattn::sm80::Corrected<Tile>>(params, &means);
+}

@@ -1,6 +1,6 @@
 // Synthetic q, k and v in which some KV matters and most does not, as in a real prompt.
 //
-// Every 64 tokens of a request's KV are about one topic; every 64 queries of a head ask for one,
+// Every 64 tokens of a document's KV are about one topic; every 64 queries of a head ask for one,
 // and often go on asking for the one before. A topic is a direction: keys and queries that share it
 // score high, and its values share a direction too, so that reading the wrong pages shows in the
 // output. The first tokens are a sink for every query.
@@ -12,12 +12,21 @@
 
 constexpr int kHeadDim = 64;
 
+// A token names a document and a place in it, so that the same token after the same ones has the
+// same K and V, as in a model.
+using Token = std::int32_t;
+constexpr Token kDocument = 1 << 16;
+
 // Where a vector belongs.
 struct Place {
-  std::uint64_t request;
+  int document;
   int layer;
   int head;
   int token;
+
+  static Place of(Token token, int layer, int head) {
+    return {token / kDocument, layer, head, token % kDocument};
+  }
 };
 
 class Planted {
@@ -70,8 +79,8 @@ class Planted {
 
   std::uint64_t hash(const Place& at, std::uint64_t what, int index) const {
     std::uint64_t x = mix(seed_ + what);
-    for (const auto part :
-         {at.request, std::uint64_t(at.layer), std::uint64_t(at.head), std::uint64_t(index)}) {
+    for (const auto part : {std::uint64_t(at.document), std::uint64_t(at.layer),
+                            std::uint64_t(at.head), std::uint64_t(index)}) {
       x = mix(x ^ part);
     }
     return x;

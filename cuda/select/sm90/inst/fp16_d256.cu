@@ -1,0 +1,20 @@
+// cells of sampled rows, sm_90a, fp16, head_dim 256.
+#include "../kernel.cuh"
+
+using Tile = compactattn::select::sm90::KeyTileOf<__half, 256>;
+
+// Every block that a row of tile `tile` sees.
+extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1)
+    compactattn_cells_read_sm90_fp16_d256(const __grid_constant__ CUtensorMap k,
+                                          const __grid_constant__ compactattn::Step step,
+                                          int tile) {
+  compactattn::select::sm90::read_cells<Tile, false>(k, step, tile);
+}
+
+// Candidates and open blocks alone; the other cells stay.
+extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1)
+    compactattn_cells_read_candidates_sm90_fp16_d256(const __grid_constant__ CUtensorMap k,
+                                                     const __grid_constant__ compactattn::Step step,
+                                                     int tile) {
+  compactattn::select::sm90::read_cells<Tile, true>(k, step, tile);
+}

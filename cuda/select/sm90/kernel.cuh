@@ -1,0 +1,351 @@
+// select on sm_90a: cells by the blocks' keys, exact (rust/select/cells.rs, Cells::read), as
+// cells_read.cu has them.
+//
+// Grid (any > 0) x 288: the CTAs share all blocks evenly, one an SM fills a GPU. One warp copies
+// boxes of keys from the paged pool into a ring of tiles; consumer warpgroups multiply them with 64
+// sampled rows each and fold the products to one number a (row, block).
+#pragma once
+
+#include "../../ptx/wgmma.cuh"
+#include "share.cuh"
+
+namespace compactattn::select::sm90 {
+
+// ---- producer ----
+
+// The one box of each key tile that a lane copies: min(page, block, kTokens) tokens of 64 columns.
+template <class T>
+struct BoxLane {
+  int first;    // token of the tile
+  int columns;  // group of 64
+  int smem;     // byte of the tile
+  bool copies;
+
+  static_assert(T::kTokens / 16 * T::kGroups <= 32, "boxes of 16 tokens, one a lane");
+
+  __device__ BoxLane(const Layout& layout, int lane) {
+    const int log2_box = min(layout.log2_page_tokens, layout.log2_block_tokens);
+    const int rows = min(1 << log2_box, T::kTokens);
+    first = lane / T::kGroups * rows;
+    columns = lane % T::kGroups;
+    smem = columns * T::kKeyGroupBytes + first * T::kRowBytes;
+    copies = first < T::kTokens;
+  }
+};
+
+// Where token `i` of the unit's blocks lies in the pool; in the page past the last, which reads as
+// zeros, if no row sees it.
+template <bool kListed>
+__device__ __forceinline__ ptx::PoolBox place(const Step& step, const Segment<kListed>& segment,
+                                              int i) {
+  const Layout& layout = step.layout;
+  ptx::PoolBox at{0, 0, segment.tile.kv_head, step.batch.num_pages};
+  const int index = i >> layout.log2_block_tokens;
+  if (index >= segment.blocks.count) return at;
+  const int within = i & ((1 << layout.log2_block_tokens) - 1);
+  const int token = (segment.blocks.at(index) << layout.log2_block_tokens) + within;
+  if (token >= segment.tile.kv_end) return at;
+  at.token = token & ((1 << layout.log2_page_tokens) - 1);
+  at.page = __ldg(step.batch.block_table + step.batch.table_stride * segment.tile.span.req +
+                  (token >> layout.log2_page_tokens));
+  return at;
+}
+
+// One warp.
+template <class T, bool kListed>
+struct Producer {
+  const CUtensorMap& map;
+  const Step& step;
+  SharedStorage<T>& smem;
+  BoxLane<T> mine;
+  ptx::Ring<T::kStages> ring;
+
+  __device__ __forceinline__ Producer(const CUtensorMap& map, const Step& step,
+                                      SharedStorage<T>& smem)
+      : map(map), step(step), smem(smem), mine(step.layout, threadIdx.x % 32), ring{} {}
+
+  // Copies the keys of a segment. Every tile arrives with all its bytes, zeros included.
+  __device__ __forceinline__ void run(const Segment<kListed>& segment) {
+    ptx::PoolBox next{};
+#pragma unroll 1
+    for (int tile = segment.begin - 1; tile < segment.end; ++tile) {
+      const ptx::PoolBox at = next;
+      // A tile's table entry is under way while the tile before it waits for room.
+      next = place(step, segment, (tile + 1) * T::kTokens + mine.first);
+      if (tile >= segment.begin) copy(at);
+    }
+  }
+
+  __device__ __forceinline__ void copy(ptx::PoolBox at) {
+    ptx::CopyBarrier& full = smem.full[ring.stage];
+    smem.empty[ring.stage].wait(ring.phase ^ 1);
+    if (threadIdx.x % 32 == 0) full.arrive_and_expect_tx(T::kKeyBytes);
+    __syncwarp();
+    if (mine.copies) {
+      at.columns = mine.columns;
+      ptx::load(map, full, smem.keys[ring.stage] + mine.smem, at, ptx::CacheHint::EVICT_FIRST);
+    }
+    ring.advance();
+  }
+};
+
+// ---- consumers ----
+
+// Finished cells of a thread's two rows, until each lane of a quad holds one of each: four
+// neighbours of a row are stored at once, a quarter of the writes to memory.
+struct Held {
+  float cells[2];
+  int block;
+  int count;
+};
+
+// Weight of some keys: sum * 2^max, `max` of the quad's lanes together. It starts at the lowest
+// finite number: a row that sees nothing gets a sum of 0.
+struct Partial {
+  float max[2];
+  float sum[2];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) max[r] = -FLT_MAX, sum[r] = 0.0f;
+  }
+};
+
+// Named barriers: one a half each.
+constexpr int kMeet = 0;
+constexpr int kTurn = 2;
+
+template <class T, bool kListed>
+struct Consumer {
+  using Logits = float[T::kLogits];
+  using Keys = Segment<kListed>;
+
+  const Step& step;
+  SharedStorage<T>& smem;
+  int half;  // of the rows
+  int lane;
+  int row;  // of the tile; the thread's second row is 8 below
+  ptx::Ring<T::kStages> ring;
+  int seen[2];
+  Held held;
+  Partial partial;
+
+  __device__ __forceinline__ Consumer(const Step& step, SharedStorage<T>& smem)
+      : step(step), smem(smem), ring{} {
+    lane = threadIdx.x % 32;
+    // The compiler learns that operands made of it are the same in all lanes.
+    half = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+    row = half * 64 + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane / 4;
+  }
+
+  __device__ __forceinline__ int log2_block() const { return step.layout.log2_block_tokens; }
+
+  // All warps of this half of the rows meet.
+  __device__ __forceinline__ void meet() const {
+    cutlass::arch::NamedBarrier::sync(128, kMeet + half);
+  }
+
+  // The tensor cores are one half's at a time, so that its products run beside the exponentials of
+  // the other: by itself each waits for the same keys and both do the same at once.
+  __device__ __forceinline__ void take_turn() const {
+    cutlass::arch::NamedBarrier::sync(256, kTurn + half);
+  }
+
+  __device__ __forceinline__ void pass_turn() const {
+    cutlass::arch::NamedBarrier::arrive(256, kTurn + 1 - half);
+  }
+
+  // This half of the rows to shared memory, swizzled as the products want them; zeros past the
+  // tile's.
+  __device__ __forceinline__ void load_queries(const Tile& tile) {
+    constexpr int kUnits = T::kHeadDim / 8;  // of 16 bytes
+    constexpr int kLoads = 64 * kUnits / 128;
+    const int thread = threadIdx.x % 128, first = half * 64;
+    meet();  // done with the rows before
+    if (thread < 64) {
+      const Row mine = row_at(step, tile, first + thread);
+      smem.row_queries[first + thread] = mine.query;
+      smem.row_seen[first + thread] = mine.seen;
+    }
+    meet();
+    uint4 loaded[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int at = thread + i * 128;
+      const char* query = smem.row_queries[first + at / kUnits];
+      loaded[i] = query ? __ldg(reinterpret_cast<const uint4*>(query) + at % kUnits) : uint4{};
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int at = thread + i * 128, to = first + at / kUnits, unit = at % kUnits;
+      uint8_t* group = smem.queries + unit / 8 * T::kQueryGroupBytes + to * T::kRowBytes;
+      reinterpret_cast<uint4*>(group)[unit % 8 ^ to % 8] = loaded[i];
+    }
+    cutlass::arch::fence_view_async_shared();
+    meet();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) seen[r] = smem.row_seen[row + 8 * r];
+  }
+
+  __device__ __forceinline__ void multiply(Logits& logits) {
+    using Element = typename T::Element;
+    const uint64_t left = ptx::swizzled_operand(smem.queries + half * 64 * T::kRowBytes);
+    const uint64_t right = ptx::swizzled_operand(smem.keys[ring.stage]);
+    ptx::fence_registers(logits);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int d = 0; d < T::kHeadDim / 16; ++d) {
+      const ptx::ScaleOut keep = d == 0 ? ptx::ScaleOut::Zero : ptx::ScaleOut::One;
+      const uint64_t a = ptx::advanced(left, d / 4 * T::kQueryGroupBytes + d % 4 * 32);
+      const uint64_t b = ptx::advanced(right, d / 4 * T::kKeyGroupBytes + d % 4 * 32);
+      ptx::mma<Element, ptx::Major::K>(logits, a, b, keep);
+    }
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<0>();
+    ptx::fence_registers(logits);
+  }
+
+  // Fills the cells of a segment.
+  __device__ __forceinline__ void run(const Keys& keys) {
+    const bool works = half * 64 < keys.tile.rows, both_work = keys.tile.rows > 64;
+    if (works) load_queries(keys.tile);
+    held.count = 0;
+    partial.clear();
+#pragma unroll 1
+    for (int t = keys.begin; t < keys.end; ++t, ring.advance()) {
+      const int block = block_of_lane(keys, t);
+      Logits logits;
+      smem.full[ring.stage].wait(ring.phase);
+      if (both_work) take_turn();
+      if (works) multiply(logits);
+      if (both_work) pass_turn();
+      if (lane == 0) smem.empty[ring.stage].arrive();
+      if (works) fold_tile(keys, t, block, logits);
+    }
+    if (works) write(keys.tile);
+  }
+
+  // Lane i of eight knows the tile's block i.
+  __device__ __forceinline__ int block_of_lane(const Keys& keys, int t) const {
+    const int i = (t * T::kTokens >> log2_block()) + lane % 8;
+    return keys.blocks.at(min(i, keys.blocks.count - 1));
+  }
+
+  __device__ __forceinline__ void fold_tile(const Keys& keys, int t, int block, Logits& logits) {
+    switch (log2_block()) {
+      case 4:
+        return fold<16>(keys, t, block, logits);
+      case 5:
+        return fold<32>(keys, t, block, logits);
+      case 6:
+        return fold<64>(keys, t, block, logits);
+      default:
+        return fold<T::kTokens>(keys, t, block, logits);
+    }
+  }
+
+  // Adds the tile's products, kColumns at a time, and keeps the cell where a block ends.
+  template <int kColumns>
+  __device__ __forceinline__ void fold(const Keys& keys, int t, int block, Logits& logits) {
+    const int mask = (1 << log2_block()) - 1;
+#pragma unroll
+    for (int c = 0; c < T::kTokens; c += kColumns) {
+      const int i = t * T::kTokens + c;
+      if (i >> log2_block() >= keys.blocks.count) return;
+      const int at = __shfl_sync(0xffffffffu, block, c / kColumns);
+      const int token = (at << log2_block()) + (i & mask);
+      if (token + kColumns > keys.tile.least_visible) hide<kColumns>(logits, c, token);
+      add<kColumns>(logits, c);
+      if ((i + kColumns & mask) == 0) finish(keys.tile, at);
+    }
+  }
+
+  // Tokens from `token` on that a row does not see weigh nothing, whatever is stored there.
+  template <int kColumns>
+  __device__ __forceinline__ void hide(Logits& logits, int from, int token) const {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int left = seen[e / 2] - token - lane % 4 * 2 - e % 2;
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+        if (8 * n >= left) logits[from / 2 + 4 * n + e] = -INFINITY;
+      }
+    }
+  }
+
+  template <int kColumns>
+  __device__ __forceinline__ void add(const Logits& logits, int from) {
+    const float scale = step.layout.sm_scale * kLog2E;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float high[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) high[e] = fmaxf(high[e], logits[from / 2 + 4 * n + 2 * r + e]);
+      }
+      const float top = fmaxf(partial.max[r], quad_max(fmaxf(high[0], high[1])) * scale);
+      // Two sums: half the length of the chain of additions.
+      float even = partial.sum[r] * ptx::exp2_approx(partial.max[r] - top), odd = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+        even += ptx::exp2_approx(fmaf(logits[from / 2 + 4 * n + 2 * r], scale, -top));
+        odd += ptx::exp2_approx(fmaf(logits[from / 2 + 4 * n + 2 * r + 1], scale, -top));
+      }
+      partial.max[r] = top;
+      partial.sum[r] = even + odd;
+    }
+  }
+
+  __device__ __forceinline__ void finish(const Tile& tile, int block) {
+    const bool mine = lane % 4 == held.count;
+    if (mine) held.block = block;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float sum = quad_sum(partial.sum[r]);
+      if (mine) held.cells[r] = partial.max[r] + ptx::log2_approx(sum);
+    }
+    partial.clear();
+    if (++held.count == 4) write(tile);
+  }
+
+  __device__ __forceinline__ void write(const Tile& tile) {
+    if (lane % 4 < held.count) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int64_t to = row + 8 * r;
+        if (to < tile.rows) tile.cells[to * step.layout.max_blocks + held.block] = held.cells[r];
+      }
+    }
+    held.count = 0;
+  }
+};
+
+// ---- roles ----
+
+template <class T, bool kListed>
+__device__ __forceinline__ void read_cells(const CUtensorMap& map, const Step& step, int index) {
+  extern __shared__ __align__(1024) uint8_t bytes[];
+  SharedStorage<T>& smem = *reinterpret_cast<SharedStorage<T>*>(bytes);
+  if (threadIdx.x == 0) {
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
+    for (int i = 0; i < T::kStages; ++i) {
+      smem.full[i].init(1);
+      smem.empty[i].init(T::kConsumerWarps);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  const Units<T, kListed> units{step, index};
+  Share share = units.share(smem);
+  Segment<kListed> segment;
+  if (threadIdx.x / 32 == T::kConsumerWarps) {
+    Producer<T, kListed> producer(map, step, smem);
+    while (units.next(share, segment)) producer.run(segment);
+  } else {
+    Consumer<T, kListed> consumer(step, smem);
+    if (consumer.half == 1) consumer.pass_turn();
+    while (units.next(share, segment)) consumer.run(segment);
+  }
+}
+
+}  // namespace compactattn::select::sm90

@@ -1,0 +1,45 @@
+// Tile shapes and shared memory of the sm_90a cells reader, by head_dim.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "../../ptx/tma.cuh"
+
+namespace compactattn::select::sm90 {
+
+// 128 sampled rows, 64 a consumer warpgroup, meet `kTokens` keys at a time. `kStages` tiles are
+// under way: memory answers after about 1 us, in which one SM's share of its bandwidth is 25 KB.
+template <class E, int kDim, int kTokens_, int kStages_>
+struct KeyTile {
+  using Element = E;  // __nv_bfloat16 or __half
+  static_assert(sizeof(E) == 2);
+  static constexpr int kHeadDim = kDim;
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kRows = 128;
+  static constexpr int kLogits = kTokens / 2;  // of a thread
+  static constexpr int kColumns = 64;          // of 2 bytes = 128 B, the widest swizzle
+  static constexpr int kGroups = kDim / kColumns;
+  static constexpr int kRowBytes = kColumns * 2;
+  static constexpr int kKeyGroupBytes = kTokens * kRowBytes;
+  static constexpr int kQueryGroupBytes = kRows * kRowBytes;
+  static constexpr int kKeyBytes = kGroups * kKeyGroupBytes;
+  static constexpr int kQueryBytes = kGroups * kQueryGroupBytes;
+  static constexpr int kConsumerWarps = 8;
+  static constexpr int kThreads = 32 * (kConsumerWarps + 1);
+};
+
+// As many stages as 227 KB hold beside the queries.
+template <class E, int kDim>
+struct KeyTileOf;
+template <class E>
+struct KeyTileOf<E, 64> : KeyTile<E, 64, 128, 12> {};
+template <class E>
+struct KeyTileOf<E, 128> : KeyTile<E, 128, 128, 6> {};
+template <class E>
+struct KeyTileOf<E, 256> : KeyTile<E, 256, 64, 5> {};
+
+}  // namespace compactattn::select::sm90

