@@ -135,7 +135,6 @@ const METRICS: [(&str, &str, &str); 9] = [
 ];
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 mod tests {
     use super::*;
 
