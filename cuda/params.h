@@ -119,8 +119,7 @@ struct Counters {
   int32_t num_select_spans;
   int32_t num_items;
   int32_t refused;  // requests
-  int32_t ticket;   // zeroed before plan; CTAs of plan that are done
-  int32_t reserved[3];
+  int32_t reserved[4];
 };
 static_assert(sizeof(Counters) == 32, "");
 

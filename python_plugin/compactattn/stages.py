@@ -1,7 +1,6 @@
 """The stages one by one, for engines that want tables, or attention over tables of their own.
 
-Without ``out`` a stage writes to new memory beside the batch: the package's own on the CPU (``numpy.asarray`` and
-DLPack share it), torch's on CUDA.
+Without ``out`` a stage writes to new memory beside the batch: the package's own on the CPU, torch's on CUDA.
 """
 
 from __future__ import annotations

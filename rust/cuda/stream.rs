@@ -4,7 +4,7 @@ use std::ffi::c_int;
 
 use super::device::Device;
 use super::driver::Handle;
-use super::symbols::{Address, Object};
+use super::symbols::Object;
 use crate::error::{Error, Result, Status};
 
 /// A stream of the caller.

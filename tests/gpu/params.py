@@ -65,7 +65,7 @@ class Span(ctypes.Structure):
 class Counters(ctypes.Structure):
     """Written on device in every step."""
 
-    _fields_ = _fields(c_int32, "num_list_spans num_select_spans num_items refused ticket r0 r1 r2")
+    _fields_ = _fields(c_int32, "num_list_spans num_select_spans num_items refused r0 r1 r2 r3")
 
 
 class WorkItem(ctypes.Structure):

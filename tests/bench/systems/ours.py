@@ -62,8 +62,8 @@ class _Ours(System):
 class Forward(_Ours):
     """All stages in one call; block means of completed blocks are brought up to date within it where they are read."""
 
-    def __init__(self, name: str, *, mode: str = "", selector: str = "") -> None:
-        self.name, self._mode, self._selector = name, mode, selector
+    def __init__(self, name: str, *, mode: str = "", selector: str = "", **changes: object) -> None:
+        self.name, self._mode, self._selector, self._changes = name, mode, selector, changes
 
     def prepare(self, problem: Problem) -> Prepared:
         """Binds one call to each copy of the data."""
@@ -72,7 +72,7 @@ class Forward(_Ours):
         settings = package().Settings
         base = settings.mode(self._mode) if self._mode else settings.of(self._selector)
         exact = self._mode == "dense"
-        chosen = base if exact else base.replace(**problem.question.settings)
+        chosen = base if exact else base.replace(**problem.question.settings | self._changes)
         plan = self._plan(problem, chosen)
         calls = [_forward(problem, copy, plan, chosen) for copy in problem.copies]
         return Prepared(Runner(calls), exact=exact, density=lambda: None if exact else _density(plan, problem, chosen))
@@ -141,14 +141,14 @@ def _batch(problem: Problem, copy: Copy) -> Any:
 
 def _forward(problem: Problem, copy: Copy, plan: Any, settings: Any) -> Callable[[], torch.Tensor]:
     ours, batch, out = package(), _batch(problem, copy), torch.empty_like(copy.tensors.q)
-    if settings.selector not in READ_MEANS:
+    if settings.selector not in READ_MEANS and not settings.mean_correction:
 
         def run() -> torch.Tensor:
             plan.forward(batch, out)
             return out
 
         return run
-    means = ours.BlockMeans(plan).update(batch)
+    means = ours.BlockMeans(plan, values=settings.mean_correction).update(batch)
 
     def run_with_means() -> torch.Tensor:
         # Makes anew what the step completes, as if the KV had just been written.
