@@ -586,7 +586,7 @@ typedef struct compactattn_attend_args {
   // What to read: checked entry by entry.
   const struct compactattn_table *table;
   // For mean correction: the lists that table was built from, and summaries with v_mean, which are read as they are.
-  // Both or neither.
+  // Both or neither; on CUDA for layers with mean_correction, whose workspace has room for it.
   const struct compactattn_tensor *lists;
   // See lists.
   const struct compactattn_summaries *summaries;

@@ -21,10 +21,10 @@ struct SharedStorage {
   ptx::CopyBarrier full[T::kStages];
   ptx::Barrier empty[T::kStages];
   Share share;
-  int unit;                           // some unit that has chunks
-  int chunks[T::kConsumerWarps + 1];  // of each warp's units
-  int alive[T::kConsumerWarps + 1];   // of those, how many have any
-  const char* row_queries[T::kRows];  // null: a row of zeros
+  int chunks[T::kConsumerWarps + 1];   // of each warp's units
+  int alive[T::kConsumerWarps + 1];    // of those, how many have any
+  int leading[T::kConsumerWarps + 1];  // and the first that has
+  const char* row_queries[T::kRows];   // null: a row of zeros
   int row_seen[T::kRows];
 };
 
@@ -101,11 +101,11 @@ struct Units {
     const int each = (units + T::kThreads - 1) / T::kThreads;
     const int first = static_cast<int>(threadIdx.x) * each, last = min(units, first + each);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int mine = 0, alive = 0;
+    int mine = 0, alive = 0, leading = units;
     for (int unit = first; unit < last; ++unit) {
       const int count = chunks(unit);
       mine += count;
-      if (count > 0) ++alive, smem.unit = unit;
+      if (count > 0) ++alive, leading = min(leading, unit);
     }
     int before = mine;
     for (int d = 1; d < 32; d *= 2) {
@@ -113,7 +113,12 @@ struct Units {
       if (lane >= d) before += below;
     }
     alive = __reduce_add_sync(0xffffffffu, alive);
-    if (lane == 31) smem.chunks[warp] = before, smem.alive[warp] = alive;
+    leading = __reduce_min_sync(0xffffffffu, leading);
+    if (lane == 31) {
+      smem.chunks[warp] = before;
+      smem.alive[warp] = alive;
+      smem.leading[warp] = leading;
+    }
     if (threadIdx.x == 0) smem.share = {};
     __syncthreads();
     before -= mine;
@@ -123,10 +128,11 @@ struct Units {
       if (w < warp) before += smem.chunks[w];
       total += smem.chunks[w];
       alive += smem.alive[w];
+      leading = min(leading, smem.leading[w]);
     }
     const int parts = gridDim.x / step.layout.num_kv_heads;
     if (alive == step.layout.num_kv_heads && 8 * parts * alive >= 7 * gridDim.x) {
-      if (threadIdx.x == 0) smem.share = slice(smem.unit / alive * alive, parts);
+      if (threadIdx.x == 0) smem.share = slice(leading / alive * alive, parts);
     } else {
       const int begin = static_cast<int>(total * blockIdx.x / gridDim.x);
       const int end = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
