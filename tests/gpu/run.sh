@@ -54,6 +54,7 @@ say "gpu_suite $(sha256sum "$suite" | cut -c 1-16), ${COMMIT:+commit $COMMIT, }$
 
 part differential "$suite" differential --cases "$cases" "$@"
 part laws "$suite" laws "$@"
+part stale "$suite" stale --count 100 "$@"
 part combine "$suite" combine "$@"
 part gate "$suite" gate "$@"
 part sanitizer-cases "$suite" sanitizer-cases "$@"
