@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from compactattn import Settings
-from compactattn.vllm.settings import Options
+from compactattn.serving.settings import Options
 
 FILE = Path(__file__).parents[1] / "bench/record/cpu/2026-11-22-calibrated.json"
 LAYERS = (2, 14, 26)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compactattn.serving.policy import Policy, Step, reasons
 from compactattn.sglang import policy
 from compactattn.sglang.policy import PAGE_SIZES
-from compactattn.vllm.policy import Policy, Step, reasons
 
 SERVED = {
     "use_mla": False,

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 from compactattn import Settings
-from compactattn.vllm import policy
-from compactattn.vllm.policy import DECODE, SHORT_CHUNK, SHORT_CONTEXT, Part, Policy, Step
-from compactattn.vllm.report import Report
-from compactattn.vllm.service import kv_axis_of, layer_number
-from compactattn.vllm.settings import Options
+from compactattn.serving import policy
+from compactattn.serving.policy import DECODE, SHORT_CHUNK, SHORT_CONTEXT, Part, Policy, Step
+from compactattn.serving.report import Report
+from compactattn.serving.service import kv_axis_of, layer_number
+from compactattn.serving.settings import Options
 
 LONG = Policy(min_chunk_tokens=256, min_kv_tokens=8192)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from compactattn.serving.service import kv_axis_of, kv_views
 from compactattn.vllm import current, plugin
-from compactattn.vllm.service import kv_axis_of, kv_views
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend

@@ -6,8 +6,8 @@ from typing import Any
 
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 
-from ..vllm.report import REPORT
-from ..vllm.settings import Options
+from ..serving.report import REPORT
+from ..serving.settings import Options
 from . import facts
 from .split import SplitBackend
 

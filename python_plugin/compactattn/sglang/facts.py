@@ -7,10 +7,10 @@ import os
 from typing import Any
 
 from .. import build_info, version
-from ..vllm.policy import Policy
-from ..vllm.report import REPORT
-from ..vllm.service import Shape
-from ..vllm.settings import ADDITIONAL, Options
+from ..serving.policy import Policy
+from ..serving.report import REPORT
+from ..serving.service import Shape
+from ..serving.settings import ADDITIONAL, Options
 
 
 def options() -> Options:

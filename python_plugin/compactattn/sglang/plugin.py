@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..vllm.report import LOG
+from ..serving.report import LOG
 
 
 def register() -> None:

@@ -1,14 +1,14 @@
 """Which steps, layers and engine configurations are served at all. No SGLang, no torch.
 
-Which requests of a step are ours is the same question in every engine: :class:`compactattn.vllm.policy.Policy`.
+Which requests of a step are ours is the same question in every engine: :class:`compactattn.serving.policy.Policy`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..vllm import policy as shared
-from ..vllm.policy import PAGE_SIZES, Step
+from ..serving import policy as shared
+from ..serving.policy import PAGE_SIZES, Step
 
 
 def config_refusals(facts: dict[str, Any]) -> list[str]:

@@ -9,11 +9,11 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-from ..vllm import policy as shared
-from ..vllm.policy import Part, Policy
-from ..vllm.report import REPORT
-from ..vllm.service import Service, refusal
-from ..vllm.settings import Options
+from ..serving import policy as shared
+from ..serving.policy import Part, Policy
+from ..serving.report import REPORT
+from ..serving.service import Service, refusal
+from ..serving.settings import Options
 from . import facts, policy
 
 

@@ -10,8 +10,9 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from . import current, policy
-from .service import kv_axis_of
+from ..serving import policy
+from ..serving.service import kv_axis_of
+from . import current
 from .split import SplitBuilder, SplitImpl
 
 

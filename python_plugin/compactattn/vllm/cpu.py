@@ -14,8 +14,8 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from ..serving.service import kv_views
 from ..settings import Settings
-from .service import kv_views
 from .split import SplitBuilder, SplitImpl
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import build_info, version
-from .policy import Policy
-from .report import REPORT
-from .service import Service, Shape
-from .settings import Options
+from ..serving.policy import Policy
+from ..serving.report import REPORT
+from ..serving.service import Service, Shape
+from ..serving.settings import Options
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def build() -> str:
 
 
 def model_facts(vllm_config: Any) -> dict[str, Any]:
-    """What the validation hook is not told: for :func:`.policy.config_refusals`."""
+    """What the validation hook is not told: for :func:`..serving.policy.config_refusals`."""
     if vllm_config is None:
         return {}
     text = getattr(vllm_config.model_config, "hf_text_config", None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .report import LOG
-from .settings import MODE
+from ..serving.report import LOG
+from ..serving.settings import MODE
 
 GPU_CLASS = "compactattn.vllm.backend.CompactAttentionBackend"
 CPU_CLASS = "compactattn.vllm.cpu.CompactCpuBackend"

@@ -9,10 +9,11 @@ import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import current, policy
-from .policy import Part, Step
-from .report import REPORT
-from .service import Call, Service, Shape, kv_views, layer_number, refusal, reserve, seen
+from ..serving import policy
+from ..serving.policy import Part, Step
+from ..serving.report import REPORT
+from ..serving.service import Call, Service, Shape, kv_views, layer_number, refusal, reserve, seen
+from . import current
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which requests of a step are ours, and which models and machines we serve at all. No vLLM, no torch."""
+"""Which requests of a step are ours, and which models and machines we serve at all. No engine, no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operator asked for: COMPACTATTN_MODE, a JSON file, the engine's --additional-config. No vLLM, no torch."""
+"""What an operator asked for: COMPACTATTN_MODE, a JSON file, the engine's --additional-config. No engine, no torch."""
 
 from __future__ import annotations
 
