@@ -2,7 +2,8 @@
 //!
 //! Lists are laid out `[list spans, lists per span]` and bits `[.., mask_words]`. Merging masks is an OR, the
 //! smallest set that covers every row under one list (arXiv 2605.16839, section 3); merging scores decides once on
-//! the list's own scores, which spends the same pages better.
+//! the list's own scores, so that a list reads what was asked for and no more. For equal error neither wins on the 8K
+//! trace (tests/bench/record/cpu/2026-11-22-pages-for-error.txt).
 
 use crate::batch::Batch;
 use crate::mask;
