@@ -31,6 +31,10 @@ ALONE = (
     "union_table",
     "table",
     "plan_work",
+    "export_padded",
+    "export_counts",
+    "export_starts",
+    "export_csr",
 )
 # One for each dtype.
 TYPED = (
@@ -43,6 +47,8 @@ TYPED = (
     "xattention_mass",
     "attn_gate_keys",
     "attn_gate",
+    "merge",
+    "plan_work_means",
 )
 # One for each dtype and head_dim.
 SIZED = ("attend_sm80", "combine")
@@ -52,6 +58,7 @@ EVERYWHERE = {
     *(f"compactattn_{name}" for name in ALONE),
     *(f"compactattn_{name}_{dtype}" for name in TYPED for dtype in DTYPES),
     *(f"compactattn_{name}_{dtype}_d{dim}" for name in SIZED for dtype in DTYPES for dim in HEAD_DIMS),
+    *(f"compactattn_attend_sm80_{dtype}_d{dim}_means" for dtype in DTYPES for dim in HEAD_DIMS),
 }
 EXPECTED = {arch: set(EVERYWHERE) for arch in ARCHS}
 EXPECTED["sm_90a"] |= {
@@ -60,6 +67,7 @@ EXPECTED["sm_90a"] |= {
     for dtype in DTYPES
     for dim in (64, 128, 256)
 }
+EXPECTED["sm_90a"] |= {f"compactattn_attend_sm90_{dtype}_d{dim}_means" for dtype in DTYPES for dim in (64, 128, 256)}
 EXPECTED["sm_90a"] |= {f"compactattn_flashprefill_sm90_{dtype}_d{dim}" for dtype in DTYPES for dim in (64, 128)}
 
 # By the start of a kernel's name, the first that fits: tensor cores, then the copies that run beside them.
@@ -164,10 +172,11 @@ def order_faults(listing: str) -> list[str]:
 
 
 def step_faults(name: str, code: list[str]) -> list[str]:
-    """The same for one kernel: its step with a mask, then that of all other tiles, which is looked at."""
+    """The same for one kernel: its step with a mask, that of other tiles, which is looked at, then that of means."""
+    steps, name = (3, name.removesuffix("_means")) if name.endswith("_means") else (2, name)
     waits = [i for i, op in enumerate(code) if op.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x1")]
-    if len(waits) != 2:
-        return [f"{len(waits)} steps wait for scores alone, wanted 2: products do not overlap"]
+    if len(waits) != steps:
+        return [f"{len(waits)} steps wait for scores alone, wanted {steps}: products do not overlap"]
     wait, faults = waits[1], []
     arrive = max(i for i in range(wait) if code[i].startswith("WARPGROUP.ARRIVE"))
     products = [i for i in range(arrive, wait) if code[i].startswith("HGMMA")]
@@ -191,7 +200,7 @@ def overlaps(name: str) -> bool:
     """Whether launches let it start early (rust/cuda/kernels.rs, OVERLAPPING), so that it must wait by itself."""
     rust = (Path(__file__).resolve().parents[2] / "rust/cuda/kernels.rs").read_text()
     names = re.findall(r'"(\w+)"', rust.split("const OVERLAPPING", 1)[1].split("];", 1)[0])
-    return re.sub(r"(_bf16|_fp16)?(_d\d+)?$", "", name.removeprefix("compactattn_")) in names
+    return re.sub(r"(_bf16|_fp16)?(_d\d+(_means)?)?$", "", name.removeprefix("compactattn_")) in names
 
 
 def faults_of(name: str, arch: str, used: set[str]) -> list[str]:
