@@ -102,7 +102,7 @@ test-sglang: export COMPACTATTN_CUDA = off
 test-sglang: $(BUILD)/sglang/ready
 	$(BUILD)/sglang/venv/bin/pip install -q --no-deps --force-reinstall .
 	for version in $(SGLANG_VERSIONS); do \
-	    PYTHONPATH=$(BUILD)/sglang/$$version $(BUILD)/sglang/venv/bin/pytest -q tests/sglang || exit 1; \
+	    PYTHONPATH=$(BUILD)/sglang/$$version $(BUILD)/sglang/venv/bin/python -m pytest -q tests/sglang || exit 1; \
 	done
 
 # torch is the one that test-hf has fetched: 2.6 GB, once. What is installed here comes before what is there.
