@@ -24,17 +24,34 @@ say() {
 
 # part NAME COMMAND...: its output and verdict, how long it took.
 part() {
+  begin "$@"
+  finish "$1"
+}
+
+# begin NAME COMMAND...: starts a part, for finish to wait for; what checks answers alone may run beside the rest.
+begin() {
   name=$1
   shift
-  start=$(date +%s)
-  # Paths of this machine mean nothing in a record.
+  {
+    start=$(date +%s)
+    status=0
+    echo "== $name: $*" > "$record.$name"
+    "$@" > "$record.$name.all" 2>&1 || status=$?
+    tail -n 60 "$record.$name.all" >> "$record.$name"
+    if [ "$status" -eq 0 ]; then verdict=ok; else verdict="FAILED ($status)"; fi
+    echo "== $name: $verdict, $(($(date +%s) - start)) s" >> "$record.$name"
+    rm -f "$record.$name.all"
+  } &
+  eval "job_$(echo "$name" | tr - _)=$!"
+}
+
+finish() {
+  eval "wait \$job_$(echo "$1" | tr - _)"
   say
-  say "== $name: $(echo "$*" | sed "s|$binaries/||g")"
-  status=0
-  "$@" > "$record.part" 2>&1 || status=$?
-  tail -n 60 "$record.part" | sed "s|$binaries/||g" | tee -a "$record"
-  if [ "$status" -eq 0 ]; then verdict=ok; else verdict="FAILED ($status)" failed=1; fi
-  say "== $name: $verdict, $(($(date +%s) - start)) s"
+  # Paths of this machine mean nothing in a record.
+  sed "s|$binaries/||g" "$record.$1" | tee -a "$record"
+  tail -n 1 "$record.$1" | grep -q ": ok," || failed=1
+  rm -f "$record.$1"
 }
 
 machine() {
@@ -52,6 +69,11 @@ say "GPU suite, $(date -u +%Y-%m-%dT%H:%MZ)"
 machine 2>&1 | tee -a "$record"
 say "gpu_suite $(sha256sum "$suite" | cut -c 1-16), ${COMMIT:+commit $COMMIT, }$(sanitizer || echo no compute-sanitizer)"
 
+for tool in $sanitizers; do
+  # The library and its tests leave the primary context to the process's end: leaks are not looked for here. Codes of
+  # driver calls are the library's to judge: it asks for parameters until the driver has no more.
+  begin "$tool" compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 "$suite" sanitizer-cases "$@"
+done
 part differential "$suite" differential --cases "$cases" "$@"
 part laws "$suite" laws "$@"
 part stale "$suite" stale --count 100 "$@"
@@ -63,12 +85,9 @@ part graph "$suite" graph --replays "$replays" "$@"
 part bad-input "$suite" bad-input "$@"
 part counters env FAKE_CUDA=forward COMPACTATTN_LIBCUDA="$binaries/libcounting_driver.so" "$suite" counters "$@"
 for tool in $sanitizers; do
-  # The library and its tests leave the primary context to the process's end: leaks are not looked for here. Codes of
-  # driver calls are the library's to judge: it asks for parameters until the driver has no more.
-  part "$tool" compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 "$suite" sanitizer-cases "$@"
+  finish "$tool"
 done
 
 say
 say "$([ "$failed" -eq 0 ] && echo PASS || echo FAIL)"
-rm -f "$record.part"
 exit "$failed"
