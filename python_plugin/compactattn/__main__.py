@@ -1,4 +1,4 @@
-"""``python -m compactattn``: the same command-line tool that the wheel installs as ``compactattn``."""
+"""``python -m compactattn``: the same command-line tool that the wheel installs as ``compactattn``; ``eval`` is ours."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Replaces this process by the tool."""
+    """Replaces this process by the tool; ``eval`` runs here, where torch and the model are."""
+    if sys.argv[1:2] == ["eval"]:
+        from .eval.cli import main as evaluate
+
+        sys.exit(evaluate(sys.argv[2:]))
     tool = next((path for path in _candidates() if path.is_file() and os.access(path, os.X_OK)), None)
     if tool is None:
         sys.exit("compactattn: the command-line tool is missing; install the package (pip install .)")

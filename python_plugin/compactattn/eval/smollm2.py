@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from gguf import GGUFReader, dequantize
+import torch  # type: ignore[import-not-found, unused-ignore]
+import transformers  # type: ignore[import-not-found, unused-ignore]
 
 # Tensors of a layer by their names in the file.
 LAYER = {
@@ -23,15 +22,26 @@ LAYER = {
 }
 
 
+# A turn of the chat it was tuned on; no system prompt.
+FRAME = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
+# gguf's number for tokens that no text spells.
+_CONTROL = 3
+
+
 class File:
-    """One GGUF file."""
+    """One GGUF file; reading it needs the package gguf."""
 
     def __init__(self, path: Path) -> None:
+        from gguf import GGUFReader  # type: ignore[import-not-found, unused-ignore]
+
         self._reader = GGUFReader(path)
 
-    def model(self, dtype: Any, device: str) -> Any:
-        """The model; weights are widened from 4 bits and rounded to ``dtype``."""
+    def model(self, dtype: Any, device: str, **changes: Any) -> Any:
+        """The model; weights are widened from 4 bits and rounded to ``dtype``. ``changes`` are to its configuration."""
+        from gguf import dequantize
+
         config = self._config()
+        config.update(changes)
         with torch.device(device):
             model = transformers.LlamaForCausalLM(config).to(dtype).eval()
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
@@ -57,6 +67,10 @@ class File:
         splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
         tokenizer.decoder = decoders.ByteLevel()
+        kinds = self._reader.fields["tokenizer.ggml.token_type"]
+        kinds_of = (kinds.parts[i][0] for i in kinds.data)
+        control = [token for token, kind in zip(vocabulary, kinds_of, strict=True) if kind == _CONTROL]
+        tokenizer.add_special_tokens(control)
         return tokenizer
 
     def _config(self) -> Any:

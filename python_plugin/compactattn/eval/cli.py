@@ -1,0 +1,152 @@
+"""``python -m compactattn eval``: measures, resumes, reports; ``--repro`` makes one row again."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+_DESCRIPTION = """Accuracy of sparse prefill, paired with dense attention: the same prompts, greedy, the same chunks.
+
+Writes items.jsonl (one line an item), report.csv, report.md and report-LENGTH.svg below --out; a second call goes on
+where the first one stopped. RULER and LongBench-v2 themselves: docs/accuracy.md."""
+_ROWS = "dense,default,flashprefill-union,flashprefill-block_sparse,sampled_exact-group,pooled_mass-head,two_level,oracle"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0: every row that was asked for is there; 3: some are not, and the report says why; 2: wrong arguments."""
+    parser = _parser()
+    asked = parser.parse_args(arguments)
+    try:
+        return _run(asked)
+    except (ValueError, KeyError) as error:
+        print(f"compactattn eval: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(asked: argparse.Namespace) -> int:
+    from .. import load_library
+
+    # First of all: importing the backend loads the package's own.
+    if asked.library:
+        load_library(asked.library.absolute())
+    from . import model, protocol, report
+
+    clock = protocol.Clock(asked.seconds)
+    device = asked.device or ("cuda" if _sees_gpu() else "cpu")
+    dtype = asked.dtype or ("f16" if device == "cuda" else "f32")
+    subject = model.load(asked.model or model.cached_smollm2(), device, dtype, asked.adapter)
+    study = _study(asked)
+    facts = protocol.facts(study, subject, dtype)
+    folder = protocol.Folder(asked.out, facts)
+    if asked.repro:
+        return _repro(asked.repro, study, subject, folder)
+    rows = {length: _rows(asked, study, subject, length, folder) for length in study.lengths}
+    protocol.measure(study, subject, rows, folder, clock)
+    paths = report.write(folder.records, facts | {"device": device}, folder.gaps, asked.out)
+    print((asked.out / "report.md").read_text())
+    print(*paths, sep="\n", file=sys.stderr)
+    return 3 if folder.gaps else 0
+
+
+def _rows(asked: argparse.Namespace, study, subject, length: int, folder) -> list:  # type: ignore[no-untyped-def, type-arg]
+    """The methods as they come, then those that are asked for at a density."""
+    from .methods import methods
+    from .protocol import at_density
+
+    table = methods()
+    names = [name for name in _names(asked.methods, list(table)) if name != "dense"]
+    found = [table["dense"], *(table[name] for name in names)]
+    for target in asked.density:
+        for name in _names(asked.at_density, list(table)):
+            if not table[name].missing:
+                found.append(at_density(study, subject, table[name], target, length, folder))
+    return [row for row in found if row is not None]
+
+
+def _repro(where: str, study, subject, folder) -> int:  # type: ignore[no-untyped-def]
+    """Makes the records of ``TASK,LENGTH,INDEX,METHOD`` again and says whether the folder's are the same."""
+    from .methods import methods
+    from .protocol import item
+
+    task, length, index, name = where.split(",")
+    base, _, target = name.partition("@")
+    row = methods()[base]
+    if target:
+        key = f"{name}:{length}"
+        if key not in folder.keep:
+            raise ValueError(f"{key}: {folder.path} has no number for it; wanted one of {', '.join(folder.keep)}")
+        row = row.at(folder.keep[key], float(target))
+    rows = [methods()["dense"], row] if base != "dense" else [row]
+    place = (int(length), task, int(index))
+    made = [r for r in item(study, subject, rows, place, {}) if r["method"] == name]
+    old = [r for r in folder.records if (r["length"], r["task"], r["index"], r["method"]) == (*place, name)]
+    print(*(json.dumps(record) for record in made), sep="\n")
+    same = [_without_time(r) for r in made] == [_without_time(r) for r in old]
+    print("the same as recorded" if same else f"not as recorded ({len(old)} records)", file=sys.stderr)
+    return 0 if same or not old else 1
+
+
+def _without_time(record: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in record.items() if name != "seconds"}
+
+
+def _study(asked: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from .protocol import Study
+    from .tasks import TASKS
+
+    values = {field.name: getattr(asked, field.name) for field in dataclasses.fields(Study)}
+    values["tasks"] = tuple(_names(asked.tasks, list(TASKS)))
+    values["lengths"] = tuple(asked.lengths)
+    return Study(**values)
+
+
+def _names(text: str, known: list[str]) -> list[str]:
+    names = known if text == "all" else [name for name in text.split(",") if name]
+    if wrong := [name for name in names if name not in known]:
+        raise ValueError(f"{', '.join(wrong)}: wanted some of {', '.join(known)}")
+    return names
+
+
+def _sees_gpu() -> bool:
+    import torch  # type: ignore[import-not-found, unused-ignore]
+
+    return bool(torch.cuda.is_available())
+
+
+def _lengths(text: str) -> list[int]:
+    """``8k,32k`` or plain numbers."""
+    return [int(x[:-1]) * 1024 if x.lower().endswith("k") else int(x) for x in text.split(",")]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(x) for x in text.split(",") if x]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "compactattn eval", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the records; one that is there is gone on with")
+    add("--model", type=Path, help="checkpoint folder, or SmolLM2's GGUF (default: the one `make` has cached)")
+    add("--adapter", type=Path, help="safetensors of compactattn.eval.finetune")
+    add("--device", choices=["cpu", "cuda"], help="default: the GPU if torch sees one")
+    add("--dtype", choices=["f32", "f16", "bf16"], help="default: f16 on a GPU, f32 elsewhere")
+    add("--library", type=Path, help="the native library, instead of the package's own")
+    add("--lengths", type=_lengths, default=[8192], help="tokens of a prompt with its answer: 8k,16k,32k")
+    add("--tasks", default="all", help="names with commas, or all")
+    add("--contexts", type=int, default=0, help="contexts a task and length; 0: until --seconds are up")
+    add("--questions", type=int, default=4, help="questions a context, of tasks with several")
+    add("--seconds", type=float, default=0.0, help="ends after so many; 0: no limit")
+    add("--seed", type=int, default=0)
+    add("--methods", default=_ROWS, help="rows as they come, with commas, or all")
+    add("--density", type=_numbers, default=[], help="densities for the rows of --at-density: .1,.2")
+    add("--at-density", default="default,flashprefill-union", help="rows that are set to each --density")
+    add("--chunk", type=int, default=1024, help="tokens of a prefill chunk")
+    add("--dense-below", type=int, default=0, help="dense below so many tokens; 0: a quarter of the length")
+    add("--no-dense-final", dest="dense_final", action="store_false", help="leave out the column with a dense last chunk")
+    add("--repro", metavar="TASK,LENGTH,INDEX,METHOD", help="make one context's records again")
+    return parser

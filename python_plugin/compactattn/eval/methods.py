@@ -1,0 +1,100 @@
+"""The methods that are compared, as settings; and the bisection that gives two of them the same density."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from ..settings import Settings
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the tables: its name and its settings; ``missing`` says why it cannot be run at all."""
+
+    name: str
+    settings: Settings
+    missing: str | None = None
+
+    def at(self, keep_value: float, target: float) -> Method:
+        """The same method asked for a density: its own rule with another number, no floor, no cap, no guard."""
+        free = {"keep_value": keep_value, "min_density": 0.0, "max_density": 1.0, "density_guard": 1.0}
+        return replace(self, name=f"{self.name}@{target:g}", settings=self.settings.replace(**free))
+
+
+def methods() -> dict[str, Method]:
+    """All of them, each as it is published or, for ours, shipped. Needs the native library."""
+    ours = Settings.mode("compactattn")
+    paper, by_span = Settings.mode("paper"), Settings.mode("block_sparse")
+    table = {
+        "dense": Settings.of("dense"),
+        # sampled_exact, a list per query head and chunk.
+        "default": ours,
+        "flashprefill-union": paper,
+        "flashprefill-block_sparse": by_span,
+        "xattention": Settings.of("xattention"),
+        "xattention-union": Settings.of("xattention").replace(heads_per_list=0),
+        "quoka": Settings.of("quoka"),
+        "streaming": Settings.of("streaming"),
+        "oracle": Settings.of("oracle"),
+        "oracle-group": Settings.of("oracle").replace(heads_per_list=0),
+        "two_level": Settings.of("two_level"),
+        "two_level-group": Settings.of("two_level").replace(heads_per_list=0),
+    }
+    for selector in ("sampled_exact", "pooled_mass"):
+        for scope, heads in (("head", 1), ("group", 0)):
+            for suffix, correction in (("", False), ("-mean", True)):
+                settings = Settings.of(selector).replace(heads_per_list=heads, mean_correction=correction)
+                table[f"{selector}-{scope}{suffix}"] = settings
+    found = {name: Method(name, settings) for name, settings in table.items()}
+    reason = "its gates are weights of a model; the transformers backend takes none"
+    found["attn_gate"] = Method("attn_gate", Settings.of("attn_gate"), reason)
+    return found
+
+
+def put_in_force(settings: Settings, dense_below: int) -> None:
+    """Makes ``settings`` the transformers backend's, the way a user does; its counts start afresh."""
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    values[f"keep_{values.pop('keep')}"] = values.pop("keep_value")
+    values["dense_below_kv_len"] = dense_below
+    path = Path(_folder.name) / "config.json"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    os.environ["COMPACTATTN_MODE"], os.environ["COMPACTATTN_CONFIG"] = "compactattn", str(path)
+    from .. import hf
+
+    hf.register()
+
+
+def find_keep_value(method: Method, target: float, density_at: Callable[[float], float], probes: int = 10) -> float:
+    """The number of the method's keep rule at which ``density_at`` (of that number) is nearest to ``target``.
+
+    Bisects in the log-odds of the number: densities fall with a threshold and rise with a mass or a share. The search
+    ends within 2 % of the target.
+    """
+    low, high = _ODDS
+    falls = method.settings.keep == "threshold"
+    best, best_gap = 0.5, math.inf
+    for _ in range(probes):
+        middle = (low + high) / 2
+        value = 1 / (1 + math.exp(-middle))
+        density = density_at(value)
+        gap = abs(density - target)
+        if gap < best_gap:
+            best, best_gap = value, gap
+        if gap <= 0.02 * target:
+            break
+        if (density > target) != falls:
+            high = middle
+        else:
+            low = middle
+    return best
+
+
+# Numbers from 0.0001 to 0.9999.
+_ODDS = (-9.2, 9.2)
+_folder = tempfile.TemporaryDirectory()

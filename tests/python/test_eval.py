@@ -1,0 +1,151 @@
+"""Prompts with exact answers, and the statistics of pairs, against counting by brute force. Needs no torch."""
+
+from __future__ import annotations
+
+from itertools import product
+from random import Random
+
+import pytest
+from compactattn.eval import words
+from compactattn.eval.report import rows
+from compactattn.eval.statistics import mcnemar, paired_interval
+from compactattn.eval.tasks import SEVERAL, TASKS, Context, make
+from eval_models import Bytes, codec
+
+CODEC = codec()
+LENGTH = 6000
+
+
+def text_of(context: Context) -> str:
+    return Bytes().decode(list(context.ids))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_prompt_is_its_seeds_and_fills_its_length(task: str) -> None:
+    first, again, other = (make(task, CODEC, LENGTH, seed) for seed in ("0:1", "0:1", "0:2"))
+    assert first == again
+    assert first.ids != other.ids
+    whole = len(first.ids) + max(len(q.tail) + len(q.answer) for q in first.questions)
+    # Which words lead is known only when the text stands: they may be longer than those it was fitted for.
+    assert whole == LENGTH or (task == "frequent-words" and abs(whole - LENGTH) < 30)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_answer_is_its_references(task: str) -> None:
+    (question,) = make(task, CODEC, LENGTH, "0:0").questions
+    said = Bytes().decode(list(question.answer))
+    assert said == " " + ", ".join(question.references)
+
+
+@pytest.mark.parametrize("task", ["single-noise", "single-essay", "single-uuid", "multikey-essay", "multikey-uuid"])
+def test_a_needle_says_the_answer_once_and_of_this_key(task: str) -> None:
+    context = make(task, CODEC, LENGTH, "0:3")
+    (question,) = context.questions
+    key = Bytes().decode(list(question.tail)).split("access code of ")[1].split("?")[0]
+    assert text_of(context).count(f"The access code of {key} is {question.references[0]}.") == 1
+    assert text_of(context).count(f"access code of {key} ") == 1
+
+
+@pytest.mark.parametrize("task", SEVERAL)
+def test_several_questions_ask_for_different_things_of_one_text(task: str) -> None:
+    context = make(task, CODEC, LENGTH, "0:0", questions=3)
+    assert len({question.answer for question in context.questions}) == 3
+    for question in context.questions:
+        for reference in question.references:
+            assert reference in text_of(context)
+
+
+def test_variables_are_traced_from_the_text_alone() -> None:
+    context = make("tracking", CODEC, LENGTH, "0:0", questions=2)
+    value_of: dict[str, str] = {}
+    for sentence in text_of(context).split("."):
+        words_of = sentence.split()
+        if words_of[:1] == ["Let"]:
+            value_of[words_of[1]] = value_of.get(words_of[-1], words_of[-1])
+    for question in context.questions:
+        asked = Bytes().decode(list(question.tail)).split("Which variables are ")[1].split(",")[0]
+        assert tuple(name for name, value in value_of.items() if value == asked) == question.references
+
+
+def test_two_hops_are_followed_through_the_text_alone() -> None:
+    context = make("two-hop", CODEC, LENGTH, "0:0", questions=3)
+    text = text_of(context)
+    for question in context.questions:
+        key = Bytes().decode(list(question.tail)).split(" is also")[0].strip()
+        alias = text.split(f"{key} is also called ")[1].split(".")[0]
+        assert text.split(f"The access code of {alias} is ")[1][:7] == question.references[0]
+        # One hop alone does not reach it.
+        assert f"code of {key} is" not in text
+
+
+@pytest.mark.parametrize(("task", "count"), [("common-words", 10), ("frequent-words", 3)])
+def test_the_words_asked_for_lead_by_count(task: str, count: int) -> None:
+    context = make(task, CODEC, 3 * LENGTH, "0:0")
+    counts: dict[str, int] = {}
+    for word in text_of(context).partition("\n\n")[2].split():
+        counts[word] = counts.get(word, 0) + 1
+    leaders = sorted(counts, key=lambda word: -counts[word])[: count + 1]
+    assert counts[leaders[count - 1]] > counts[leaders[count]]
+    assert set(leaders[:count]) == set(context.questions[0].references)
+
+
+def test_the_question_stands_where_its_task_says() -> None:
+    for task, place in (("question-first", 0.0), ("question-middle", 0.5)):
+        text = text_of(make(task, CODEC, LENGTH, "0:0"))
+        assert abs(text.index("Answer this question") / len(text) - place) < 0.15
+
+
+def test_names_stay_different() -> None:
+    assert len(set(words.names(Random(0), 500))) == 500
+
+
+def test_mcnemar_is_the_share_of_coin_throws_as_lopsided() -> None:
+    for lost, won in product(range(6), range(6)):
+        throws = list(product((0, 1), repeat=lost + won))
+        as_lopsided = [t for t in throws if abs(2 * sum(t) - len(t)) >= abs(lost - won)]
+        assert mcnemar(lost, won) == pytest.approx(len(as_lopsided) / len(throws))
+    # By hand: 2 * (1 + 5) / 2^5.
+    assert mcnemar(1, 4) == 0.375
+
+
+def test_the_interval_is_that_of_all_resamples() -> None:
+    values = [0.0, 1.0, -1.0, 3.0, 0.5]
+    means = sorted(sum(draw) / 5 for draw in product(values, repeat=5))
+    found = paired_interval(values, range(5), resamples=200_000)
+    assert found.mean == pytest.approx(0.7)
+    # 3,125 resamples: a step of the percentile's neighbourhood, and the sampling error of 200,000, within 0.05.
+    assert found.low == pytest.approx(means[round(0.025 * 3124)], abs=0.05)
+    assert found.high == pytest.approx(means[round(0.975 * 3124)], abs=0.05)
+
+
+def test_items_of_one_context_stay_together() -> None:
+    together = paired_interval([1.0, 1.0, -1.0, -1.0] * 2, ["a", "a", "b", "b"] * 2)
+    # Two contexts: both means are reached by drawing one of them twice, a quarter of all draws each.
+    assert (together.low, together.high) == (-1.0, 1.0)
+    apart = paired_interval([1.0, 1.0, -1.0, -1.0] * 2, range(8))
+    assert apart.high < 1.0
+
+
+def test_nothing_to_take_a_mean_of_is_said() -> None:
+    with pytest.raises(ValueError, match="no items"):
+        paired_interval([], [])
+
+
+def record(task: str, index: int, method: str, recall: float, final: str = "own") -> dict[str, object]:
+    head = {"length": 100, "task": task, "index": index, "question": 0, "method": method, "final": final}
+    return head | {"recall": recall, "nll": 1.0, "kl": 0.0, "flips": 0.0, "density": 0.5, "executed": 0.6}
+
+
+def test_a_row_pairs_with_dense_and_names_its_worst_task() -> None:
+    records = [record("easy", i, "dense", 1.0) for i in range(4)] + [record("hard", i, "dense", 0.0) for i in range(4)]
+    records += [record("easy", i, "ours", float(i > 0)) for i in range(4)]
+    records += [record("hard", i, "ours", float(i == 0)) for i in range(4)]
+    records += [record("easy", i, "ours", 1.0, "dense") for i in range(4)]
+    # Dense never met this one: it is no pair.
+    records.append(record("easy", 9, "ours", 0.0))
+    row = next(r for r in rows(records) if (r.scope, r.method) == ("all tasks", "ours"))
+    assert (row.items, row.contexts, row.lost, row.won, row.p) == (8, 8, 1, 1, 1.0)
+    assert (row.accuracy, row.difference.mean, row.dense_final) == (0.5, 0.0, 1.0)
+    assert (row.worst, row.worst_difference) == ("easy", -25.0)
+    able = next(r for r in rows(records) if (r.scope, r.method) == ("able tasks", "ours"))
+    assert (able.items, able.accuracy) == (4, 0.75)
