@@ -71,6 +71,7 @@ test-hf: $(HF_VENV)/ready toolkit
 	for version in $(HF_VERSIONS); do \
 	    $(HF_VENV)/bin/pip install -q transformers==$$version && $(HF_VENV)/bin/pytest -q tests/python/test_hf.py || exit 1; \
 	done
+	$(HF_VENV)/bin/pytest -q tests/python/test_eval.py tests/python/test_eval_hf.py
 
 # The backend in a real vLLM on the CPU, with a tiny random model. Not part of `make test`: the engine is 2.7 GB to fetch
 # and 6 GB in an environment of its own, which lies in the cache folder, and its four starts take most of the time.

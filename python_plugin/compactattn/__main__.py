@@ -1,4 +1,4 @@
-"""``python -m compactattn``: the same command-line tool that the wheel installs as ``compactattn``; ``eval`` is ours."""
+"""``python -m compactattn``: the command-line tool that the wheel installs as ``compactattn``, and ``eval``."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -133,7 +133,7 @@ def train(subject: Subject, recipe: Recipe, out: Path, config: dict[str, Any]) -
 
 
 def _save(net: Any, out: Path, recipe: Recipe, config: dict[str, Any], steps: int, tokens: int) -> None:
-    made = {"steps": steps, "tokens": tokens, "rank": recipe.rank, "seed": recipe.seed}
+    made: dict[str, Any] = {"steps": steps, "tokens": tokens, "rank": recipe.rank, "seed": recipe.seed}
     made |= {"learning_rate": recipe.learning_rate, "seconds": recipe.seconds, "torch": torch.__version__}
     lora.save(net, out, config=config, made=made)
 
@@ -160,7 +160,7 @@ def _sequences(codec: Codec, recipe: Recipe) -> Any:
     return made
 
 
-def _endless(codec: Codec, seed: int) -> Iterator[Any]:
+def _endless(codec: Codec, seed: int) -> Generator[Any, int, None]:
     rng = Random(f"finetune:{seed}")
     tasks, weights = [(task, questions) for task, questions, _ in MIX], [weight for *_, weight in MIX]
     made: Any = None
@@ -177,7 +177,8 @@ def sequence(task: str, codec: Codec, length: int, rng: Random, questions: int) 
     between = max(len(close), len(again))
     draft = TASKS[task](rng, questions)
     context = fitted(task, draft, codec, rng, lambda parts: length - sum(parts) - between * len(parts))
-    ids, answers = list(context.ids), []
+    ids = list(context.ids)
+    answers: list[int] = []
     for i, question in enumerate(context.questions):
         ids += [*(again if i else ()), *question.tail]
         answers += range(len(ids), len(ids) + len(question.answer))

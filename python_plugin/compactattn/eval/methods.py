@@ -70,31 +70,51 @@ def put_in_force(settings: Settings, dense_below: int) -> None:
     hf.register()
 
 
-def find_keep_value(method: Method, target: float, density_at: Callable[[float], float], probes: int = 10) -> float:
-    """The number of the method's keep rule at which ``density_at`` (of that number) is nearest to ``target``.
+def find_keep_value(
+    method: Method, target: float, density_at: Callable[[float], float], probes: int = 10
+) -> tuple[float, float]:
+    """The number of the method's keep rule whose density is nearest to ``target``, and that density.
 
-    Bisects in the log-odds of the number: densities fall with a threshold and rise with a mass or a share. The search
-    ends within 2 % of the target.
+    Searches in the log-odds of the number, from the method's own: densities fall with a threshold and rise with a mass
+    or a share. Steps out until the target lies between two, then interpolates; ends within 3 % of the target.
     """
-    low, high = _ODDS
-    falls = method.settings.keep == "threshold"
-    best, best_gap = 0.5, math.inf
+    rises = -1 if method.settings.keep == "threshold" else 1
+    odds = _clamp(_log_odds(method.settings.keep_value))
+    below: tuple[float, float] | None = None
+    above: tuple[float, float] | None = None
+    best = (math.inf, 0.0, 0.0)
     for _ in range(probes):
-        middle = (low + high) / 2
-        value = 1 / (1 + math.exp(-middle))
+        value = 1 / (1 + math.exp(-odds))
         density = density_at(value)
-        gap = abs(density - target)
-        if gap < best_gap:
-            best, best_gap = value, gap
-        if gap <= 0.02 * target:
+        gap = math.log(max(density, 1e-6) / target)
+        best = min(best, (abs(gap), value, density))
+        if abs(gap) <= 0.03:
             break
-        if (density > target) != falls:
-            high = middle
+        if gap < 0:
+            below = (odds, gap)
         else:
-            low = middle
-    return best
+            above = (odds, gap)
+        if below and above:
+            # Never nearer to an end than an eighth: a curve would be crept along.
+            share = min(0.875, max(0.125, below[1] / (below[1] - above[1])))
+            odds = below[0] + share * (above[0] - below[0])
+        else:
+            further = _clamp(odds + rises * math.copysign(_STEP, -gap))
+            if further == odds:
+                break
+            odds = further
+    return best[1], best[2]
+
+
+def _log_odds(value: float) -> float:
+    return math.log(value / (1 - value)) if value < 1 else _ODDS
+
+
+def _clamp(odds: float) -> float:
+    return max(-_ODDS, min(_ODDS, odds))
 
 
 # Numbers from 0.0001 to 0.9999.
-_ODDS = (-9.2, 9.2)
+_ODDS = 9.2
+_STEP = 1.5
 _folder = tempfile.TemporaryDirectory()

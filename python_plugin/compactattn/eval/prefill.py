@@ -61,7 +61,7 @@ class Work:
         return read / (self.other_pairs + self.past_pairs)
 
     def plus(self, other: Work, share: float) -> Work:
-        """This and a share of another."""
+        """Both, but only a share of the other."""
         return Work(*(mine + share * its for mine, its in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
@@ -97,7 +97,7 @@ def run(
         against = own if reference is None else reference[i]
         found = [prefill.outcome(OWN, question, own, against)]
         logits.append(own)
-        if limits.dense_final and not method.settings.selector == "dense":
+        if limits.dense_final and method.settings.selector != "dense":
             dense = prefill.answered(rest, question, shared, "sdpa")
             found.append(prefill.outcome(DENSE, question, dense, against))
         outcomes.append(found)
@@ -124,7 +124,7 @@ class Limits:
     # Prompts are dense while they hold fewer tokens.
     dense_below: int
     # Greedy tokens beyond the expected answer's length.
-    slack: int = 8
+    slack: int = 4
     # Whether questions are also asked with a dense last chunk.
     dense_final: bool = True
 

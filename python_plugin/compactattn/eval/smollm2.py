@@ -59,7 +59,12 @@ class File:
 
     def tokenizer(self) -> Any:
         """Byte-level BPE with single digits, as the file's vocabulary was made."""
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from tokenizers import (  # type: ignore[import-not-found, unused-ignore]
+            Tokenizer,
+            decoders,
+            models,
+            pre_tokenizers,
+        )
 
         vocabulary = {token: i for i, token in enumerate(self._texts("tokenizer.ggml.tokens"))}
         merges = [tuple(text.split(" ")) for text in self._texts("tokenizer.ggml.merges")]

@@ -30,7 +30,7 @@ def mcnemar(lost: int, won: int) -> float:
     """
     pairs = lost + won
     tail = sum(comb(pairs, k) for k in range(min(lost, won) + 1))
-    return min(1.0, 2 * tail / 2**pairs)
+    return min(1.0, 2.0 * tail / float(2**pairs))
 
 
 def paired_interval(

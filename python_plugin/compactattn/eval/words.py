@@ -15,7 +15,13 @@ NOISE = (
     " The ferry waits for its last passenger.",
     " Somebody sweeps the yard and hums.",
 )
-_SYLLABLES = "ba be bi bo da de do fa fi ga go ka ke ki la le lo lu ma mi mo na ne no pa pe po ra re ro sa se so ta te to va ve zo".split()
+# fmt: off
+_SYLLABLES = (
+    "ba", "be", "bi", "bo", "da", "de", "do", "fa", "fi", "ga", "go", "ka", "ke",
+    "ki", "la", "le", "lo", "lu", "ma", "mi", "mo", "na", "ne", "no", "pa", "pe",
+    "po", "ra", "re", "ro", "sa", "se", "so", "ta", "te", "to", "va", "ve", "zo",
+)
+# fmt: on
 
 
 @cache
@@ -43,7 +49,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def name(rng: Random) -> str:
-    """A made-up name of three syllables: 59,319 of them."""
+    """A made-up name of three syllables: 59,319 there are."""
     return "".join(rng.choice(_SYLLABLES) for _ in range(3)).capitalize()
 
 
