@@ -418,7 +418,7 @@ impl Made {
 }
 
 #[test]
-fn bench_lists_its_questions_and_hands_over_to_python() {
+fn bench_lists_its_questions_and_hands_over_to_python_as_eval_does() {
     let listed = tool(&["bench"]);
     assert!(listed.status.success(), "{}", stderr(&listed));
     assert!(stdout(&listed).lines().any(|line| line == "dense"), "{}", stdout(&listed));
@@ -432,6 +432,8 @@ fn bench_lists_its_questions_and_hands_over_to_python() {
     );
     assert_eq!(words[2..], ["--out", "x", "--repro", "a,b,16,1"]);
     assert_eq!(tool(&["bench", "--python", "false", "sparse"]).status.code(), Some(1));
+    let eval = tool(&["eval", "--python", "echo", "--out", "x", "--help"]);
+    assert_eq!(stdout(&eval).trim(), "-m compactattn.eval --out x --help");
 }
 
 #[test]
@@ -439,6 +441,7 @@ fn bench_says_what_it_does_not_find() {
     for (arguments, text) in [
         (["bench", "--folder", "/nowhere"].as_slice(), "E_IO: bench: wanted the source tree's tests/bench"),
         (&["bench", "--python", "no-such-python", "dense"], "E_IO: --python: wanted a Python 3.11"),
+        (&["eval", "--python", "no-such-python"], "E_IO: --python: wanted a Python with compactattn"),
     ] {
         let run = tool(arguments);
         assert_eq!(run.status.code(), Some(2));

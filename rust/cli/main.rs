@@ -7,6 +7,7 @@ mod calibrate;
 mod contender;
 mod demo;
 mod doctor;
+mod eval;
 
 mod extract;
 mod forward;
@@ -67,6 +68,8 @@ enum Command {
     Extract(extract::Args),
     /// Time this library beside its peers on a GPU: runs tests/bench with Python.
     Bench(bench::Args),
+    /// Accuracy on long prompts beside dense attention: runs the Python package's eval on a model.
+    Eval(eval::Args),
     /// This machine, this build, the settings in force, and a self-test.
     Doctor(doctor::Args),
     /// What serving engines have counted, as words or Prometheus text.
@@ -99,6 +102,7 @@ fn run(command: &Command, out: &mut impl Write) -> std::result::Result<ExitCode,
         Command::Sweep(args) => pages::run(args, out)?,
         Command::Extract(args) => extract::run(args, out)?,
         Command::Bench(args) => return bench::run(args, out),
+        Command::Eval(args) => return eval::run(args, out),
         Command::Doctor(args) => return doctor::run(args, out),
         Command::Stats(args) => stats::run(args, out)?,
         Command::Version => writeln!(out, "compactattn {}", env!("CARGO_PKG_VERSION"))?,

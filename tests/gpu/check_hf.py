@@ -181,7 +181,7 @@ def settle(mode: str, **config: Any) -> Any:
 
 def gguf(asked: argparse.Namespace) -> Any:
     """SmolLM2's file."""
-    from compactattn.eval import smollm2
+    import smollm2
 
     return smollm2.File(asked.gguf)
 
