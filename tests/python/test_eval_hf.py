@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -19,7 +21,7 @@ from compactattn.eval.methods import find_keep_value, methods  # noqa: E402
 from compactattn.eval.prefill import Limits, Refused  # noqa: E402
 from compactattn.eval.protocol import Folder, Study, at_density, facts, measure  # noqa: E402
 from compactattn.eval.tasks import make  # noqa: E402
-from eval_models import codec, subject  # noqa: E402
+from eval_models import checkpoint, codec, subject  # noqa: E402
 
 LENGTH = 1200
 LIMITS = Limits(chunk=256, dense_below=512, slack=2)
@@ -169,6 +171,26 @@ def test_a_study_goes_on_where_it_stopped_and_repeats_a_row(tiny: Any, tmp_path:
     (tmp_path / "items.jsonl").write_text(wrong)
     assert cli.main([*asked.split(), "--repro", f"multikey-essay,{LENGTH},0,streaming"]) == 1
     assert cli.main([*asked.split(), "--seed", "5"]) == 2
+
+
+def test_workers_share_a_study_of_a_checkpoint(tmp_path: Path, library: str | None, monkeypatch: Any) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    source, out = checkpoint(tmp_path / "model"), tmp_path / "out"
+    asked = f"--model {source} --out {out} --lengths 900 --tasks single-noise --contexts 3 --chunk 256 --device cpu"
+    asked += " --methods dense,default --density .5 --at-density default --workers 2"
+    assert cli.main(asked.split() + (["--library", library] if library else [])) == 0
+    records = [[json.loads(x) for x in (out / f"items{i}.jsonl").read_text().splitlines()] for i in ("", "-1")]
+    # The second worker makes contexts 1, 3, ..: of three, one; each has dense, and two rows with two last chunks.
+    assert [sorted({r["index"] for r in shard}) for shard in records] == [[0, 2], [1]]
+    assert [len(shard) for shard in records] == [10, 5]
+    found = json.loads((out / "keep.json").read_text())
+    rows = [r for shard in records for r in shard if r["method"] == "default@0.5"]
+    assert {r["keep_value"] for r in rows} == set(found.values())
+    assert "| default@0.5 | 3 (3) |" in (out / "report.md").read_text()
+    # A template's frame is found, and text comes back as it went.
+    read = model.load(source, "cpu", "f32").codec
+    assert read.frame == codec().frame
+    assert read.decode(list(make("single-essay", read, 900, "0:0").ids)).startswith("U:Read the text")
 
 
 def test_time_ends_a_study(tiny: Any, tmp_path: Path) -> None:
