@@ -16,6 +16,7 @@ SMS = 132
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 ITEM_INTS, SPAN_INTS = 8, 12
 ITEM_COST, TILE_COST = 3, 2  # cuda/plan/work.cu
+ORDERED_LISTS, ITEMS_TO_ORDER = 1024, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,20 +213,23 @@ class Case:
         return boxes, slots[inside]
 
     def expected_items(self) -> torch.Tensor:
-        """Span by span, list by list, tokens ascending."""
+        """List by list, tokens ascending: the longest list first where lists have many items (cuda/plan/work.cu)."""
         lengths = self.stream_lens.tolist()
-        s, per_tile, items = self.shape, ROWS // self.shape.list_heads, []
+        s, per_tile, lists = self.shape, ROWS // self.shape.list_heads, []
         for index, span in enumerate(self.spans):
             for head in range(s.kv_heads):
                 for part in range(s.parts):
                     row, first_head = (index * s.kv_heads + head) * s.parts + part, part * s.list_heads
                     heads, length = min(s.list_heads, s.group - first_head), lengths[row]
+                    lists.append(items := [])
                     for token in range(0, span.len, per_tile):
                         num, after = min(per_tile, span.len - token), span.len - 1 - token
                         items.append(
                             [row, head, span.q_start + token, num, head * s.group + first_head, after, heads, length]
                         )
-        return torch.tensor(items, device="cuda", dtype=torch.int32)
+        if len(lists) <= ORDERED_LISTS and sum(map(len, lists)) >= ITEMS_TO_ORDER * len(lists):
+            lists = [lists[row] for row in sorted(range(len(lists)), key=lambda row: -(lengths[row] // TOKENS))]
+        return torch.tensor([item for items in lists for item in items], device="cuda", dtype=torch.int32)
 
     def _encode(self) -> None:
         s = self.shape
