@@ -7,7 +7,7 @@
 // t: stream_len - tokens after t).
 #pragma once
 
-#include "../../common/epilogue.cuh"
+#include "../../combine/meet.cuh"
 #include "../../common/means.cuh"
 #include "../../common/softmax.cuh"
 #include "../../common/work.cuh"
@@ -444,11 +444,7 @@ __device__ __forceinline__ void attend(const AttendParams& params, const Means* 
     const int row = threadIdx.x / 32 * T::kWarpRows + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int b = 0; b < T::kBlocks; ++b) {
-      if (piece.slot < 0) {
-        store_rows<typename T::Element>(params, piece.item, row + 16 * b, rows.o[b], rows.state[b]);
-      } else {
-        store_partial(params, piece.slot, row + 16 * b, rows.o[b], rows.state[b]);
-      }
+      finish_rows<typename T::Element>(params, piece, row + 16 * b, rows.o[b], rows.state[b]);
     }
   }
 }
