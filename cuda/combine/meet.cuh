@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../common/epilogue.cuh"
+#include "../ptx/grid.cuh"
 
 namespace compactattn {
 
@@ -18,14 +19,16 @@ struct Meeting {
   int first_cta;  // of the item
   int parts;
   int first;
-  int row;  // the thread's first row of the tile
+  int row;     // the thread's first row of the tile
+  int thread;  // of the CTA
 
   __device__ __forceinline__ Meeting(const AttendParams& params, const LoadedPiece& piece, int row)
       : params(params),
         first_cta(static_cast<int>(blockIdx.x) - piece.part),
         parts(piece.parts),
         first(piece.part),
-        row(row) {}
+        row(row),
+        thread(ptx::not_before(threadIdx.x)) {}
 
   // Where parts from `part` on lie: each CTA has a slot for the part that it begins an item with
   // and one for what it goes on with.
@@ -37,8 +40,7 @@ struct Meeting {
   template <int N>
   __device__ __forceinline__ float4* out(int part) const {
     const int64_t at = slot(part) * kArrivals + row / kWarpRows;
-    return reinterpret_cast<float4*>(params.results.partial_out) + at * (32 * N / 4) +
-           threadIdx.x % 32;
+    return reinterpret_cast<float4*>(params.results.partial_out) + at * (32 * N / 4) + thread % 32;
   }
 
   __device__ __forceinline__ float* lse(int part) const {
@@ -51,7 +53,7 @@ struct Meeting {
 #pragma unroll
     for (int i = 0; i < N / 4; ++i)
       to[32 * i] = {o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]};
-    if (threadIdx.x % 4 == 0) {
+    if (thread % 4 == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) lse(first)[8 * r] = ends[r].lse;
     }
@@ -63,25 +65,24 @@ struct Meeting {
                                             const RowEnd (&ends)[2]) const {
     int32_t* arrival =
         params.work.arrivals + (first_cta + max(first, other)) * kArrivals + row / kWarpRows;
-    const int lane = threadIdx.x % 32;
+    const int lane = thread % 32;
     int arrived = lane == 0 ? *static_cast<volatile int32_t*>(arrival) : 0;
     arrived = __shfl_sync(0xffffffffu, arrived, 0);
     if (!arrived) {
       leave(o, ends);
-      __threadfence();
+      ptx::fence_device();
       __syncwarp();
       if (lane == 0) arrived = atomicAdd(arrival, 1);
       arrived = __shfl_sync(0xffffffffu, arrived, 0);
     }
-    __threadfence();
+    ptx::fence_device();
     __syncwarp();
     return arrived != 0;
   }
 
-  // Past the first-level cache: other CTAs wrote it.
-  template <int N>
+  // Past the first-level cache: other CTAs wrote it. kAtOnce loads of 4 columns are in flight.
+  template <int kAtOnce, int N>
   __device__ __forceinline__ void add(int other, float (&o)[N], RowEnd (&ends)[2]) const {
-    constexpr int kAtOnce = 8;
     float own[2], others[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -100,6 +101,7 @@ struct Meeting {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i)
         if (first + i < N / 4) x[i] = __ldcg(from + 32 * (first + i));
+      float done = 0.0f;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (first + i >= N / 4) continue;
@@ -108,7 +110,10 @@ struct Meeting {
         mine[1] = sum_of(mine[1], own[0], x[i].y, others[0]);
         mine[2] = sum_of(mine[2], own[1], x[i].z, others[1]);
         mine[3] = sum_of(mine[3], own[1], x[i].w, others[1]);
+        done += fabsf(mine[0]) + fabsf(mine[1]) + fabsf(mine[2]) + fabsf(mine[3]);
       }
+      // The assembler would have all loads in flight, and spill.
+      if (kAtOnce < N / 8) ptx::wait_no_earlier(done);
     }
   }
 
@@ -122,10 +127,12 @@ struct Meeting {
   }
 };
 
-// What becomes of a piece's rows; `row` is the thread's first row of the tile. A whole warp.
-template <class Element, int N>
+// What becomes of a piece's rows; `row` is the thread's first row of the tile. A whole warp, with
+// 4 * kAtOnce registers to spare.
+template <class Element, int kAtOnce, int N>
 __device__ __forceinline__ void finish_rows(const AttendParams& params, const LoadedPiece& piece,
                                             int row, float (&o)[N], const RowState& rows) {
+  row = ptx::not_before(row);
   RowEnd ends[2] = {end_of(rows, 0, params.sm_scale), end_of(rows, 1, params.sm_scale)};
   if (piece.parts > 1) {
 #pragma unroll
@@ -137,7 +144,7 @@ __device__ __forceinline__ void finish_rows(const AttendParams& params, const Lo
       const int other = is_earlier ? meeting.first + step : meeting.first - step;
       if (other >= piece.parts) continue;
       if (!meeting.is_second(other, o, ends)) return;
-      meeting.add(other, o, ends);
+      meeting.template add<kAtOnce>(other, o, ends);
       meeting.first = min(meeting.first, other);
     }
   }
