@@ -72,8 +72,8 @@ def test_a_forward_enters_few_functions_and_makes_no_capsule(library: Library, t
 
     run()
     Plain.lent = 0
-    # 48 as this is written: 14 for 7 tensors, the rest for batch, home, plan and arguments. Through capsules it is 90, and
-    # as many again of torch's. Not a time: that would depend on who else uses the machine.
+    # 48 as this is written: 14 for 7 tensors, the rest for batch, home, plan and arguments. Through capsules it is 90,
+    # and as many again of torch's. Not a time: that would depend on who else uses the machine.
     assert calls_of(run) <= 52
     assert Plain.lent == 0
     assert library.count("forward") == 2
