@@ -133,8 +133,8 @@ def smollm2(asked: argparse.Namespace) -> None:
     print(f"  {report}")
     assert report.served >= 30 * asked.prompts, "the library served too little"
     assert not report.stats.dense and report.stats.density == 1.0, "not everything was kept by selection"
-    # 30 layers of two roundings each (2^-11 in f16), of either sign, in both: sqrt(120) of them, twice over at a fork. In
-    # f32 what rounds are sums of up to 120 products, 2^-24 each.
+    # 30 layers of two roundings each (2^-11 in f16), of either sign, in both: sqrt(120) of them, twice over at a fork.
+    # In f32 what rounds are sums of up to 120 products, 2^-24 each.
     most = 2 * 120**0.5 * (2**-11 if on_gpu else 120**0.5 * 2**-24)
     assert max(gaps) <= most, f"a fork at no tie: {max(gaps):.1e} of the largest logit"
 
