@@ -28,7 +28,7 @@ COMPACTATTN_CUDA := $(if $(wildcard /dev/nvidia0)$(shell command -v nvidia-smi 2
 endif
 export COMPACTATTN_CUDA
 
-.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize lint format header install clean
+.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize lint format header install dist test-dist clean
 
 # The main job: chunked prefill over real tensors. TRACE=FILE runs another trace.
 demo: toolkit
@@ -38,7 +38,9 @@ demo: toolkit
 test: test-rust test-cpp test-python
 
 # The library with its GPU kernels, what their machine code must hold, and their arithmetic on the host; needs no GPU.
-kernels: export COMPACTATTN_CUDA = require
+kernels dist: export COMPACTATTN_CUDA = require
+# One word for both, or cargo takes the second for another build.
+kernels dist: export COMPACTATTN_PYTHON = $(PYTHON)
 kernels: toolkit
 	mkdir -p $(BUILD)
 	$(CARGO) build --release --locked --features cli --message-format=json-render-diagnostics > $(BUILD)/kernels.json
@@ -157,7 +159,7 @@ header:
 
 # Header, shared library with its SONAME, static library, pkg-config and CMake files below PREFIX (and DESTDIR).
 install:
-	$(CARGO) build --release --locked --lib
+	$(CARGO) build --release --locked --lib $(FEATURES)
 	install -d "$(DESTDIR)$(PREFIX)/include/compactattn" "$(DESTDIR)$(PREFIX)/lib/pkgconfig" "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn"
 	install -m 644 include/compactattn.h cpp_shim/include/compactattn.hpp "$(DESTDIR)$(PREFIX)/include/"
 	install -m 644 $(addprefix cpp_shim/include/compactattn/,status.hpp tensor.hpp) "$(DESTDIR)$(PREFIX)/include/compactattn/"
@@ -168,6 +170,14 @@ install:
 	sed -e 's|@VERSION@|$(VERSION)|' cpp_shim/compactattn.pc.in > "$(DESTDIR)$(PREFIX)/lib/pkgconfig/compactattn.pc"
 	sed -e 's|@VERSION@|$(VERSION)|' cpp_shim/cmake/compactattnConfigVersion.cmake.in > "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn/compactattnConfigVersion.cmake"
 	install -m 644 cpp_shim/cmake/compactattnConfig.cmake "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn/"
+
+# All that a release consists of, in build/dist: wheel, sdist, crate, C package, list of kernel images, checksums.
+dist: $(VENV)/ready toolkit
+	PYTHON="$(abspath $(VENV))/bin/python" CARGO="$(CARGO)" packaging/dist.sh "$(BUILD)/dist"
+
+# What is in those files, and the wheel at work in a fresh environment without a compiler.
+test-dist: $(VENV)/ready
+	$(VENV)/bin/pytest -q tests/dist --dist "$(abspath $(BUILD)/dist)"
 
 # Tools that tests and lints use, pinned, in a virtual environment of the tree's own.
 $(VENV)/ready: tests/requirements.txt
