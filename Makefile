@@ -177,7 +177,7 @@ dist: $(VENV)/ready toolkit
 
 # What is in those files, and the wheel at work in a fresh environment without a compiler.
 test-dist: $(VENV)/ready
-	$(VENV)/bin/pytest -q tests/dist --dist "$(abspath $(BUILD)/dist)"
+	$(VENV)/bin/pytest -q tests/package --dist "$(abspath $(BUILD)/dist)"
 
 # Tools that tests and lints use, pinned, in a virtual environment of the tree's own.
 $(VENV)/ready: tests/requirements.txt
