@@ -18,6 +18,7 @@ SOVERSION := $(firstword $(subst ., ,$(VERSION)))
 HF_VERSIONS := 5.17.0 5.23.0
 # The newest SGLang, and the last on torch 2.11.
 SGLANG_VERSIONS := 0.5.17 0.5.23
+PYTHON_SOURCES := python_plugin packaging tests/python tests/package tests/vllm tests/sglang tests/gpu tests/bench
 SMOLLM2 := $(CACHE)/models/SmolLM2-135M-Instruct.Q4_1.gguf
 TRACE ?=
 
@@ -143,15 +144,15 @@ lint: $(VENV)/ready
 	$(CARGO) clippy --locked --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features
 	git ls-files '*.c' '*.cpp' '*.h' '*.hpp' '*.cu' '*.cuh' ':!include/compactattn.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
-	$(VENV)/bin/ruff check python_plugin tests/python tests/vllm tests/sglang tests/gpu tests/bench
-	$(VENV)/bin/ruff format --check python_plugin tests/python tests/vllm tests/sglang tests/gpu tests/bench
+	$(VENV)/bin/ruff check $(PYTHON_SOURCES)
+	$(VENV)/bin/ruff format --check $(PYTHON_SOURCES)
 	$(VENV)/bin/mypy --strict python_plugin/compactattn
 
 format: $(VENV)/ready
 	$(CARGO) fmt
 	$(CARGO) fmt --manifest-path examples/candle/Cargo.toml
 	git ls-files '*.c' '*.cpp' '*.h' '*.hpp' '*.cu' '*.cuh' ':!include/compactattn.h' | xargs $(VENV)/bin/clang-format -i
-	$(VENV)/bin/ruff format python_plugin tests/python tests/vllm tests/sglang tests/gpu tests/bench
+	$(VENV)/bin/ruff format $(PYTHON_SOURCES)
 
 # Rewrites include/compactattn.h from rust/capi.
 header:

@@ -7,6 +7,7 @@ mod calibrate;
 mod contender;
 mod demo;
 mod doctor;
+mod doctor_python;
 
 mod extract;
 mod forward;

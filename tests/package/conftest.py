@@ -43,14 +43,16 @@ def unpacked_wheel(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def c_package(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (found,) = dist.glob("*-linux-*.tar.gz")
     folder = tmp_path_factory.mktemp("c")
-    tarfile.open(found).extractall(folder, filter="data")
+    with tarfile.open(found) as archive:
+        archive.extractall(folder, filter="data")
     return folder / found.name.removesuffix(".tar.gz")
 
 
 @pytest.fixture(scope="session")
 def sdist(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
-    tarfile.open(dist / f"compactattn-{VERSION}.tar.gz").extractall(folder, filter="data")
+    with tarfile.open(dist / f"compactattn-{VERSION}.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
     return folder / f"compactattn-{VERSION}"
 
 

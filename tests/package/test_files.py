@@ -95,7 +95,8 @@ def test_the_sdist_has_what_a_build_from_source_needs(sdist: Path) -> None:
 def test_the_crate_fits_the_registry_and_holds_sources_alone(dist: Path) -> None:
     crate = dist / f"compactattn-{VERSION}.crate"
     assert crate.stat().st_size < 10 * MIB
-    names = [name.partition("/")[2] for name in tarfile.open(crate).getnames()]
+    with tarfile.open(crate) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
     assert {"Cargo.toml", "README.md", "LICENSE", "rust/lib.rs", "include/compactattn.h"} <= set(names)
     folders = {name.split("/")[0] for name in names if "/" in name}
     assert folders == {"rust", "cuda", "include", "cpp_shim"}
