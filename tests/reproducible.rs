@@ -2,7 +2,7 @@
 //! line tables name the folder of the build: releases that are to be compared are built in one place.) Runs where there
 //! is an nvcc; elsewhere it says that it did not.
 #![cfg(unix)]
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 #[path = "../cuda/toolchain/mod.rs"]
 mod toolchain;

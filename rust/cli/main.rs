@@ -9,6 +9,7 @@ mod demo;
 mod doctor;
 mod doctor_python;
 
+mod exporter;
 mod extract;
 mod forward;
 mod gpu;
@@ -25,6 +26,7 @@ mod plot_union;
 
 mod pool;
 mod prefill;
+mod prometheus;
 mod report;
 mod selftest;
 mod stages;
@@ -39,6 +41,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use compactattn::{Error, Status};
+use tracing_subscriber::fmt::format::FmtSpan;
 
 /// Chunked-prefill attention that reads only the KV pages that matter.
 #[derive(Debug, Parser)]
@@ -166,5 +169,7 @@ fn log_to_stderr(verbose: u8) {
         1 => tracing::Level::DEBUG,
         _ => tracing::Level::TRACE,
     };
-    tracing_subscriber::fmt().with_max_level(level).with_writer(io::stderr).init();
+    // At the finest level each stage says how long it took.
+    let spans = if level == tracing::Level::TRACE { FmtSpan::CLOSE } else { FmtSpan::NONE };
+    tracing_subscriber::fmt().with_max_level(level).with_span_events(spans).with_writer(io::stderr).init();
 }
