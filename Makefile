@@ -18,7 +18,7 @@ SOVERSION := $(firstword $(subst ., ,$(VERSION)))
 HF_VERSIONS := 5.17.0 5.23.0
 # The newest SGLang, and the last on torch 2.11.
 SGLANG_VERSIONS := 0.5.17 0.5.23
-PYTHON_SOURCES := python_plugin packaging tests/python tests/package tests/vllm tests/sglang tests/gpu tests/bench
+PYTHON_SOURCES := python_plugin packaging docs tests/python tests/package tests/vllm tests/sglang tests/gpu tests/bench
 SMOLLM2 := $(CACHE)/models/SmolLM2-135M-Instruct.Q4_1.gguf
 TRACE ?=
 
@@ -29,7 +29,7 @@ COMPACTATTN_CUDA := $(if $(wildcard /dev/nvidia0)$(shell command -v nvidia-smi 2
 endif
 export COMPACTATTN_CUDA
 
-.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize lint format header install dist test-dist clean
+.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize lint format header install dist test-dist docs clean
 
 # The main job: chunked prefill over real tensors. TRACE=FILE runs another trace.
 demo: toolkit
@@ -171,6 +171,13 @@ install:
 	sed -e 's|@VERSION@|$(VERSION)|' cpp_shim/compactattn.pc.in > "$(DESTDIR)$(PREFIX)/lib/pkgconfig/compactattn.pc"
 	sed -e 's|@VERSION@|$(VERSION)|' cpp_shim/cmake/compactattnConfigVersion.cmake.in > "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn/compactattnConfigVersion.cmake"
 	install -m 644 cpp_shim/cmake/compactattnConfig.cmake "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn/"
+
+# The site of docs/, with the C ABI's page made of the header, in build/site; a broken link is an error.
+docs: $(VENV)/ready
+	$(VENV)/bin/pip install -q -r docs/requirements.txt
+	rm -rf $(BUILD)/docs && mkdir -p $(BUILD) && cp -r docs $(BUILD)/docs
+	$(PYTHON) docs/abi.py include/compactattn.h > $(BUILD)/docs/abi.md
+	$(VENV)/bin/mkdocs build -q --strict
 
 # All that a release consists of, in build/dist: wheel, sdist, crate, C package, list of kernel images, checksums.
 dist: $(VENV)/ready toolkit
