@@ -60,19 +60,7 @@ def _parts(lines: object) -> list[tuple[str, str]]:
 
 def page(found: dict[str, list[Item]]) -> str:
     """Markdown."""
-    out = [
-        "# C ABI",
-        "",
-        "Made of `include/compactattn.h`, which is the reference; `compactattn.hpp` wraps it in C++17.",
-        "",
-    ]
-    out += [
-        "Every function that can fail returns a `compactattn_status`; `compactattn_last_error` has the words. Structs start"
-    ]
-    out += [
-        "with `struct_size`: they only grow at the end, and a missing tail means 0. Handles are numbers in a registry.",
-        "",
-    ]
+    out = [INTRODUCTION]
     for title, items in found.items():
         out += [f"## {title.capitalize()}", ""]
         for item in items:
@@ -91,6 +79,14 @@ def _paragraphs(words: list[str]) -> list[str]:
 def _cell(words: str) -> str:
     return words.replace("|", "\\|").replace("<", "&lt;")
 
+
+INTRODUCTION = """# C ABI
+
+Made of `include/compactattn.h`, which is the reference; `compactattn.hpp` wraps it in C++17.
+
+Every function that can fail returns a `compactattn_status`; `compactattn_last_error` has the words. Structs start with
+`struct_size`: they only grow at the end, and a missing tail means 0. Handles are numbers in a registry, never followed.
+"""
 
 if __name__ == "__main__":
     sys.stdout.write(page(parse(Path(sys.argv[1]).read_text(encoding="utf-8"))))
