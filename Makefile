@@ -4,6 +4,7 @@ CARGO ?= cargo
 PYTHON ?= python3
 PREFIX ?= /usr/local
 BUILD := build
+TARGET := $(or $(CARGO_TARGET_DIR),target)
 VENV := $(BUILD)/venv
 HF_VENV := $(BUILD)/venv-hf
 # What is large and never changes lies outside the tree, and outlives it.
@@ -54,10 +55,14 @@ kernels: toolkit
 toolkit:
 	@test "$$COMPACTATTN_CUDA" = off || cuda/toolkit.sh --if-missing >/dev/null || test "$$COMPACTATTN_CUDA" = auto
 
-# The bridge goes alone: under its feature the library exports C++ symbols that the C ABI's tests refuse.
+# The bridge goes alone: under its feature the library exports C++ symbols that the C ABI's tests refuse. Last, the README's
+# Rust as it is written there.
 test-rust: toolkit
 	$(CARGO) test --locked --features cli
 	$(CARGO) test --locked --features cxx --lib bridge
+	$(CARGO) build --locked --lib
+	rustdoc --test README.md --edition 2024 -L dependency=$(TARGET)/debug/deps \
+	    --extern compactattn=$(TARGET)/debug/deps/libcompactattn.rlib
 
 # The installed package, as a stranger's CMake project sees it: shared, static, pkg-config.
 test-cpp: $(VENV)/ready toolkit
