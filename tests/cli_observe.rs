@@ -13,13 +13,13 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde_json::Value;
 
 const LAYERS: [usize; 2] = [2, 11];
+const VIEW: [&str; 7] = ["view", "--density", "0.3", "--scope", "group", "--block-size", "128"];
 
 #[test]
 fn a_page_shows_every_layer_and_list_and_asks_nobody_for_anything() {
     let dir = scratch("view");
     let trace = trace(&dir);
-    let run =
-        tool(&["view", "--trace", text(&trace), "--out", text(&dir), "--density", "0.3", "--scope", "group"]);
+    let run = tool(&[&VIEW[..], &["--trace", text(&trace), "--out", text(&dir)]].concat());
     assert!(run.status.success(), "{}", stderr(&run));
     let record: Value = serde_json::from_slice(&std::fs::read(dir.join("record.json")).unwrap()).unwrap();
     check_record(&record);
