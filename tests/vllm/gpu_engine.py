@@ -47,7 +47,9 @@ class Log(logging.Handler):
 class Engines:
     """Makes engines over one model: ``layers`` of Llama-3.1-8B's."""
 
-    def __init__(self, folder: Path, layers: int, *, cpu: bool = False) -> None:
+    def __init__(self, folder: Path, layers: int, *, cpu: bool = False, graphs: bool = False) -> None:
+        # graphs: the engine's defaults, torch.compile and CUDA graphs; else neither.
+        self.graphs = graphs
         self.cpu, self.folder = cpu, folder / f"{layers}{'cpu' if cpu else ''}"
         self.vocab = 512 if cpu else 128256
         if cpu:
@@ -69,7 +71,7 @@ class Engines:
             "model": str(self.folder),
             "skip_tokenizer_init": True,
             "dtype": "float32" if self.cpu else "bfloat16",
-            "enforce_eager": True,
+            "enforce_eager": not self.graphs,
             "max_logprobs": 50,
             "seed": 0,
             "disable_log_stats": True,
