@@ -219,17 +219,6 @@ def keep_all(checks: Checks) -> None:
         own = f"the engine from itself, cut otherwise, {checks.noise:.4f}"
         return f"log probabilities off by {far:.4f}; {own}; {served} tokens"
 
-    def pieces() -> str:
-        # Steps small enough for captured pieces, between which attention runs; 512 is the largest by default.
-        here, largest = scheduler(ours), checks.tokens(8192)
-        here.kv_cache_manager.reset_prefix_cache()
-        here.max_num_scheduled_tokens, before = checks.tokens(512), counters()["split_steps"]
-        far = distance(generate(ours, checks.long(), logprobs=20), checks.long_wanted)
-        here.max_num_scheduled_tokens, split = largest, counters()["split_steps"] - before
-        assert split >= 50, split
-        assert far <= 2 * checks.noise + 1e-3, f"{far:.4f}, the engine from itself {checks.noise:.4f}"
-        return f"{graphs(ours)}; {split} split steps of 512 tokens, log probabilities off by {far:.4f}"
-
     def hits() -> str:
         scheduler(ours).kv_cache_manager.reset_prefix_cache()
         got = [generate(ours, wave, logprobs=20) for wave in waves(checks)]
@@ -245,10 +234,30 @@ def keep_all(checks: Checks) -> None:
         assert all(plan["refused"] == 0 for plan in found["plans"]), found
         return str(found)
 
-    found = {"start": starts, "kernels": kernels, "logits": logits, "small steps": pieces, "prefix hit": hits}
+    found = {
+        "start": starts,
+        "kernels": kernels,
+        "logits": logits,
+        "small steps": lambda: small_steps(checks, ours),
+        "prefix hit": hits,
+    }
     for name, check in (found | {"counters": truth}).items():
         checks.run(name, check)
     unmake(ours)
+
+
+def small_steps(checks: Checks, ours: Any) -> str:
+    """Steps small enough for captured pieces, between which attention runs; 512 tokens is the largest by default."""
+    from compactattn.vllm import counters
+
+    here, largest = scheduler(ours), checks.tokens(8192)
+    here.kv_cache_manager.reset_prefix_cache()
+    here.max_num_scheduled_tokens, before = checks.tokens(512), counters()["split_steps"]
+    far = distance(generate(ours, checks.long(), logprobs=20), checks.long_wanted)
+    here.max_num_scheduled_tokens, split = largest, counters()["split_steps"] - before
+    assert split >= 50, split
+    assert far <= 2 * checks.noise + 1e-3, f"{far:.4f}, the engine from itself {checks.noise:.4f}"
+    return f"{graphs(ours)}; {split} split steps of 512 tokens, log probabilities off by {far:.4f}"
 
 
 def under_load(checks: Checks) -> None:

