@@ -3,10 +3,11 @@
     python tests/vllm/gpu_tp.py --out DIR [--tp 2] [--checks] [--batch 8] [--prompt 131072] [--chunk 1024] [--cpu]
     python tests/vllm/gpu_tp.py --out DIR --model qwen3moe ...
 
-``--checks``: two layers, against an engine without the backend. Else the paper's case (arXiv 2605.26829): all prompts at
-once, ``chunk`` tokens of each a step, Llama-3.1-8B's shapes with random weights, forced densities. One engine is all
-systems: as ``engine`` it splits no step, so that attention is vLLM's FlashAttention 3 alone. Times are taken at each
-quarter of the prompts, so that a run that ``--seconds`` cuts off still says something. Exit code 1 if a check fails.
+``--checks``: two layers, against an engine without the backend. Else the case of CompactAttention (arXiv 2605.16839):
+all prompts at once, ``chunk`` tokens of each a step, Llama-3.1-8B's shapes with random weights, forced densities. One
+engine is all systems: as ``engine`` it splits no step, so that attention is vLLM's FlashAttention 3 alone. Times are
+taken at each quarter of the prompts, so that a run that ``--seconds`` cuts off still says something. Exit code 1 if a
+check fails.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ def check(engines: Engines, given: argparse.Namespace) -> None:
 
 def make(engines: Engines, asked: dict[str, Any] | None, at: dict[str, Any]) -> Any:
     """An engine whose workers, on a CPU, are told by the environment what lies in the engine's slot."""
-    os.environ["COMPACTATTN_MODE"] = "compactattn" if asked is not None else "dense"
-    os.environ.pop("COMPACTATTN_MODE", None) if not engines.cpu else None
+    if engines.cpu:
+        os.environ["COMPACTATTN_MODE"] = "dense" if asked is None else "compactattn"
     return engines.make(asked, **at)
 
 
