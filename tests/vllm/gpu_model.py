@@ -91,29 +91,22 @@ def line(name: str, found: list[Any], wanted: list[Any], density: float | None) 
     same = sum(a == b for (_, one), (_, two) in zip(found, wanted, strict=True) for a, b in zip(one, two, strict=True))
     every = sum(len(tokens) for _, tokens in wanted)
     kept = "" if density is None else f"; density {density:.3f}"
-    return (
-        f"{name:8}: {-sum(late) / len(late):.4f} nats a token after the first {PAST} of {len(found)} prompts of "
-        f"{len(found[0][0]) + 1}; off by {apart(found, wanted):.4f} in the mean; {same} of {every} greedy tokens as the "
-        f"engine's{kept}"
-    )
+    nats = f"{-sum(late) / len(late):.4f} nats a token after the first {PAST}, {apart(found, wanted):.4f} off each"
+    lengths = f"{len(found)} prompts of {len(found[0][0]) + 1}"
+    return f"{name:8}: {lengths}: {nats}; {same} of {every} greedy tokens are the engine's{kept}"
 
 
 def apart(found: list[Any], wanted: list[Any]) -> float:
     """Mean difference of a prompt token's log probability from the engine's, in either direction."""
-    pairs = [
-        pair for (a, _), (b, _) in zip(found, wanted, strict=True) for pair in zip(a[PAST:], b[PAST:], strict=True)
-    ]
-    return sum(abs(a - b) for a, b in pairs) / len(pairs)
+    late = [(a[PAST:], b[PAST:]) for (a, _), (b, _) in zip(found, wanted, strict=True)]
+    off = [abs(a - b) for ours, theirs in late for a, b in zip(ours, theirs, strict=True)]
+    return sum(off) / len(off)
 
 
 # Tokens in front that select nothing or little.
 PAST = 2048
 SPLIT = {"min_kv_tokens": 1024, "dense_below_kv_len": 1024, "strict": True}
-SYSTEMS: dict[str, dict[str, Any] | None] = {
-    "engine": None,
-    "keep all": KEEP_ALL | {"min_kv_tokens": 1024},
-    "default": SPLIT,
-}
+SYSTEMS: dict[str, Any] = {"engine": None, "keep all": KEEP_ALL | {"min_kv_tokens": 1024}, "default": SPLIT}
 
 if __name__ == "__main__":
     sys.exit(main())
