@@ -24,7 +24,6 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 
@@ -154,18 +153,10 @@ class Traffic:
             await self._request(kind, rolls)
 
     async def _request(self, kind: Kind, rolls: random.Random) -> None:
-        seen, length = self.seen[kind], int(kind.prompt_tokens * rolls.uniform(0.9, 1.0))
-        tokens = rolls.choices(range(3, self.vocab), k=length)
+        seen = self.seen[kind]
         hang_up_after = rolls.randrange(kind.answer_tokens) if rolls.random() < kind.hang_up else None
-        body = {
-            "model": "m",
-            "prompt": " ".join(f"w{token}" for token in tokens) if kind.text else tokens,
-            "max_tokens": kind.answer_tokens,
-            "temperature": 0.7,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
+        # Beside the other clients, whose clocks run.
+        body = await asyncio.to_thread(self._body, kind, rolls)
         try:
             hung_up = await asyncio.wait_for(self._stream(kind, body, hang_up_after), timeout=300)
         except Exception as error:
@@ -176,10 +167,23 @@ class Traffic:
             seen.whole += not hung_up
             seen.hung_up += hung_up
 
-    async def _stream(self, kind: Kind, body: dict[str, Any], hang_up_after: int | None) -> bool:
+    def _body(self, kind: Kind, rolls: random.Random) -> bytes:
+        tokens = rolls.choices(range(3, self.vocab), k=int(kind.prompt_tokens * rolls.uniform(0.9, 1.0)))
+        body = {
+            "model": "m",
+            "prompt": " ".join(f"w{token}" for token in tokens) if kind.text else tokens,
+            "max_tokens": kind.answer_tokens,
+            "temperature": 0.7,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        return json.dumps(body).encode()
+
+    async def _stream(self, kind: Kind, body: bytes, hang_up_after: int | None) -> bool:
         """Reads the answer's events; whether it hung up. ValueError for an answer that is not whole."""
         seen, last, told, usage, ended = self.seen[kind], time.perf_counter(), 0, None, False
-        async with self.session.post(f"{URL}/v1/completions", json=body) as answer:
+        async with self.session.post(f"{URL}/v1/completions", data=body, headers=JSON) as answer:
             if answer.status != 200:
                 raise ValueError(f"status {answer.status}: {(await answer.text())[:300]}")
             async for line in answer.content:
@@ -349,6 +353,7 @@ def main() -> int:
     return bool(wrong)
 
 
+JSON = {"Content-Type": "application/json"}
 URL = f"http://127.0.0.1:{PORT}"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
