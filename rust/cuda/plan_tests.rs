@@ -185,8 +185,8 @@ fn mean_correction_has_kernels_and_room_of_its_own() {
             _ => name,
         });
         assert_eq!(names(&world), expected.collect::<Vec<_>>());
-        // Blocks of 128: a row of 16384 tokens has 128 means, of 2 bytes an element.
-        let rows = 2 * LIMITS.max_num_reqs * KV_HEADS * 128 * head_dim * 2;
+        // A mean for each block of a row of 16384 tokens, of 2 bytes an element.
+        let rows = 2 * LIMITS.max_num_reqs * KV_HEADS * (16384 / corrected.block_size) * head_dim * 2;
         assert_eq!(world.workspace.len_bytes(), plain.workspace.len_bytes() + rows);
     }
 }
@@ -284,7 +284,7 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
     };
     let keeping: &[&str] = if layout.settings.keep_at == KeepAt::Row { &["keep_rows"] } else { &[] };
     let attend = if dim == 128 { "attend_sm90_T_d128" } else { &format!("attend_sm80_T_d{dim}") };
-    let last = ["union_table", "plan_work", attend, &format!("combine_T_d{dim}")];
+    let last = ["union_table", "plan_work", attend];
     let all = [&["plan_spans"], scoring, keeping, &last].concat();
     let full = |name: &&str| match *name {
         "cells_read_T" | "cells_read_candidates_T" if dim == 128 => name.replace("_T", "_sm90_T_d128"),

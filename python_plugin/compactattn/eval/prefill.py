@@ -10,6 +10,7 @@ import transformers  # type: ignore[import-not-found, unused-ignore]
 
 from .. import _hf_engine as engine
 from .. import hf
+from ..errors import DeviceError, InvalidArgument
 from .methods import Method, put_in_force
 from .model import Subject
 from .tasks import Context, Question
@@ -20,6 +21,10 @@ OWN, DENSE = "own", "dense"
 
 class Refused(Exception):
     """A method that this backend, or this device, does not serve."""
+
+
+# What takes a method's row away, and not the study.
+NO_ROW = (Refused, InvalidArgument, DeviceError)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from . import prefill, words
 from .clock import Clock
 from .methods import Method, find_keep_value
 from .model import Subject
-from .prefill import Limits, Refused
+from .prefill import NO_ROW, Limits
 from .tasks import SEVERAL, Context, make
 
 
@@ -146,7 +146,7 @@ def at_density(
 
         try:
             value, density = find_keep_value(method, target, found)
-        except Refused as reason:
+        except NO_ROW as reason:
             folder.refuse(method.name, str(reason))
             return None
         if abs(density - target) > 0.1 * target:
@@ -176,7 +176,7 @@ def item(
         start = time.monotonic()
         try:
             result = prefill.run(subject, context, row, study.limits(length), dense)
-        except Refused as reason:
+        except NO_ROW as reason:
             print(f"{row.name}: not run: {reason}", file=sys.stderr)
             refuse(row.name, str(reason))
             continue
