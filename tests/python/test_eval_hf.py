@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs torch and transformers: make test-hf")
 pytest.importorskip("transformers", reason="needs torch and transformers: make test-hf")
 
-from compactattn.eval import cli, finetune, lora, model, prefill, report  # noqa: E402
+from compactattn.eval import cli, finetune, gguf, lora, model, prefill, report  # noqa: E402
 from compactattn.eval.clock import Clock  # noqa: E402
 from compactattn.eval.methods import find_keep_value, methods  # noqa: E402
 from compactattn.eval.prefill import Limits, Refused  # noqa: E402
@@ -191,6 +192,33 @@ def test_workers_share_a_study_of_a_checkpoint(tmp_path: Path, library: str | No
     read = model.load(source, "cpu", "f32").codec
     assert read.frame == codec().frame
     assert read.decode(list(make("single-essay", read, 900, "0:0").ids)).startswith("U:Read the text")
+
+
+def test_a_gguf_file_is_read_as_its_format_says(tmp_path: Path) -> None:
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    fields = text("general.alignment") + struct.pack("<II", 4, 64)
+    fields += text("words") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("bc")
+    fields += text("kinds") + struct.pack("<IIQii", 9, 5, 2, 1, 3)
+    infos = text("eight") + struct.pack("<IQQIQ", 2, 32, 1, 8, 0)
+    infos += text("four") + struct.pack("<IQQIQ", 2, 32, 2, 3, 64) + text("odd") + struct.pack("<IQIQ", 1, 32, 12, 0)
+    head = struct.pack("<4sIQQ", b"GGUF", 3, 3, 3) + fields + infos
+    eight = struct.pack("<e32b", 0.5, *range(-16, 16))
+    nibbles = [(15 - i) << 4 | i for i in range(16)]
+    four = b"".join(struct.pack("<ee16B", scale, least, *nibbles) for scale, least in ((2.0, 1.0), (0.25, -3.0)))
+    path = tmp_path / "x.gguf"
+    path.write_bytes(head + b"\xff" * (-len(head) % 64) + eight.ljust(64, b"\xff") + four)
+    file = gguf.Gguf(path)
+    assert file.fields == {"general.alignment": 64, "words": ["a", "bc"], "kinds": [1, 3]}
+    assert file.values("eight").tolist() == [[x / 2 for x in range(-16, 16)]]
+    ramp = [*range(16), *range(15, -1, -1)]
+    assert file.values("four").tolist() == [[2.0 * x + 1 for x in ramp], [0.25 * x - 3 for x in ramp]]
+    with pytest.raises(ValueError, match="odd: wanted a kind"):
+        file.values("odd")
+    path.write_bytes(b"GGUX" + head[4:])
+    with pytest.raises(ValueError, match="wanted GGUF version 3"):
+        gguf.Gguf(path)
 
 
 def test_time_ends_a_study(tiny: Any, tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import transformers  # type: ignore[import-not-found, unused-ignore]
 from .. import _hf_engine as engine
 from .. import hf
 from ..errors import DeviceError, InvalidArgument
+from ..settings import Settings
 from .methods import Method, put_in_force
 from .model import Subject
 from .tasks import Context, Question
 
-# Who attends in a prompt's last chunk, which holds the question: the method, or dense attention.
+# Who attends in the chunks that hold a question, the last or the last two: the method, or dense attention.
 OWN, DENSE = "own", "dense"
 
 
@@ -93,20 +94,24 @@ def run(
     put_in_force(method.settings, limits.dense_below)
     prefill = _Prefill(subject, method, limits)
     shared = len(context.ids) // limits.chunk * limits.chunk
-    prefill.extend(context.ids[:shared], "compactattn")
+    prefill.extend(context.ids[:shared])
     prompt = prefill.take_work()
-    outcomes, logits = [], []
-    for i, question in enumerate(context.questions):
-        rest = context.ids[shared:] + question.tail
-        own = prefill.answered(rest, question, shared, "compactattn")
-        against = own if reference is None else reference[i]
-        found = [prefill.outcome(OWN, question, own, against)]
-        logits.append(own)
-        if limits.dense_final and method.settings.selector != "dense":
-            dense = prefill.answered(rest, question, shared, "sdpa")
-            found.append(prefill.outcome(DENSE, question, dense, against))
-        outcomes.append(found)
-    work = prompt.plus(prefill.take_work(), 1 / max(1, len(context.questions)))
+    ends = [context.ids[shared:] + question.tail for question in context.questions]
+    asked = list(zip(ends, context.questions, strict=True))
+    logits: list[Any] = []
+    outcomes: list[list[Outcome]] = []
+    for rest, question in asked:
+        logits.append(prefill.answered(rest, question, shared))
+        dense = logits[-1] if reference is None else reference[len(outcomes)]
+        outcomes.append([prefill.outcome(OWN, question, logits[-1], dense)])
+    work = prompt.plus(prefill.take_work(), 1 / max(1, len(asked)))
+    if limits.dense_final and method.settings.selector != "dense":
+        # From here on the library itself is dense; the shared prefix stays as the method has made it.
+        put_in_force(Settings.of("dense"), limits.dense_below)
+        for i, (rest, question) in enumerate(asked):
+            found = prefill.answered(rest, question, shared)
+            outcomes[i].append(prefill.outcome(DENSE, question, found, (reference or logits)[i]))
+        prefill.take_work()
     return Result(outcomes, work, logits)
 
 
@@ -115,7 +120,7 @@ def density(subject: Subject, context: Context, method: Method, limits: Limits) 
     put_in_force(method.settings, limits.dense_below)
     prefill = _Prefill(subject, method, limits)
     with torch.no_grad():
-        prefill.extend(context.ids, "compactattn")
+        prefill.extend(context.ids)
     found = prefill.take_work().density
     return 1.0 if found is None else found
 
@@ -130,7 +135,7 @@ class Limits:
     dense_below: int
     # Greedy tokens beyond the expected answer's length.
     slack: int = 4
-    # Whether questions are also asked with a dense last chunk.
+    # Whether questions are also asked with their own chunks dense.
     dense_final: bool = True
 
 
@@ -143,28 +148,21 @@ class _Prefill:
         ends = self._model.generation_config.eos_token_id
         self._ends = set(ends) if isinstance(ends, list) else {ends}
 
-    def extend(self, ids: tuple[int, ...], attention: str, keep: int = 1) -> Any:
-        """Runs ``ids`` behind the cache, cut at multiples of the chunk; the last ``keep`` logits."""
+    def extend(self, ids: tuple[int, ...]) -> Any:
+        """Runs ``ids`` behind the cache, cut at multiples of the chunk; the last logits ``[1, 1, vocabulary]``."""
         logits, chunk = None, self._limits.chunk
         while ids:
             past = self._length()
             count = min(len(ids), chunk - past % chunk)
-            logits = self._forward(ids[:count], attention, keep)
-            if attention != "sdpa":
-                self._count(past, count)
+            logits = self._forward(ids[:count], "compactattn", 1)
+            self._count(past, count)
             ids = ids[count:]
         return logits
 
-    def answered(self, rest: tuple[int, ...], question: Question, shared: int, final: str) -> Any:
-        """The logits at the expected answer, ``[answer, vocabulary]`` f32; ``final`` attends in the last chunk."""
+    def answered(self, rest: tuple[int, ...], question: Question, shared: int) -> Any:
+        """The logits at the expected answer behind ``shared`` tokens and ``rest``, ``[answer, vocabulary]`` f32."""
         self._crop(shared)
-        last = (shared + len(rest)) % self._limits.chunk or self._limits.chunk
-        cut = max(0, len(rest) - last)
-        self.extend(rest[:cut], "compactattn")
-        expected = question.answer[:-1]
-        if final == "sdpa":
-            return self._forward(rest[cut:] + expected, "sdpa", len(question.answer))[0].float()
-        first = self.extend(rest[cut:], final)
+        first, expected = self.extend(rest), question.answer[:-1]
         if not expected:
             return first[0].float()
         return torch.cat([first, self._forward(expected, "sdpa", len(expected))], 1)[0].float()

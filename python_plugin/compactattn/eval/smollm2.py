@@ -8,6 +8,8 @@ from typing import Any
 import torch  # type: ignore[import-not-found, unused-ignore]
 import transformers  # type: ignore[import-not-found, unused-ignore]
 
+from .gguf import Gguf
+
 # Tensors of a layer by their names in the file.
 LAYER = {
     "attn_q": "self_attn.q_proj",
@@ -29,26 +31,21 @@ _CONTROL = 3
 
 
 class File:
-    """One GGUF file; reading it needs the package gguf."""
+    """One GGUF file."""
 
     def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader  # type: ignore[import-not-found, unused-ignore]
-
-        self._reader = GGUFReader(path)
+        self._file = Gguf(path)
 
     def model(self, dtype: Any, device: str, **changes: Any) -> Any:
         """The model; weights are widened from 4 bits and rounded to ``dtype``. ``changes`` are to its configuration."""
-        from gguf import dequantize
-
         config = self._config()
         config.update(changes)
         with torch.device(device):
             model = transformers.LlamaForCausalLM(config).to(dtype).eval()
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
         weights = {}
-        for tensor in self._reader.tensors:
-            values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-            parts = tensor.name.split(".")
+        for full in self._file.tensors:
+            values, parts = self._file.values(full), full.split(".")
             name, kind = _name(parts), parts[-2]
             weights[name] = _paired(values, heads[kind]) if kind in heads else values
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -66,23 +63,22 @@ class File:
             pre_tokenizers,
         )
 
-        vocabulary = {token: i for i, token in enumerate(self._texts("tokenizer.ggml.tokens"))}
-        merges = [tuple(text.split(" ")) for text in self._texts("tokenizer.ggml.merges")]
+        vocabulary = {token: i for i, token in enumerate(self._file.fields["tokenizer.ggml.tokens"])}
+        merges = [tuple(text.split(" ")) for text in self._file.fields["tokenizer.ggml.merges"]]
         tokenizer = Tokenizer(models.BPE(vocabulary, merges))
         splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
         tokenizer.decoder = decoders.ByteLevel()
-        kinds = self._reader.fields["tokenizer.ggml.token_type"]
-        kinds_of = (kinds.parts[i][0] for i in kinds.data)
-        control = [token for token, kind in zip(vocabulary, kinds_of, strict=True) if kind == _CONTROL]
+        kinds = self._file.fields["tokenizer.ggml.token_type"]
+        control = [token for token, kind in zip(vocabulary, kinds, strict=True) if kind == _CONTROL]
         tokenizer.add_special_tokens(control)
         return tokenizer
 
     def _config(self) -> Any:
-        number = self._number
+        number = self._file.fields.__getitem__
         heads, width = int(number("llama.attention.head_count")), int(number("llama.embedding_length"))
         return transformers.LlamaConfig(
-            vocab_size=len(self._reader.fields["tokenizer.ggml.tokens"].data),
+            vocab_size=len(number("tokenizer.ggml.tokens")),
             hidden_size=width,
             intermediate_size=int(number("llama.feed_forward_length")),
             num_hidden_layers=int(number("llama.block_count")),
@@ -96,14 +92,6 @@ class File:
             bos_token_id=int(number("tokenizer.ggml.bos_token_id")),
             eos_token_id=int(number("tokenizer.ggml.eos_token_id")),
         )
-
-    def _number(self, key: str) -> Any:
-        field = self._reader.fields[key]
-        return field.parts[field.data[0]][0]
-
-    def _texts(self, key: str) -> list[str]:
-        field = self._reader.fields[key]
-        return [bytes(field.parts[i]).decode() for i in field.data]
 
 
 def _name(parts: list[str]) -> str:
