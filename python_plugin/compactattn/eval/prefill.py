@@ -14,10 +14,8 @@ from ..errors import DeviceError, InvalidArgument
 from ..settings import Settings
 from .methods import Method, put_in_force
 from .model import Subject
+from .report import DENSE, OWN
 from .tasks import Context, Question
-
-# Who attends in the chunks that hold a question, the last or the last two: the method, or dense attention.
-OWN, DENSE = "own", "dense"
 
 
 class Refused(Exception):

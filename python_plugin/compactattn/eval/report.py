@@ -11,9 +11,10 @@ from statistics import fmean
 from typing import Any
 
 from . import plot
-from .prefill import DENSE, OWN
 from .statistics import Interval, mcnemar, paired_interval
 
+# Who attends in the chunks that hold a question, the last or the last two: the method, or dense attention.
+OWN, DENSE = "own", "dense"
 # Where dense attention finds less, a task says nothing about a method: it is left out of "able" rows.
 ABLE = 0.8
 ALL_TASKS, ABLE_TASKS = "all tasks", "able tasks"
