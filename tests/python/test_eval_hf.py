@@ -221,6 +221,27 @@ def test_a_gguf_file_is_read_as_its_format_says(tmp_path: Path) -> None:
         gguf.Gguf(path)
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--methods dense,nobody", "nobody: wanted some of dense, default"),
+        ("--tasks none-such", "none-such: wanted some of single-noise"),
+        ("--repro single-noise,900,0,default@0.7", "default@0.7:900: "),
+        ("--model /nowhere/model.gguf", "/nowhere/model.gguf"),
+        ("", "is missing: `make test-candle` fetches it"),
+    ],
+)
+def test_mistakes_are_one_line(more: str, said: str, tiny: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if more and "/nowhere" not in more:
+        monkeypatch.setattr(model, "load", lambda *_: tiny)
+        more += " --model here"
+    assert cli.main(f"--out {tmp_path / 'out'} --device cpu {more}".split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("compactattn eval: ") and said in error
+    assert error.count("\n") == 1
+
+
 def test_time_ends_a_study(tiny: Any, tmp_path: Path) -> None:
     folder = Folder(tmp_path, facts(STUDY, tiny, "f32"))
     measure(STUDY, tiny, {LENGTH: [methods()["dense"]]}, folder, Clock(1e-9))

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ..errors import CompactAttnError
+
 _DESCRIPTION = """Accuracy of sparse prefill, paired with dense attention: the same prompts, greedy, the same chunks.
 
 Writes items.jsonl (one line an item), report.csv, report.md and report-LENGTH.svg below --out; a second call goes on
@@ -24,9 +26,11 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     try:
         return _run(asked, sys.argv[1:] if arguments is None else arguments)
-    except (ValueError, KeyError) as error:
+    except ImportError as error:
+        print(f"compactattn eval: wanted torch, transformers and numpy: {error}", file=sys.stderr)
+    except (ValueError, OSError, CompactAttnError) as error:
         print(f"compactattn eval: {error}", file=sys.stderr)
-        return 2
+    return 2
 
 
 def _run(asked: argparse.Namespace, arguments: list[str]) -> int:
@@ -101,7 +105,7 @@ def _repro(where: str, study, subject, folder) -> int:  # type: ignore[no-untype
 
     task, length, index, name = where.split(",")
     base, _, target = name.partition("@")
-    row = methods()[base]
+    row = methods()[_names(base, list(methods()))[0]]
     if target:
         key = f"{name}:{length}"
         if key not in folder.keep:

