@@ -145,7 +145,7 @@ def needle(asked: argparse.Namespace) -> None:
     # The default threshold where there is a GPU: the chunk that ends there is sparse, with question and answer in it.
     tokens, count = (8192, 10) if on_gpu else (1024, 2)
     model, tokenizer = weights(asked, torch.float16 if on_gpu else torch.float32)
-    # A text an eighth as long, in blocks of 16 where the default has 128.
+    # Smaller blocks than the default's, as a third of a short text would be few of those.
     hf = settle("compactattn", **({} if on_gpu else {"dense_below_kv_len": tokens, "block_size": 16}))
     print(f"  {tokens} tokens, the last quarter sparse; nats a token of the answer: sdpa, ours, sdpa without the fact")
     found = []
