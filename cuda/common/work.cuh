@@ -44,8 +44,7 @@ struct LoadedPiece {
   Stream stream;
   int begin;
   int end;
-  int part;
-  int parts;
+  int slot;
 };
 
 // The pieces of this CTA.
@@ -61,7 +60,7 @@ struct Pieces {
   __device__ __forceinline__ LoadedPiece at(const Work& work, int index) const {
     const Piece piece = work.pieces[first + index];
     const WorkItem item = work.items[piece.item];
-    return {item, stream_of(work, item), piece.begin, piece.end, piece.part, piece.parts};
+    return {item, stream_of(work, item), piece.begin, piece.end, piece.slot};
   }
 };
 

@@ -29,15 +29,6 @@ constexpr int kFewestTiles = 4;  // of a piece: fewer are not worth a partial re
 // Of a share; it also keeps two cuts of one item apart.
 constexpr int kLeastCost = kItemCost + kTileCost * kFewestTiles;
 
-// Where the shares of two CTAs meet: `tiles` of `item` are done before the cut, counted from the
-// stream's end. 0 <= tiles < tiles of the item; the last cut is {num_items, 0}.
-struct Cut {
-  int32_t item;
-  int32_t tiles;
-
-  __device__ bool divides(int other) const { return tiles > 0 && item == other; }
-};
-
 // What this stage keeps at hand.
 struct Near {
   uint32_t costs[kNearItems + 1];
@@ -242,15 +233,12 @@ __device__ int count_waves(const Plan& plan, int ctas, uint32_t fair, uint32_t& 
   return waves;
 }
 
-// total * count / shares; count and shares are at most 1024.
-__device__ uint32_t share_until(uint32_t total, uint32_t count, uint32_t shares) {
-  return total / shares * count + total % shares * count / shares;
-}
-
 // Cuts for as many shares as there are CTAs; the waves before them.
 __device__ int cut_for_all(const Step& step, const Plan& plan, uint32_t total) {
   const int cta = threadIdx.x, ctas = step.stages.num_ctas;
-  const auto until = [&](int c) { return share_until(total, c, ctas); };
+  const auto until = [&](int c) {
+    return static_cast<uint32_t>(static_cast<uint64_t>(total) * c / ctas);
+  };
   const uint32_t fair = cta < ctas ? until(cta + 1) - until(cta) : 0;
   uint32_t done;
   const int waves = count_waves(plan, ctas, fair, done);
@@ -269,9 +257,10 @@ __device__ int cut_for_all(const Step& step, const Plan& plan, uint32_t total) {
 // Cuts for fewer: there is not enough to do.
 __device__ void cut_for_some(const Step& step, const Plan& plan, uint32_t total, uint32_t shares) {
   for (uint32_t cta = threadIdx.x; cta <= step.stages.num_ctas; cta += kThreads) {
-    plan.cuts[cta] =
-        cta >= shares ? Cut{plan.num_items, 0}
-                      : cut_at(plan, share_until(total, cta, shares), step.stages.whole_items != 0);
+    const uint64_t cost = static_cast<uint64_t>(total) * cta / shares;
+    plan.cuts[cta] = cta >= shares
+                         ? Cut{plan.num_items, 0}
+                         : cut_at(plan, static_cast<uint32_t>(cost), step.stages.whole_items != 0);
   }
 }
 
@@ -279,44 +268,31 @@ __device__ int tiles_of(const Plan& plan, int item) {
   return static_cast<int>(cost_of(plan, item) - kItemCost) / kTileCost;
 }
 
-// Parts of an item that CTAs before this one do, and that those after it do.
-__device__ int parts_before(const Plan& plan, int cta, int item) {
-  int cut = cta;
-  while (cut > 0 && plan.cuts[cut].divides(item)) --cut;
-  return cta - cut;
-}
-
-__device__ int parts_after(const Plan& plan, int cta, int ctas, int item) {
-  int cut = cta + 1;
-  while (cut < ctas && plan.cuts[cut].divides(item)) ++cut;
-  return cut - cta - 1;
-}
-
 // One CTA's pieces: its whole items, then its share of the others. The piece that others finish
 // comes first among those: then all CTAs walk the lists from their ends in step, and each box is
-// read from device memory about once.
+// read from device memory about once. Each CTA has two slots: the first for a piece that others
+// began, the second for one that others finish.
 __device__ void write_pieces(const Plan& plan, int cta, int ctas, int waves, Piece* to) {
   const Cut first = plan.cuts[cta], last = plan.cuts[cta + 1];
   for (int w = 0; w < waves; ++w) {
     const int item = item_of_wave(w, cta, ctas);
-    *to++ = {item, 0, tiles_of(plan, item), 0, 1};
+    *to++ = {item, 0, tiles_of(plan, item), -1};
   }
   const int count = last.item - first.item + (last.tiles > 0), shift = last.tiles > 0;
   for (int i = 0; i < count; ++i) {
     const int item = shift && i == 0 ? last.item : first.item + i - shift;
     const int tiles = tiles_of(plan, item), done = item == first.item ? first.tiles : 0;
     const int begin = item == last.item ? tiles - last.tiles : 0;
-    const int begun = parts_before(plan, cta, item);
-    const int parts = begun + 1 + parts_after(plan, cta, ctas, item);
-    *to++ = {item, begin, tiles - done, static_cast<int16_t>(begun), static_cast<int16_t>(parts)};
+    const int slot = done > 0 ? 2 * cta : begin > 0 ? 2 * cta + 1 : -1;
+    *to++ = {item, begin, tiles - done, slot};
   }
 }
 
-// Pieces from cuts, CTA by CTA; nobody has arrived where they meet.
-__device__ void piece_up(const Plan& plan, int ctas, int waves, int32_t* arrivals) {
+// Pieces from cuts, CTA by CTA; the cuts themselves to `cuts`.
+__device__ void piece_up(const Plan& plan, int ctas, int waves, Cut* cuts) {
   __syncthreads();
   const int cta = threadIdx.x;
-  for (int i = cta; i < (ctas + 1) * kArrivals; i += kThreads) arrivals[i] = 0;
+  for (int i = cta; i <= ctas; i += kThreads) cuts[i] = plan.cuts[i];
   int count = 0;
   if (cta < ctas) {
     const Cut first = plan.cuts[cta], last = plan.cuts[cta + 1];
@@ -355,7 +331,7 @@ __device__ __forceinline__ void plan_work(const Step& step, const Means* means) 
   } else {
     cut_for_some(step, plan, total, shares);
   }
-  piece_up(plan, ctas, waves, step.stages.arrivals);
+  piece_up(plan, ctas, waves, step.stages.cuts);
 }
 
 // The first CTA plans, the others write the rows of means beside it.
@@ -370,7 +346,7 @@ __device__ __forceinline__ void plan_corrected(const Step& step, const Means& me
 }  // namespace compactattn
 
 // One CTA of 1024 threads. Reads counters, list_spans and the lengths of the lists; writes items,
-// pieces, costs and arrivals.
+// cuts, pieces and costs.
 extern "C" __global__ void __launch_bounds__(1024, 1)
     compactattn_plan_work(const __grid_constant__ compactattn::Step step) {
   compactattn::ptx::wait_for_earlier();

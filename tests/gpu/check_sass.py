@@ -51,7 +51,7 @@ TYPED = (
     "plan_work_means",
 )
 # One for each dtype and head_dim.
-SIZED = ("attend_sm80",)
+SIZED = ("attend_sm80", "combine")
 
 # Every kernel, by architecture.
 EVERYWHERE = {
