@@ -233,12 +233,15 @@ __device__ int count_waves(const Plan& plan, int ctas, uint32_t fair, uint32_t& 
   return waves;
 }
 
+// total * count / shares, without a division of 64 bits; count and shares are at most 1024.
+__device__ uint32_t share_until(uint32_t total, uint32_t count, uint32_t shares) {
+  return total / shares * count + total % shares * count / shares;
+}
+
 // Cuts for as many shares as there are CTAs; the waves before them.
 __device__ int cut_for_all(const Step& step, const Plan& plan, uint32_t total) {
   const int cta = threadIdx.x, ctas = step.stages.num_ctas;
-  const auto until = [&](int c) {
-    return static_cast<uint32_t>(static_cast<uint64_t>(total) * c / ctas);
-  };
+  const auto until = [&](int c) { return share_until(total, c, ctas); };
   const uint32_t fair = cta < ctas ? until(cta + 1) - until(cta) : 0;
   uint32_t done;
   const int waves = count_waves(plan, ctas, fair, done);
@@ -257,10 +260,9 @@ __device__ int cut_for_all(const Step& step, const Plan& plan, uint32_t total) {
 // Cuts for fewer: there is not enough to do.
 __device__ void cut_for_some(const Step& step, const Plan& plan, uint32_t total, uint32_t shares) {
   for (uint32_t cta = threadIdx.x; cta <= step.stages.num_ctas; cta += kThreads) {
-    const uint64_t cost = static_cast<uint64_t>(total) * cta / shares;
-    plan.cuts[cta] = cta >= shares
-                         ? Cut{plan.num_items, 0}
-                         : cut_at(plan, static_cast<uint32_t>(cost), step.stages.whole_items != 0);
+    plan.cuts[cta] =
+        cta >= shares ? Cut{plan.num_items, 0}
+                      : cut_at(plan, share_until(total, cta, shares), step.stages.whole_items != 0);
   }
 }
 
