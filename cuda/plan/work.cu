@@ -29,6 +29,15 @@ constexpr int kFewestTiles = 4;  // of a piece: fewer are not worth a partial re
 // Of a share; it also keeps two cuts of one item apart.
 constexpr int kLeastCost = kItemCost + kTileCost * kFewestTiles;
 
+// Where the shares of two CTAs meet: `tiles` of `item` are done before the cut, counted from the
+// stream's end. 0 <= tiles < tiles of the item; the last cut is {num_items, 0}.
+struct Cut {
+  int32_t item;
+  int32_t tiles;
+
+  __device__ bool divides(int other) const { return tiles > 0 && item == other; }
+};
+
 // What this stage keeps at hand.
 struct Near {
   uint32_t costs[kNearItems + 1];
@@ -270,31 +279,44 @@ __device__ int tiles_of(const Plan& plan, int item) {
   return static_cast<int>(cost_of(plan, item) - kItemCost) / kTileCost;
 }
 
+// Parts of an item that CTAs before this one do, and that those after it do.
+__device__ int parts_before(const Plan& plan, int cta, int item) {
+  int cut = cta;
+  while (cut > 0 && plan.cuts[cut].divides(item)) --cut;
+  return cta - cut;
+}
+
+__device__ int parts_after(const Plan& plan, int cta, int ctas, int item) {
+  int cut = cta + 1;
+  while (cut < ctas && plan.cuts[cut].divides(item)) ++cut;
+  return cut - cta - 1;
+}
+
 // One CTA's pieces: its whole items, then its share of the others. The piece that others finish
 // comes first among those: then all CTAs walk the lists from their ends in step, and each box is
-// read from device memory about once. Each CTA has two slots: the first for a piece that others
-// began, the second for one that others finish.
+// read from device memory about once.
 __device__ void write_pieces(const Plan& plan, int cta, int ctas, int waves, Piece* to) {
   const Cut first = plan.cuts[cta], last = plan.cuts[cta + 1];
   for (int w = 0; w < waves; ++w) {
     const int item = item_of_wave(w, cta, ctas);
-    *to++ = {item, 0, tiles_of(plan, item), -1};
+    *to++ = {item, 0, tiles_of(plan, item), 0, 1};
   }
   const int count = last.item - first.item + (last.tiles > 0), shift = last.tiles > 0;
   for (int i = 0; i < count; ++i) {
     const int item = shift && i == 0 ? last.item : first.item + i - shift;
     const int tiles = tiles_of(plan, item), done = item == first.item ? first.tiles : 0;
     const int begin = item == last.item ? tiles - last.tiles : 0;
-    const int slot = done > 0 ? 2 * cta : begin > 0 ? 2 * cta + 1 : -1;
-    *to++ = {item, begin, tiles - done, slot};
+    const int begun = parts_before(plan, cta, item);
+    const int parts = begun + 1 + parts_after(plan, cta, ctas, item);
+    *to++ = {item, begin, tiles - done, static_cast<int16_t>(begun), static_cast<int16_t>(parts)};
   }
 }
 
-// Pieces from cuts, CTA by CTA; the cuts themselves to `cuts`.
-__device__ void piece_up(const Plan& plan, int ctas, int waves, Cut* cuts) {
+// Pieces from cuts, CTA by CTA; nobody has arrived where they meet.
+__device__ void piece_up(const Plan& plan, int ctas, int waves, int32_t* arrivals) {
   __syncthreads();
   const int cta = threadIdx.x;
-  for (int i = cta; i <= ctas; i += kThreads) cuts[i] = plan.cuts[i];
+  for (int i = cta; i < (ctas + 1) * kArrivals; i += kThreads) arrivals[i] = 0;
   int count = 0;
   if (cta < ctas) {
     const Cut first = plan.cuts[cta], last = plan.cuts[cta + 1];
@@ -333,7 +355,7 @@ __device__ __forceinline__ void plan_work(const Step& step, const Means* means) 
   } else {
     cut_for_some(step, plan, total, shares);
   }
-  piece_up(plan, ctas, waves, step.stages.cuts);
+  piece_up(plan, ctas, waves, step.stages.arrivals);
 }
 
 // The first CTA plans, the others write the rows of means beside it.
@@ -348,7 +370,7 @@ __device__ __forceinline__ void plan_corrected(const Step& step, const Means& me
 }  // namespace compactattn
 
 // One CTA of 1024 threads. Reads counters, list_spans and the lengths of the lists; writes items,
-// cuts, pieces and costs.
+// pieces, costs and arrivals.
 extern "C" __global__ void __launch_bounds__(1024, 1)
     compactattn_plan_work(const __grid_constant__ compactattn::Step step) {
   compactattn::ptx::wait_for_earlier();
