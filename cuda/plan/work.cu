@@ -242,7 +242,7 @@ __device__ int count_waves(const Plan& plan, int ctas, uint32_t fair, uint32_t& 
   return waves;
 }
 
-// total * count / shares, without a division of 64 bits; count and shares are at most 1024.
+// total * count / shares; count and shares are at most 1024.
 __device__ uint32_t share_until(uint32_t total, uint32_t count, uint32_t shares) {
   return total / shares * count + total % shares * count / shares;
 }
