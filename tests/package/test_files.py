@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,11 @@ def test_one_wheel_serves_every_python_3(wheel: Path, unpacked_wheel: Path) -> N
     # Ubuntu 22.04 has 2.35, and every system that the driver of CUDA 13 is made for has it or newer.
     assert int(tag[2]) <= 35
     assert wheel.stat().st_size < 30 * MIB
+
+
+def test_no_file_is_in_the_wheel_twice(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert len(names) == len(set(names))
 
 
 def test_the_wheel_carries_library_tool_and_entry_points_and_nothing_of_a_build(unpacked_wheel: Path) -> None:
