@@ -47,7 +47,7 @@ kernels: toolkit
 	mkdir -p $(BUILD)
 	$(CARGO) build --release --locked --features cli --message-format=json-render-diagnostics > $(BUILD)/kernels.json
 	$(PYTHON) tests/gpu/check_sass.py $(BUILD)/kernels.json
-	for name in lists turns; do \
+	for name in lists turns order; do \
 	  c++ -O2 -std=c++17 -ffp-contract=off -D__host__= -D__device__= -o $(BUILD)/$${name}_host tests/gpu/$${name}_host.cpp && \
 	  $(BUILD)/$${name}_host || exit 1; done
 
@@ -73,12 +73,15 @@ test-python: $(VENV)/ready toolkit
 	$(VENV)/bin/pip install -q --no-deps --force-reinstall .
 	$(VENV)/bin/pytest -q tests/python
 
-# The transformers backend on tiny models, CPU. The registry's torch brings CUDA along: 2.6 GB to fetch, once.
-test-hf: $(HF_VENV)/ready toolkit
+# The transformers backend on tiny models, CPU, and on SmolLM2's own weights with the newest version. The registry's torch
+# brings CUDA along: 2.6 GB to fetch, once; the model is 94 MB. One thread each, as two wait for each other on busy cores.
+test-hf: export OMP_NUM_THREADS = 1
+test-hf: $(HF_VENV)/ready toolkit $(SMOLLM2)
 	$(HF_VENV)/bin/pip install -q --no-deps --force-reinstall .
 	for version in $(HF_VERSIONS); do \
 	    $(HF_VENV)/bin/pip install -q transformers==$$version && $(HF_VENV)/bin/pytest -q tests/python/test_hf.py || exit 1; \
 	done
+	SMOLLM2_GGUF="$(SMOLLM2)" $(HF_VENV)/bin/pytest -q --durations=2 tests/python/test_smollm2.py
 
 # The backend in a real vLLM on the CPU, with a tiny random model. Not part of `make test`: the engine is 2.7 GB to fetch
 # and 6 GB in an environment of its own, which lies in the cache folder, and its four starts take most of the time.
