@@ -148,4 +148,8 @@ def test_a_row_pairs_with_dense_and_names_its_worst_task() -> None:
     assert (row.accuracy, row.difference.mean, row.dense_final) == (0.5, 0.0, 1.0)
     assert (row.worst, row.worst_difference) == ("easy", -25.0)
     able = next(r for r in rows(records) if (r.scope, r.method) == ("able tasks", "ours"))
-    assert (able.items, able.accuracy) == (4, 0.75)
+    assert (able.items, able.accuracy, able.dense_accuracy) == (4, 0.75, 1.0)
+    fewer = [r for r in records if r["method"] == "dense" or r["task"] == "easy"]
+    row = next(r for r in rows(fewer) if (r.scope, r.method) == ("all tasks", "ours"))
+    # Dense is 50 % on all it has, and here stands for what both have.
+    assert (row.items, row.accuracy, row.dense_accuracy) == (4, 0.75, 1.0)

@@ -32,6 +32,8 @@ class Row:
     items: int
     contexts: int
     accuracy: float
+    # Dense attention's on the same items, which may be fewer than all it has.
+    dense_accuracy: float
     # Against dense, percentage points; discordant pairs and their exact p, an item being right if all is found.
     difference: Interval
     lost: int
@@ -103,6 +105,7 @@ def _row(name: tuple[int, str, str], pairs: Pairs, dense_final: list[Record]) ->
         items=len(pairs),
         contexts=len(set(contexts)),
         accuracy=_mean(own, "recall"),
+        dense_accuracy=_mean([dense for _, dense in pairs], "recall"),
         difference=difference(lambda r: r["recall"], 100.0),
         lost=lost,
         won=won,
@@ -172,6 +175,7 @@ def _line(row: Row) -> str:
         row.method,
         f"{row.items} ({row.contexts})",
         f"{100 * row.accuracy:.1f}",
+        f"{100 * row.dense_accuracy:.1f}",
         f"{row.difference.mean:+.1f} [{row.difference.low:+.1f}, {row.difference.high:+.1f}]",
         f"{row.lost}/{row.won}, {row.p:.2g}",
         f"{row.nll_difference.mean:+.4f} [{row.nll_difference.low:+.4f}, {row.nll_difference.high:+.4f}]",
@@ -194,7 +198,7 @@ def _tasks(table: list[Row], length: int) -> list[str]:
 
 
 _HEAD = (
-    "| method | items (contexts) | accuracy % | vs dense, points [95 %] | lost/won, McNemar p "
+    "| method | items (contexts) | accuracy % | dense on these % | vs dense, points [95 %] | lost/won, McNemar p "
     "| answer NLL vs dense [95 %] | KL | flips % | density | executed | dense last chunk % | worst task, points |",
-    "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
 )
