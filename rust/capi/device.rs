@@ -198,7 +198,7 @@ pub(super) fn with_call(
 
 /// The batch's addresses, all of them in this device's memory, its extents within the plan's limits.
 fn device_batch(plan: &Plan, layout: &Layout, batch: &BatchViews, others: &[View]) -> Result<DeviceBatch> {
-    for view in batch.views.iter().chain(others).filter(|view| view.len > 0) {
+    for view in batch.tensors().iter().chain(others).filter(|view| view.len > 0) {
         plan.context().check_memory(view.name, address(view))?;
     }
     let [q, k, v, cu_seqlens_q, seq_lens, block_table] = &batch.views;

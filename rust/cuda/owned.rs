@@ -304,6 +304,7 @@ fn bytes<'a>(elements: &Elements<'a>) -> &'a [u8] {
         Elements::Bf16(x) => bytemuck::cast_slice(x),
         Elements::F16(x) => bytemuck::cast_slice(x),
         Elements::F32(x) => bytemuck::cast_slice(x),
+        Elements::E4m3(x) => x,
     }
 }
 

@@ -31,6 +31,7 @@ pub(crate) fn shape(heads: [usize; 2], head_dim: usize, page_size: usize, dtype:
         head_dim,
         page_size,
         dtype,
+        kv_dtype: dtype,
         sm_scale: 1.0 / (head_dim as f32).sqrt(),
     }
 }
