@@ -6,8 +6,9 @@
 // completes its own. The CTAs after them compare the seals of all older blocks with their keys
 // (rust/seals.rs), 16 blocks at a time, and write what differs. Launched after the KV write, before
 // or without batch: lengths and pages are checked here, and what is out of range is skipped. Sums
-// are f64 in a fixed order: of 16-bit elements they are exact but for bf16 that differ by more than
-// 2^37, so a mean is the CPU's.
+// are f64 in a fixed order: of 8- and 16-bit elements they are exact but for bf16 that differ by
+// more than 2^37, so a mean is the CPU's.
+#include "../common/e4m3.cuh"
 #include "../common/math.cuh"
 #include "../params.h"
 
@@ -87,6 +88,7 @@ __device__ Found find(const Step& step, int64_t index, int which, int run) {
 // One pool of the cache.
 struct Pool {
   const void* base;
+  float scale;  // of the CTA's KV head
   int64_t page_stride;
   int64_t token_stride;
   int64_t head_stride;
@@ -105,6 +107,24 @@ __device__ __forceinline__ float2 unpack<__half>(uint32_t word) {
   return __half22float2(reinterpret_cast<const __half2&>(word));
 }
 
+// 8 elements from `at` on.
+template <class Element>
+__device__ __forceinline__ void load_unit(const Element* at, float2 (&pairs)[4]) {
+  const uint4 words = __ldg(reinterpret_cast<const uint4*>(at));
+  pairs[0] = unpack<Element>(words.x);
+  pairs[1] = unpack<Element>(words.y);
+  pairs[2] = unpack<Element>(words.z);
+  pairs[3] = unpack<Element>(words.w);
+}
+
+__device__ __forceinline__ void load_unit(const E4m3* at, float2 (&pairs)[4]) {
+  const uint2 words = __ldg(reinterpret_cast<const uint2*>(at));
+  pairs[0] = __half22float2(ptx::widen_pair(words.x));
+  pairs[1] = __half22float2(ptx::widen_pair(words.x >> 16));
+  pairs[2] = __half22float2(ptx::widen_pair(words.y));
+  pairs[3] = __half22float2(ptx::widen_pair(words.y >> 16));
+}
+
 // Sums of 8 elements over every `lanes`-th token of the block.
 template <class Element>
 __device__ __forceinline__ void sum_tokens(const Step& step, const Pool& pool, const Found& at,
@@ -118,14 +138,12 @@ __device__ __forceinline__ void sum_tokens(const Step& step, const Pool& pool, c
   for (int t = threadIdx.x / units; t < 1 << layout.log2_block_tokens; t += lanes) {
     const int64_t page = pages[(start + t) >> layout.log2_page_tokens];
     const int in_page = (start + t) & ((1 << layout.log2_page_tokens) - 1);
-    const uint4 words = __ldg(reinterpret_cast<const uint4*>(base + page * pool.page_stride +
-                                                             in_page * pool.token_stride));
-    const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+    float2 pairs[4];
+    load_unit(base + page * pool.page_stride + in_page * pool.token_stride, pairs);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 pair = unpack<Element>(pairs[i]);
-      sums[2 * i] += pair.x;
-      sums[2 * i + 1] += pair.y;
+      sums[2 * i] += pairs[i].x;
+      sums[2 * i + 1] += pairs[i].y;
     }
   }
 }
@@ -147,7 +165,8 @@ __device__ __forceinline__ void write_mean(const Step& step, const Pool& pool, c
   for (int d = threadIdx.x; d < layout.head_dim; d += kThreads) {
     double sum = 0.0;
     for (int lane = 0; lane < lanes; ++lane) sum += partial[lane * layout.head_dim + d];
-    mean[d] = static_cast<float>(sum / (1 << layout.log2_block_tokens));
+    const double share = static_cast<double>(pool.scale) / (1 << layout.log2_block_tokens);
+    mean[d] = static_cast<float>(sum * share);
   }
   __syncthreads();
 }
@@ -185,11 +204,12 @@ __device__ __forceinline__ uint64_t mix(uint64_t x) {
 // not in the pool. By kProbeLanes lanes side by side, their whole warp at once; `at.count` 0 reads
 // nothing.
 constexpr int kProbeLanes = 8;
+template <class Element>
 __device__ uint64_t seal_of(const Step& step, const Found& at, bool values) {
   const Batch& batch = step.batch;
   const Layout& layout = step.layout;
   const int32_t* pages = batch.block_table + batch.table_stride * at.req;
-  const uint16_t* base = static_cast<const uint16_t*>(batch.k) + blockIdx.y * batch.k_head_stride;
+  const Element* base = static_cast<const Element*>(batch.k) + blockIdx.y * batch.k_head_stride;
   const int log2_probe_tokens = min(4, layout.log2_block_tokens);
   const int probes = at.count > 0 ? 1 << (layout.log2_block_tokens - log2_probe_tokens) : 0;
   uint64_t sum = 0;
@@ -221,13 +241,16 @@ template <class Element>
 __device__ void write_block(const Step& step, const Means& means, const Found& at) {
   const Batch& batch = step.batch;
   if (!has_pages(step, at)) return;
-  const Pool k{batch.k, batch.k_page_stride, batch.k_token_stride, batch.k_head_stride};
-  const Pool v{batch.v, batch.v_page_stride, batch.v_token_stride, batch.v_head_stride};
+  const int head = blockIdx.y;
+  const Pool k{batch.k, key_scale(batch, head), batch.k_page_stride, batch.k_token_stride,
+               batch.k_head_stride};
+  const Pool v{batch.v, value_scale(batch, head), batch.v_page_stride, batch.v_token_stride,
+               batch.v_head_stride};
   const int64_t row = slot_of(step, at) * step.layout.num_kv_heads + blockIdx.y;
   write_mean<Element>(step, k, at, means.k + row * step.layout.head_dim);
   if (means.v) write_mean<Element>(step, v, at, means.v + row * step.layout.head_dim);
   if (!means.seals || threadIdx.x >= 32) return;
-  const uint64_t seal = seal_of(step, at, means.v);
+  const uint64_t seal = seal_of<Element>(step, at, means.v);
   if (threadIdx.x == 0) {
     means.seals[2 * row] = static_cast<uint32_t>(seal);
     means.seals[2 * row + 1] = static_cast<uint32_t>(seal >> 32);
@@ -237,11 +260,12 @@ __device__ void write_block(const Step& step, const Means& means, const Found& a
 // Blocks of a run whose summaries are of other keys than lie there, one bit each; called by the
 // whole CTA. Blocks with a page outside the pool are none of them.
 constexpr int kRun = kThreads / kProbeLanes;
+template <class Element>
 __device__ uint32_t broken_seals(const Step& step, const Means& means, const Found& run) {
   __shared__ uint32_t broken[kThreads / 32];
   const int index = static_cast<int>(threadIdx.x) / kProbeLanes;
   const Found at{run.req, run.block + index, index < run.count ? 1 : 0};
-  const uint64_t now = seal_of(step, at, means.v);
+  const uint64_t now = seal_of<Element>(step, at, means.v);
   bool is_broken = false;
   if (at.count > 0 && now != 0 && threadIdx.x % kProbeLanes == 0) {
     const int64_t row = slot_of(step, at) * step.layout.num_kv_heads + blockIdx.y;
@@ -274,7 +298,7 @@ __device__ __forceinline__ void summarise(const Step& step, const Means& means, 
   for (int64_t i = static_cast<int>(blockIdx.x) - writers;; i += gridDim.x - writers) {
     const Found run = find(step, i, kOlder, kRun);
     if (run.req < 0) return;
-    for (uint32_t left = broken_seals(step, means, run); left; left &= left - 1) {
+    for (uint32_t left = broken_seals<Element>(step, means, run); left; left &= left - 1) {
       write_block<Element>(step, means, {run.req, run.block + __ffs(left) - 1, 1});
     }
   }
@@ -296,4 +320,10 @@ extern "C" __global__ void __launch_bounds__(128)
     compactattn_summaries_fp16(const __grid_constant__ compactattn::Step step, float* k_mean,
                                float* v_mean, uint32_t* seals, int which, int writers) {
   compactattn::summarise<__half>(step, {k_mean, v_mean, seals}, which, writers);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    compactattn_summaries_e4m3(const __grid_constant__ compactattn::Step step, float* k_mean,
+                               float* v_mean, uint32_t* seals, int which, int writers) {
+  compactattn::summarise<compactattn::E4m3>(step, {k_mean, v_mean, seals}, which, writers);
 }

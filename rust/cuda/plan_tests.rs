@@ -310,6 +310,8 @@ fn batch(layout: &Layout) -> DeviceBatch {
         stride_page: 16 * token,
         stride_token: token,
         stride_head: shape.head_dim,
+        scale: 0,
+        stride_scale: 0,
     };
     DeviceBatch {
         q: tokens(layout),

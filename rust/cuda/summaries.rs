@@ -28,7 +28,7 @@ pub(crate) fn update(
     stream: Stream,
     step: &Step,
     (which, means): (Which, MeansAt),
-    dtype: Dtype,
+    kv_dtype: Dtype,
 ) -> Result<()> {
     let kv_heads = step.layout.num_kv_heads.cast_unsigned();
     let completed = (step.batch.total_q >> step.layout.log2_block_tokens) + step.batch.num_reqs;
@@ -44,7 +44,11 @@ pub(crate) fn update(
         Which::Completed => (completed.cast_unsigned(), 0),
         Which::All => (share, 0),
     };
-    let name = if dtype == Dtype::Bf16 { "compactattn_summaries_bf16" } else { "compactattn_summaries_fp16" };
+    let name = match kv_dtype {
+        Dtype::Bf16 => "compactattn_summaries_bf16",
+        Dtype::E4m3 => "compactattn_summaries_e4m3",
+        _ => "compactattn_summaries_fp16",
+    };
     let grid = Grid { blocks: [writers + checkers, kv_heads, 1], threads: 128, shared_bytes: 0 };
     let (all, writers) = (i32::from(which == Which::All), writers.cast_signed());
     let MeansAt { k, v, seals } = means;
