@@ -26,15 +26,29 @@ class Batch:
     cu_seqlens_q: View
     struct: _abi_step.Batch
     home: Home
+    # Of an e4m3 cache; held alive.
+    scales: tuple[View, ...] = ()
 
     @classmethod
-    def of(cls, q: Any, k_cache: Any, v_cache: Any, block_table: Any, seq_lens: Any, cu_seqlens_q: Any) -> Batch:
+    def of(
+        cls,
+        q: Any,
+        k_cache: Any,
+        v_cache: Any,
+        block_table: Any,
+        seq_lens: Any,
+        cu_seqlens_q: Any,
+        *,
+        k_scale: Any = None,
+        v_scale: Any = None,
+    ) -> Batch:
         """Looks at the tensors.
 
         ``q [total_q, num_q_heads, head_dim]``; ``k_cache``, ``v_cache [num_pages, page_size, num_kv_heads,
         head_dim]`` with any strides (NHD, HND, interleaved); ``block_table [num_reqs, width]``, ``seq_lens
         [num_reqs]``, ``cu_seqlens_q [num_reqs + 1]`` int32 (or, on the CPU, lists of ints), all on one device. Nothing
-        of a CUDA tensor is read here. Raises InvalidArgument by name.
+        of a CUDA tensor is read here. ``k_scale``, ``v_scale``: f32 ``[1]`` or ``[num_kv_heads]`` beside the caches,
+        what the numbers of an e4m3 cache are multiplied by (None = 1). Raises InvalidArgument by name.
         """
         views = {
             "q": view("q", q),
@@ -44,5 +58,7 @@ class Batch:
             "seq_lens": view("seq_lens", seq_lens),
             "cu_seqlens_q": view("cu_seqlens_q", cu_seqlens_q),
         }
-        struct = _abi_step.Batch(**{name: view.tensor for name, view in views.items()})
-        return cls(**views, struct=struct, home=Home.of(views))
+        scales = {"k_scale": k_scale, "v_scale": v_scale}
+        scaled = {name: view(name, scale) for name, scale in scales.items() if scale is not None}
+        struct = _abi_step.Batch(**{name: view.tensor for name, view in (views | scaled).items()})
+        return cls(**views, struct=struct, home=Home.of(views | scaled), scales=tuple(scaled.values()))
