@@ -54,8 +54,7 @@ def forward(
 
     Results are new tensors of q's kind unless given. On any exception nothing was written.
     """
-    tensors = (q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q)
-    batch = Batch.of(*tensors, k_scale=k_scale, v_scale=v_scale)
+    batch = Batch.of(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, k_scale=k_scale, v_scale=v_scale)
     plan = plan_for(batch, settings=settings, sm_scale=sm_scale, max_kv_len=max_kv_len, on=on)
     if out is None:
         out = _result(batch, ("out", batch.q.shape, batch.q.dtype), q, stream)

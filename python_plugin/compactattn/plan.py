@@ -243,16 +243,6 @@ def _dtype(name: str, what: str = "dtype", among: dict[str, _abi.Dtype] = _DTYPE
     return found
 
 
-_INTS = [
-    "num_q_heads",
-    "num_kv_heads",
-    "head_dim",
-    "page_size",
-    "max_num_reqs",
-    "num_layers",
-    "num_splits",
-    "rope_interleaved",
-    "sliding_window",
-    "attention_sinks",
-    "alibi",
-]
+# Of PlanDesc, as the C struct has them.
+_INTS = ["num_q_heads", "num_kv_heads", "head_dim", "page_size", "max_num_reqs", "num_layers", "num_splits"]
+_INTS += ["rope_interleaved", "sliding_window", "attention_sinks", "alibi"]
