@@ -62,7 +62,7 @@ class Service:
         batch = Batch.of(query, *kv, part.block_table, part.seq_lens, part.query_start_loc)
         self._plan.forward(batch, out, settings=settings, scratch=_workspaces.get(self.shape.device))
 
-    def call(self, query: Any, kv: tuple[Any, ...], part: Any, out: Any) -> Call:
+    def call(self, query: Any, kv: tuple[Any, Any], part: Any, out: Any) -> Call:
         """The same, made to be repeated for other layers of this step by :meth:`Call.run`."""
         batch = Batch.of(query, *kv, part.block_table, part.seq_lens, part.query_start_loc)
         args = self._plan.arguments(batch, out, scratch=_workspaces.get(self.shape.device))

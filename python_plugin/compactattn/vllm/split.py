@@ -177,9 +177,9 @@ class SplitImpl:
             self._where, self._seen = where, seen(self._views(kv_cache), scales)
         return self._seen
 
-    def _views(self, kv_cache: Any) -> tuple[Any, ...]:
-        views = kv_views(kv_cache, self.head_size, self.kv_axis)  # type: ignore[attr-defined]
-        return tuple(e4m3(view) for view in views) if self._is_fp8 else views
+    def _views(self, kv_cache: Any) -> tuple[Any, Any]:
+        keys, values = kv_views(kv_cache, self.head_size, self.kv_axis)  # type: ignore[attr-defined]
+        return (e4m3(keys), e4m3(values)) if self._is_fp8 else (keys, values)
 
     def engine_step(self, *args: Any, **kwargs: Any) -> Any:
         """Attention as the engine does it, of a whole step or a piece; arguments as forward's."""
