@@ -203,7 +203,7 @@ pub(crate) fn pool_map(
     max_tokens: usize,
 ) -> Result<TensorMap> {
     let shape = &layout.shape;
-    let rows = tile(layout.geometry.box_tokens().min(max_tokens));
+    let rows = tile(copied_tokens(layout.geometry.box_tokens().min(max_tokens)));
     let dims = [
         Dim { size: MAP_COLUMNS, stride: 1, tile: tile(MAP_COLUMNS) },
         Dim { size: shape.page_size, stride: pool.stride_token, tile: rows },
@@ -225,6 +225,11 @@ fn encode<const N: usize>(
     let strides = dims.map(|dim| (dim.stride * 2).max(16) as u64);
     let boxes = dims.map(|dim| dim.tile);
     tensor_map::encode(context.device().driver(), dtype, address, &sizes, &strides[1..], &boxes)
+}
+
+/// Tokens of one copy; its twin in cuda/ptx/tma.cuh says why.
+const fn copied_tokens(box_tokens: usize) -> usize {
+    if box_tokens == 32 { 16 } else { box_tokens }
 }
 
 fn tile(x: usize) -> u32 {

@@ -185,8 +185,8 @@ fn mean_correction_has_kernels_and_room_of_its_own() {
             _ => name,
         });
         assert_eq!(names(&world), expected.collect::<Vec<_>>());
-        // Blocks of 128: a row of 16384 tokens has 128 means, of 2 bytes an element.
-        let rows = 2 * LIMITS.max_num_reqs * KV_HEADS * 128 * head_dim * 2;
+        // A mean for each block of a row of 16384 tokens, of 2 bytes an element.
+        let rows = 2 * LIMITS.max_num_reqs * KV_HEADS * (16384 / corrected.block_size) * head_dim * 2;
         assert_eq!(world.workspace.len_bytes(), plain.workspace.len_bytes() + rows);
     }
 }

@@ -19,7 +19,8 @@ struct Maps {
   // [columns / 64, tokens, heads, 64] in boxes of rows / heads_per_list tokens x heads_per_list
   // heads x 64
   const CUtensorMap& q;
-  // [pages, kv heads, columns / 64, tokens of a page, 64] in boxes of min(box tokens, kTokens) x 64
+  // [pages, kv heads, columns / 64, tokens of a page, 64] in copied tokens of min(box tokens,
+  // kTokens) x 64
   const CUtensorMap& k;
   const CUtensorMap& v;
 };
@@ -41,7 +42,7 @@ struct Source {
 
 // ---- producer ----
 
-// The one box of each tile that a lane copies.
+// The one box, or half of one, of each tile that a lane copies.
 template <class T>
 struct BoxLane {
   int first;    // token of the tile
@@ -52,7 +53,7 @@ struct BoxLane {
   static_assert(T::kTokens / 8 * T::kGroups <= 32, "boxes of 8 tokens, one a lane");
 
   __device__ BoxLane(const AttendParams& params, int lane) {
-    const int rows = min(1 << params.log2_box_tokens, T::kTokens);
+    const int rows = ptx::copied_tokens(min(1 << params.log2_box_tokens, T::kTokens));
     first = lane / T::kGroups * rows;
     columns = lane % T::kGroups;
     smem = columns * T::kKvGroupBytes + first * T::kRowBytes;
