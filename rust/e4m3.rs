@@ -1,5 +1,5 @@
 //! e4m3: 8-bit floats of KV caches. One sign, four exponent and three mantissa bits, bias 7, no infinity; all ones
-//! below the sign are NaN, so the largest number is 448 (OCP 8-bit floating point, E4M3; vLLM's `fp8` caches).
+//! below the sign are NaN, so the largest number is 448 (OCP 8-bit floating point, E4M3).
 
 use multiversion::multiversion;
 
