@@ -159,7 +159,7 @@ impl Plan {
         let mut run = unsafe { self.begin(call) }?;
         run.correct(call.layout.settings.mean_correction)?;
         run.plan_spans()?;
-        if !matches!(call.external, Some(External::Masks(_))) {
+        if !matches!(call.external, Some(External::Masks(_))) && !run.only_dense() {
             run.select()?;
             run.keep_rows()?;
         }
@@ -352,7 +352,16 @@ impl Run<'_> {
         self.launch("compactattn_plan_spans", grid(ctas, 1024, 0))
     }
 
+    /// Whether no step with these extents can have a span that needs scores; lengths on the device may change.
+    fn only_dense(&self) -> bool {
+        let Call { layout, batch, .. } = *self.call;
+        layout.only_dense(batch.total_q, batch.table_width * layout.geometry.page_size)
+    }
+
     fn select(&self) -> Result<()> {
+        if self.only_dense() {
+            return Ok(());
+        }
         let Call { layout, layer, batch, .. } = *self.call;
         let (context, gate) = (&*self.plan.context, self.plan.gate(layer));
         Scoring { context, stream: self.stream, layout, batch, step: &self.step, gate }.run()

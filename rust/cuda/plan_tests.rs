@@ -56,6 +56,31 @@ fn assert_launches(selector: Selector, dtype: Dtype, head_dim: usize) {
 }
 
 #[test]
+fn where_every_request_is_dense_nothing_is_launched_for_scores() {
+    for selector in [
+        Selector::SampledExact,
+        Selector::PooledMass,
+        Selector::TwoLevel,
+        Selector::FlashPrefill,
+        Selector::XAttention,
+        Selector::AttnGate,
+    ] {
+        let settings = Settings::of(selector);
+        let launched = |max_kv_len| -> Vec<String> {
+            let limits = Limits { max_kv_len, ..LIMITS };
+            let world = World::new("", PlanDesc { limits, ..desc(settings, Dtype::Bf16, 128) }).unwrap();
+            let launches = world.run(world.stream()).unwrap();
+            launches.iter().map(|line| line.split(' ').next().unwrap().to_owned()).collect()
+        };
+        let below = settings.dense.below_kv_len;
+        let dense = ["plan_spans", "union_table", "plan_work", "attend_sm90_bf16_d128", "combine_bf16_d128"];
+        assert_eq!(launched(below - 1), dense.map(|name| format!("compactattn_{name}")), "{selector:?}");
+        let plan = run::Plan::new(&desc(settings, Dtype::Bf16, 128), Parallel::new(1)).unwrap();
+        assert_eq!(launched(below), expected(&plan, Dtype::Bf16), "{selector:?}");
+    }
+}
+
+#[test]
 fn a_call_runs_on_the_legacy_stream_and_on_one_that_is_captured() {
     for selector in [Selector::Dense, Selector::TwoLevel, Selector::AttnGate] {
         let world = World::new("", desc(Settings::of(selector), Dtype::Bf16, 128)).unwrap();
