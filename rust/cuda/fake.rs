@@ -126,7 +126,7 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
 }
 
 /// Kernels with the bytes of their parameters: `Step` 456, `GateParams` 56, `AttendParams` 272, `Means` 72, maps 128.
-const ALONE: [(&str, &str); 14] = [
+const ALONE: [(&str, &str); 15] = [
     ("plan_spans", "456"),
     ("keep_rows", "456"),
     ("union_table", "456,4"),
@@ -140,13 +140,15 @@ const ALONE: [(&str, &str); 14] = [
     ("cells_mass", "456,4"),
     ("two_level_mass", "456,4"),
     ("two_level_candidates", "456"),
+    ("cells_lists", "456,12"),
     ("flashprefill_relate", "456"),
 ];
 /// One for each 16-bit type.
-const TYPED: [(&str, &str); 11] = [
+const TYPED: [(&str, &str); 12] = [
     ("cells_read", "456,4"),
     ("cells_read_candidates", "456,4"),
     ("cells_pool", "456,4"),
+    ("pooled_lists", "456,12"),
     ("flashprefill", "456"),
     ("xattention", "456"),
     ("xattention_mass", "456"),
