@@ -48,6 +48,22 @@ __device__ __forceinline__ void store_to(int rank, float2* shared, float2 value)
       : "memory");
 }
 
+// Writes every CTA's copy of a shared variable, in a cluster of kCtas.
+template <int kCtas>
+__device__ __forceinline__ void store_to_all(float* shared, float value) {
+#pragma unroll
+  for (int cta = 0; cta < kCtas; ++cta) {
+    asm volatile(
+        "{\n\t"
+        ".reg .u32 to;\n\t"
+        "mapa.shared::cluster.u32 to, %0, %1;\n\t"
+        "st.shared::cluster.f32 [to], %2;\n\t"
+        "}" ::"r"(shared_address(shared)),
+        "r"(cta), "f"(value)
+        : "memory");
+  }
+}
+
 #else
 
 __device__ __forceinline__ void arrive_at_cluster() { __syncthreads(); }
@@ -57,6 +73,11 @@ __device__ __forceinline__ void fence_cluster() {}
 __device__ __forceinline__ void store_to_first(int32_t* shared, int32_t value) { *shared = value; }
 
 __device__ __forceinline__ void store_to(int, float2* shared, float2 value) { *shared = value; }
+
+template <int kCtas>
+__device__ __forceinline__ void store_to_all(float* shared, float value) {
+  *shared = value;
+}
 
 #endif
 

@@ -1,4 +1,4 @@
-//! attend and combine: which kernel serves a shape, and how it is launched.
+//! attend, which combines what it cuts: which kernel serves a shape, and how it is launched.
 
 use super::batch::{DeviceBatch, DevicePool, DeviceTokens, int32};
 use super::context::Context;
@@ -25,15 +25,13 @@ pub struct DeviceOutput {
     pub lse_stride_token: usize,
 }
 
-/// One attend kernel and its combine.
+/// One attend kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Kernel {
     /// As exported by its image.
     pub(crate) name: &'static str,
     /// The same with mean correction.
     pub(crate) corrected: &'static str,
-    /// Its combine.
-    pub(crate) combine: &'static str,
     threads: u32,
     shared_bytes: u32,
     /// The same in images for other GPUs than 9.0.
@@ -79,7 +77,7 @@ impl Kernel {
         if is_hopper { self.shared_bytes } else { self.small_shared_bytes }
     }
 
-    /// Launches attend over the lists in `scratch`, and combine.
+    /// Launches attend over the lists in `scratch`.
     ///
     /// # Errors
     /// Those of the driver.
@@ -92,9 +90,7 @@ impl Kernel {
         let maps = if self.map_tokens > 0 { call.maps(context, self.map_tokens)? } else { Vec::new() };
         let name = if call.means.is_some() { self.corrected } else { self.name };
         let args = maps.iter().map(Arg::of).chain([Arg::of(&params)]).chain(call.means.map(Arg::of));
-        kernels.launch(stream, name, grid, &args.collect::<Vec<_>>())?;
-        let grid = Grid { blocks: [num_ctas - 1, 8, 1], threads: 256, shared_bytes: 0 };
-        kernels.launch(stream, self.combine, grid, &[Arg::of(&params)])
+        kernels.launch(stream, name, grid, &args.collect::<Vec<_>>())
     }
 }
 
@@ -105,7 +101,7 @@ pub(crate) struct Call<'a> {
     pub(crate) layout: &'a Layout,
     /// Queries and pools.
     pub(crate) batch: &'a DeviceBatch,
-    /// Lists, items, cuts, room for pieces.
+    /// Lists, items, pieces, room for parts.
     pub(crate) scratch: &'a Scratch,
     /// Results.
     pub(crate) output: &'a DeviceOutput,
@@ -123,7 +119,7 @@ impl Call<'_> {
                 pieces: stages.pieces,
                 piece_starts: stages.piece_starts,
                 boxes: stages.boxes,
-                cuts: stages.cuts,
+                arrivals: stages.arrivals,
                 num_ctas: stages.num_ctas,
                 max_boxes: int32(self.layout.max_boxes()),
                 heads_per_list: int32(self.layout.heads_per_list()),
@@ -192,7 +188,7 @@ pub(crate) fn pool_map(
     max_tokens: usize,
 ) -> Result<TensorMap> {
     let shape = &layout.shape;
-    let rows = tile(layout.geometry.box_tokens().min(max_tokens));
+    let rows = tile(copied_tokens(layout.geometry.box_tokens().min(max_tokens)));
     let dims = [
         Dim { size: MAP_COLUMNS, stride: 1, tile: tile(MAP_COLUMNS) },
         Dim { size: shape.page_size, stride: pool.stride_token, tile: rows },
@@ -214,6 +210,11 @@ fn encode<const N: usize>(
     let strides = dims.map(|dim| (dim.stride * 2).max(16) as u64);
     let boxes = dims.map(|dim| dim.tile);
     tensor_map::encode(context.device().driver(), dtype, address, &sizes, &strides[1..], &boxes)
+}
+
+/// Tokens of one copy; its twin in cuda/ptx/tma.cuh says why.
+const fn copied_tokens(box_tokens: usize) -> usize {
+    if box_tokens == 32 { 16 } else { box_tokens }
 }
 
 fn tile(x: usize) -> u32 {
@@ -242,186 +243,81 @@ static KERNELS: &[(Dtype, usize, Kernel)] = &[
     (
         Dtype::Bf16,
         64,
-        sm90(
-            [
-                "compactattn_attend_sm90_bf16_d64",
-                "compactattn_attend_sm90_bf16_d64_means",
-                "compactattn_combine_bf16_d64",
-            ],
-            214_016,
-            128,
-        ),
+        sm90(["compactattn_attend_sm90_bf16_d64", "compactattn_attend_sm90_bf16_d64_means"], 214_016, 128),
     ),
     (
         Dtype::Bf16,
         128,
-        sm90(
-            [
-                "compactattn_attend_sm90_bf16_d128",
-                "compactattn_attend_sm90_bf16_d128_means",
-                "compactattn_combine_bf16_d128",
-            ],
-            230_400,
-            128,
-        ),
+        sm90(["compactattn_attend_sm90_bf16_d128", "compactattn_attend_sm90_bf16_d128_means"], 230_400, 128),
     ),
     (
         Dtype::Bf16,
         256,
-        sm90(
-            [
-                "compactattn_attend_sm90_bf16_d256",
-                "compactattn_attend_sm90_bf16_d256_means",
-                "compactattn_combine_bf16_d256",
-            ],
-            230_400,
-            64,
-        ),
+        sm90(["compactattn_attend_sm90_bf16_d256", "compactattn_attend_sm90_bf16_d256_means"], 230_400, 64),
     ),
     (
         Dtype::F16,
         64,
-        sm90(
-            [
-                "compactattn_attend_sm90_fp16_d64",
-                "compactattn_attend_sm90_fp16_d64_means",
-                "compactattn_combine_fp16_d64",
-            ],
-            214_016,
-            128,
-        ),
+        sm90(["compactattn_attend_sm90_fp16_d64", "compactattn_attend_sm90_fp16_d64_means"], 214_016, 128),
     ),
     (
         Dtype::F16,
         128,
-        sm90(
-            [
-                "compactattn_attend_sm90_fp16_d128",
-                "compactattn_attend_sm90_fp16_d128_means",
-                "compactattn_combine_fp16_d128",
-            ],
-            230_400,
-            128,
-        ),
+        sm90(["compactattn_attend_sm90_fp16_d128", "compactattn_attend_sm90_fp16_d128_means"], 230_400, 128),
     ),
     (
         Dtype::F16,
         256,
-        sm90(
-            [
-                "compactattn_attend_sm90_fp16_d256",
-                "compactattn_attend_sm90_fp16_d256_means",
-                "compactattn_combine_fp16_d256",
-            ],
-            230_400,
-            64,
-        ),
+        sm90(["compactattn_attend_sm90_fp16_d256", "compactattn_attend_sm90_fp16_d256_means"], 230_400, 64),
     ),
     (
         Dtype::Bf16,
         64,
-        sm80(
-            [
-                "compactattn_attend_sm80_bf16_d64",
-                "compactattn_attend_sm80_bf16_d64_means",
-                "compactattn_combine_bf16_d64",
-            ],
-            D64,
-        ),
+        sm80(["compactattn_attend_sm80_bf16_d64", "compactattn_attend_sm80_bf16_d64_means"], D64),
     ),
     (
         Dtype::Bf16,
         96,
-        sm80(
-            [
-                "compactattn_attend_sm80_bf16_d96",
-                "compactattn_attend_sm80_bf16_d96_means",
-                "compactattn_combine_bf16_d96",
-            ],
-            D96,
-        ),
+        sm80(["compactattn_attend_sm80_bf16_d96", "compactattn_attend_sm80_bf16_d96_means"], D96),
     ),
     (
         Dtype::Bf16,
         128,
-        sm80(
-            [
-                "compactattn_attend_sm80_bf16_d128",
-                "compactattn_attend_sm80_bf16_d128_means",
-                "compactattn_combine_bf16_d128",
-            ],
-            D128,
-        ),
+        sm80(["compactattn_attend_sm80_bf16_d128", "compactattn_attend_sm80_bf16_d128_means"], D128),
     ),
     (
         Dtype::Bf16,
         256,
-        sm80(
-            [
-                "compactattn_attend_sm80_bf16_d256",
-                "compactattn_attend_sm80_bf16_d256_means",
-                "compactattn_combine_bf16_d256",
-            ],
-            D256,
-        ),
+        sm80(["compactattn_attend_sm80_bf16_d256", "compactattn_attend_sm80_bf16_d256_means"], D256),
     ),
     (
         Dtype::F16,
         64,
-        sm80(
-            [
-                "compactattn_attend_sm80_fp16_d64",
-                "compactattn_attend_sm80_fp16_d64_means",
-                "compactattn_combine_fp16_d64",
-            ],
-            D64,
-        ),
+        sm80(["compactattn_attend_sm80_fp16_d64", "compactattn_attend_sm80_fp16_d64_means"], D64),
     ),
     (
         Dtype::F16,
         96,
-        sm80(
-            [
-                "compactattn_attend_sm80_fp16_d96",
-                "compactattn_attend_sm80_fp16_d96_means",
-                "compactattn_combine_fp16_d96",
-            ],
-            D96,
-        ),
+        sm80(["compactattn_attend_sm80_fp16_d96", "compactattn_attend_sm80_fp16_d96_means"], D96),
     ),
     (
         Dtype::F16,
         128,
-        sm80(
-            [
-                "compactattn_attend_sm80_fp16_d128",
-                "compactattn_attend_sm80_fp16_d128_means",
-                "compactattn_combine_fp16_d128",
-            ],
-            D128,
-        ),
+        sm80(["compactattn_attend_sm80_fp16_d128", "compactattn_attend_sm80_fp16_d128_means"], D128),
     ),
     (
         Dtype::F16,
         256,
-        sm80(
-            [
-                "compactattn_attend_sm80_fp16_d256",
-                "compactattn_attend_sm80_fp16_d256_means",
-                "compactattn_combine_fp16_d256",
-            ],
-            D256,
-        ),
+        sm80(["compactattn_attend_sm80_fp16_d256", "compactattn_attend_sm80_fp16_d256_means"], D256),
     ),
 ];
 
 /// As cuda/attend/sm90/traits.h says; `map_tokens` are those of a tile.
-const fn sm90(names: [&'static str; 3], shared_bytes: u32, map_tokens: usize) -> Kernel {
-    let [name, corrected, combine] = names;
+const fn sm90(names: [&'static str; 2], shared_bytes: u32, map_tokens: usize) -> Kernel {
+    let [name, corrected] = names;
     Kernel {
         name,
         corrected,
-        combine,
         threads: 384,
         shared_bytes,
         small_shared_bytes: shared_bytes,
@@ -430,10 +326,10 @@ const fn sm90(names: [&'static str; 3], shared_bytes: u32, map_tokens: usize) ->
     }
 }
 
-const fn sm80(names: [&'static str; 3], tile: Tile) -> Kernel {
-    let [name, corrected, combine] = names;
+const fn sm80(names: [&'static str; 2], tile: Tile) -> Kernel {
+    let [name, corrected] = names;
     let Tile { threads, shared_bytes, small_shared_bytes, ctas_per_sm } = tile;
-    Kernel { name, corrected, combine, threads, shared_bytes, small_shared_bytes, ctas_per_sm, map_tokens: 0 }
+    Kernel { name, corrected, threads, shared_bytes, small_shared_bytes, ctas_per_sm, map_tokens: 0 }
 }
 
 /// What cuda/attend/sm80/traits.h says of one head_dim: of the image for 9.0, which buffers K and V twice, and of the
@@ -472,7 +368,7 @@ mod tests {
         for &(dtype, head_dim, kernel) in KERNELS {
             let element = if dtype == Dtype::Bf16 { "bf16" } else { "fp16" };
             let suffix = format!("_{element}_d{head_dim}");
-            assert!(kernel.name.ends_with(&suffix) && kernel.combine.ends_with(&suffix), "{}", kernel.name);
+            assert!(kernel.name.ends_with(&suffix), "{}", kernel.name);
             assert_eq!(kernel.corrected, format!("{}_means", kernel.name));
             assert_eq!(kernel.map_tokens > 0, kernel.name.contains("sm90"), "{}", kernel.name);
             let same = KERNELS.iter().filter(|entry| (entry.0, entry.1) == (dtype, head_dim));

@@ -114,7 +114,7 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
         let cells = cells.map(|name| (format!("{name}_sm90_{dtype}_d128"), "128,456,4"));
         kernels.extend(cells.into_iter().filter(|_| maps.is_some()));
         for dim in [64, 96, 128, 256] {
-            kernels.extend(["attend_sm80", "combine"].map(|name| (format!("{name}_{dtype}_d{dim}"), "272")));
+            kernels.push((format!("attend_sm80_{dtype}_d{dim}"), "272"));
             kernels.push((format!("attend_sm80_{dtype}_d{dim}_means"), "272,72"));
         }
     }

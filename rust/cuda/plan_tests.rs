@@ -72,7 +72,7 @@ fn where_every_request_is_dense_nothing_is_launched_for_scores() {
             launches.iter().map(|line| line.split(' ').next().unwrap().to_owned()).collect()
         };
         let below = settings.dense.below_kv_len;
-        let dense = ["plan_spans", "union_table", "plan_work", "attend_sm90_bf16_d128", "combine_bf16_d128"];
+        let dense = ["plan_spans", "union_table", "plan_work", "attend_sm90_bf16_d128"];
         assert_eq!(launched(below - 1), dense.map(|name| format!("compactattn_{name}")), "{selector:?}");
         let plan = run::Plan::new(&desc(settings, Dtype::Bf16, 128), Parallel::new(1)).unwrap();
         assert_eq!(launched(below), expected(&plan, Dtype::Bf16), "{selector:?}");
@@ -209,8 +209,8 @@ fn mean_correction_has_kernels_and_room_of_its_own() {
             _ => name,
         });
         assert_eq!(names(&world), expected.collect::<Vec<_>>());
-        // Blocks of 128: a row of 16384 tokens has 128 means, of 2 bytes an element.
-        let rows = 2 * LIMITS.max_num_reqs * KV_HEADS * 128 * head_dim * 2;
+        // A mean for each block of a row of 16384 tokens, of 2 bytes an element.
+        let rows = 2 * LIMITS.max_num_reqs * KV_HEADS * (16384 / corrected.block_size) * head_dim * 2;
         assert_eq!(world.workspace.len_bytes(), plain.workspace.len_bytes() + rows);
     }
 }
@@ -313,7 +313,7 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
     let attend = if dim == 128 { "attend_sm90_T_d128" } else { &format!("attend_sm80_T_d{dim}") };
     let makes_lists = scoring.last().is_some_and(|name| name.contains("_lists"));
     let uniting: &[&str] = if makes_lists { &[] } else { &["union_table"] };
-    let last = ["plan_work", attend, &format!("combine_T_d{dim}")];
+    let last = ["plan_work", attend];
     let all = [&["plan_spans"], scoring, keeping, uniting, &last].concat();
     let full = |name: &&str| match *name {
         "cells_read_T" | "cells_read_candidates_T" if dim == 128 => name.replace("_T", "_sm90_T_d128"),

@@ -229,7 +229,7 @@ impl Scoring<'_> {
 
     /// Scores of one tile's cells, added to those of the tiles before it.
     fn mass(&self, tile: i32, name: &'static str) -> Result<()> {
-        let blocks = [self.step.layout.num_q_heads.cast_unsigned(), self.selects(), 1];
+        let blocks = [MASS_CTAS * self.step.layout.num_q_heads.cast_unsigned(), self.selects(), 1];
         let grid = Grid { blocks, threads: 1024, shared_bytes: 0 };
         self.launch(name, grid, &[Arg::of(self.step), Arg::of(&tile)])
     }
@@ -292,6 +292,9 @@ fn product(factors: &[usize]) -> Result<usize> {
     let all = factors.iter().try_fold(1_usize, |all, &x| all.checked_mul(x));
     all.ok_or_else(|| Error::new(Status::Overflow, "limits", "buffers within 63 bits", "more"))
 }
+
+/// CTAs of cells_mass.cu for each (select span, query head).
+const MASS_CTAS: u32 = 4;
 
 const FLASHPREFILL_SM90: [(Dtype, u32, &str); 4] = [
     (Dtype::Bf16, 64, "compactattn_flashprefill_sm90_bf16_d64"),
