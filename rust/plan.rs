@@ -352,7 +352,7 @@ mod tests {
     fn one_more_token_of_a_bound_is_what_a_sparse_request_needs() {
         let rules = |below_kv_len, max_q_len, prefix_tokens| {
             let dense = DenseRules { below_kv_len, max_q_len, prefix_tokens };
-            paged().layout(Settings { dense, ..settings(0, 1) })
+            paged().layout(Settings { dense, block_size: 128, ..settings(0, 1) })
         };
         for (layout, total_q, kv_len) in [
             (rules(300, 0, 0), 439, 299),
