@@ -37,7 +37,7 @@ __device__ __forceinline__ void load_columns(const Tile& tile, const Slice& slic
     for (int i = 0; i < kLoads; ++i) {
       const int j = first + lane + 32 * i;
       weight.sum += ptx::exp2_approx(x[r][i] - top);
-      if (slice.cells != cells && row + r < tile.rows && j < slice.count) {
+      if (row + r < tile.rows && j < slice.count) {
         slice.cells[(row + r) * slice.pitch + j] = x[r][i];
       }
     }

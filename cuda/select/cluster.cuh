@@ -33,7 +33,7 @@ enum Then : int32_t {
 // How the launch wants it.
 struct Wish {
   int32_t then;    // Then
-  int32_t pitch;   // floats between rows of cells in shared memory; 0: they stay in global memory
+  int32_t pitch;   // floats between rows of a slice's cells in shared memory
   int32_t listed;  // blocks that are no candidates score 0 (or NaN)
 };
 
@@ -65,22 +65,22 @@ struct Exchange {
   Norm norms[kMaxRows];
 };
 
-// Consecutive blocks, a CTA's: row r's cell of block first + j is cells[r * pitch + j].
+// Consecutive blocks, a CTA's: row r's cell of block first + j is cells[r * pitch + j], shared
+// memory.
 struct Slice {
   int first;
   int count;
   float* cells;
-  int64_t pitch;
+  int pitch;
+  bool is_kept;  // cells go to global memory too, for the kernels that read them
 };
 
 __device__ __forceinline__ int cluster_rank() { return static_cast<int>(blockIdx.x); }
 
-__device__ __forceinline__ Slice slice_of(const Step& step, const Tile& tile, const Wish& wish,
-                                          char* shared) {
+__device__ __forceinline__ Slice slice_of(const Tile& tile, const Wish& wish, char* shared) {
   const int each = (tile.blocks + kCtas - 1) / kCtas, first = cluster_rank() * each;
   const int count = max(0, min(each, tile.blocks - first));
-  if (wish.pitch > 0) return {first, count, reinterpret_cast<float*>(shared), wish.pitch};
-  return {first, count, tile.cells + first, step.layout.max_blocks};
+  return {first, count, reinterpret_cast<float*>(shared), wish.pitch, wish.then == kCandidates};
 }
 
 // Norms of all rows; called by all CTAs, each with its `parts`. All have arrived at the cluster's
@@ -148,7 +148,7 @@ __device__ __forceinline__ void score(const Step& step, const Wish& wish, char* 
                       tile_of(step, select_span, 0, index, kv_head, tile);
   if (scored) {
     ptx::arrive_at_cluster();
-    const Slice slice = slice_of(step, tile, wish, shared);
+    const Slice slice = slice_of(tile, wish, shared);
     fill(tile, slice, exchange);
     weigh_rows(tile, exchange);
     write_scores(step, tile, slice, wish.listed ? candidates_of(step, index, kv_head) : nullptr,

@@ -39,8 +39,7 @@ __device__ __forceinline__ uint32_t high_and_rest<__half>(float& x, float& y) {
 // Mean keys of kBlocks blocks from `first` on, their high parts in one tile, the rest in the next;
 // zeros for blocks from `end` on and those that are not whole. By kCtaThreads threads.
 template <class Element, int kCtaThreads, int kBlocks>
-__device__ void load_means(const Step& step, const Tile& tile, int first, int end,
-                           char* high) {
+__device__ void load_means(const Step& step, const Tile& tile, int first, int end, char* high) {
   constexpr int kLanes = 8, kStep = kCtaThreads / kLanes, kRows = kBlocks / kStep;
   const uint32_t pitch = pitch_of(step.layout);
   const int whole = min(end, tile.kv_end >> step.layout.log2_block_tokens);

@@ -131,13 +131,16 @@ struct Pooling {
     });
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const int row = logit_row(r);
+      const int64_t row = logit_row(r);
       float* cells = slice.cells + row * slice.pitch + at;
       if (row >= tile.rows) continue;
 #pragma unroll
       for (int n = 0; n < 16; ++n) {
         const int column = warp_column() + n / 2 * 8 + threadIdx.x % 4 * 2 + n % 2;
-        if (column < left) cells[column] = logits[r / 2][n / 2][r % 2 * 2 + n % 2];
+        if (column >= left) continue;
+        const float cell = logits[r / 2][n / 2][r % 2 * 2 + n % 2];
+        cells[column] = cell;
+        if (slice.is_kept) tile.cells[row * step.layout.max_blocks + first + column] = cell;
       }
     }
   }

@@ -28,26 +28,22 @@ impl Scoring<'_> {
         }
     }
 
-    /// Scores by mean keys; false, with nothing launched, where a CTA's shared memory does not hold the tiles.
+    /// Scores by mean keys; false, with nothing launched, where shared memory does not hold the tiles and a slice of cells.
     pub(super) fn pooled_lists(&self, then: Then) -> Result<bool> {
         let name = self.of_dtype("compactattn_pooled_lists_bf16", "compactattn_pooled_lists_fp16");
-        let bytes = |pitch| shared::pooled_lists(self.head_dim(), pitch);
-        // What is scored again reads the cells.
-        let widest = if then == Then::Candidates { 0 } else { self.pitch() };
-        let fits = |pitch: &u32| self.context.kernels().fits(name, bytes(*pitch)).is_ok();
-        let Some(pitch) = [widest, 0].into_iter().find(fits) else { return Ok(false) };
-        self.cluster(name, bytes(pitch), Wish { then, pitch, listed: 0 })?;
-        Ok(true)
+        let pitch = self.pitch();
+        let bytes = shared::pooled_lists(self.head_dim(), pitch);
+        self.cluster(name, bytes, Wish { then, pitch, listed: 0 })
     }
 
-    /// Scores of cells in memory; with `listed` those of blocks that are no candidates are 0.
-    pub(super) fn cells_lists(&self, listed: bool) -> Result<()> {
-        let name = "compactattn_cells_lists";
+    /// Scores of cells in memory, with `listed` 0 for blocks that are no candidates; false, with nothing launched, where
+    /// shared memory does not hold a slice of them: read twice from L2 they cost more than two launches.
+    pub(super) fn cells_lists(&self, listed: bool) -> Result<bool> {
         let keep = shared::keep(self.blocks(), self.step.layout.mask_words.cast_unsigned());
-        let bytes = |pitch| shared::cells_lists(pitch).max(keep);
-        let fits = |pitch: &u32| self.context.kernels().fits(name, bytes(*pitch)).is_ok();
-        let pitch = [self.pitch()].into_iter().find(fits).unwrap_or(0);
-        self.cluster(name, bytes(pitch), Wish { then: self.then(), pitch, listed: u32::from(listed) })
+        let pitch = self.pitch();
+        let bytes = shared::cells_lists(pitch).max(keep);
+        let wish = Wish { then: self.then(), pitch, listed: u32::from(listed) };
+        self.cluster("compactattn_cells_lists", bytes, wish)
     }
 
     /// Floats between a slice's rows of cells: rows of a product are stored to different banks.
@@ -55,8 +51,12 @@ impl Scoring<'_> {
         self.blocks().div_ceil(CTAS).next_multiple_of(32) + 8
     }
 
-    fn cluster(&self, name: &'static str, shared_bytes: u32, wish: Wish) -> Result<()> {
+    fn cluster(&self, name: &'static str, shared_bytes: u32, wish: Wish) -> Result<bool> {
+        if self.context.kernels().fits(name, shared_bytes).is_err() {
+            return Ok(false);
+        }
         let grid = Grid { blocks: [CTAS, self.kv_heads(), self.selects()], threads: THREADS, shared_bytes };
-        self.launch(name, grid, &[Arg::of(self.step), Arg::of(&wish)])
+        self.launch(name, grid, &[Arg::of(self.step), Arg::of(&wish)])?;
+        Ok(true)
     }
 }

@@ -219,7 +219,7 @@ pub(crate) enum Then {
 #[repr(C)]
 pub(crate) struct Wish {
     pub(crate) then: Then,
-    /// Floats between rows of cells in shared memory; 0: they stay in global memory.
+    /// Floats between rows of a slice's cells in shared memory.
     pub(crate) pitch: u32,
     /// Blocks that are no candidates score 0 (or NaN).
     pub(crate) listed: u32,

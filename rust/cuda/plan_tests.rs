@@ -80,6 +80,18 @@ fn where_every_request_is_dense_nothing_is_launched_for_scores() {
 }
 
 #[test]
+fn slices_that_shared_memory_does_not_hold_are_scored_by_kernels_of_their_own() {
+    let limits = Limits { max_kv_len: 1 << 17, ..LIMITS };
+    let settings = Settings { block_size: 32, ..Settings::of(Selector::SampledExact) };
+    let world = World::new("", PlanDesc { limits, ..desc(settings, Dtype::Bf16, 128) }).unwrap();
+    let launches = world.run(world.stream()).unwrap();
+    let names: Vec<_> = launches.iter().map(|line| line.split(' ').next().unwrap()).collect();
+    let scored =
+        ["compactattn_cells_read_sm90_bf16_d128", "compactattn_cells_mass", "compactattn_union_table"];
+    assert_eq!(names[1..4], scored);
+}
+
+#[test]
 fn a_call_runs_on_the_legacy_stream_and_on_one_that_is_captured() {
     for selector in [Selector::Dense, Selector::TwoLevel, Selector::AttnGate] {
         let world = World::new("", desc(Settings::of(selector), Dtype::Bf16, 128)).unwrap();

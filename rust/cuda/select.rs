@@ -64,32 +64,35 @@ impl Scoring<'_> {
     /// # Errors
     /// The driver's; [`Status::Null`] for selector `attn_gate` without a gate.
     pub(crate) fn run(&self) -> Result<bool> {
-        if self.by_clusters() && self.run_clusters()? {
-            return Ok(self.then() == Then::Lists);
-        }
-        self.run_stages()?;
-        Ok(false)
-    }
-
-    /// By clusters; false, with nothing launched, where they do not score for the selector.
-    fn run_clusters(&self) -> Result<bool> {
         match self.layout.settings.selector {
-            Selector::SampledExact | Selector::Oracle => {
+            Selector::SampledExact | Selector::Oracle if self.by_clusters() => {
                 self.cells_read(0, Read::Every)?;
-                self.cells_lists(false)?;
+                self.finish(false)
             }
-            Selector::PooledMass => return self.pooled_lists(self.then()),
-            Selector::TwoLevel => {
+            Selector::PooledMass if self.by_clusters() && self.pooled_lists(self.then())? => {
+                Ok(self.then() == Then::Lists)
+            }
+            Selector::TwoLevel if self.by_clusters() => {
                 if !self.pooled_lists(Then::Candidates)? {
                     self.pooled_mass()?;
                     self.candidates()?;
                 }
                 self.cells_read(0, Read::Candidates)?;
-                self.cells_lists(true)?;
+                self.finish(true)
             }
-            _ => return Ok(false),
+            _ => self.run_stages().map(|()| false),
         }
-        Ok(true)
+    }
+
+    /// Scores of the cells of the only tile, with `listed` 0 for blocks that are no candidates; whether the lists are made
+    /// too.
+    fn finish(&self, listed: bool) -> Result<bool> {
+        if self.cells_lists(listed)? {
+            return Ok(self.then() == Then::Lists);
+        }
+        let mass = ["compactattn_cells_mass", "compactattn_two_level_mass"];
+        self.mass(0, mass[usize::from(listed)])?;
+        Ok(false)
     }
 
     fn run_stages(&self) -> Result<()> {
