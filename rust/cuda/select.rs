@@ -5,13 +5,13 @@ use super::batch::{DeviceBatch, int32};
 use super::context::Context;
 use super::gate::DeviceGate;
 use super::kernels::{Arg, Grid};
-use super::params::{Step, TILE_ROWS};
+use super::params::{Step, TILE_ROWS, Then};
 use super::shared;
 use super::stream::Stream;
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::settings::Selector;
-use crate::types::Dtype;
+use crate::types::{Dtype, Shape};
 
 /// 4-byte elements of scratch that select and union need for the largest step; `gate_len` is
 /// [`DeviceGate::len`] of the layer's gate.
@@ -54,14 +54,48 @@ pub(crate) struct Scoring<'a> {
     pub(crate) batch: &'a DeviceBatch,
     pub(crate) step: &'a Step,
     pub(crate) gate: Option<&'a DeviceGate>,
+    /// Lists follow; else scores are all that is asked for.
+    pub(crate) wants_lists: bool,
 }
 
 impl Scoring<'_> {
-    /// Scores every past block of the spans that are not dense.
+    /// Scores every past block of the spans that are not dense; whether the lists are made too.
     ///
     /// # Errors
     /// The driver's; [`Status::Null`] for selector `attn_gate` without a gate.
-    pub(crate) fn run(&self) -> Result<()> {
+    pub(crate) fn run(&self) -> Result<bool> {
+        match self.layout.settings.selector {
+            Selector::SampledExact | Selector::Oracle if self.by_clusters() => {
+                self.cells_read(0, Read::Every)?;
+                self.finish(false)
+            }
+            Selector::PooledMass if self.by_clusters() && self.pooled_lists(self.then())? => {
+                Ok(self.then() == Then::Lists)
+            }
+            Selector::TwoLevel if self.by_clusters() => {
+                if !self.pooled_lists(Then::Candidates)? {
+                    self.pooled_mass()?;
+                    self.candidates()?;
+                }
+                self.cells_read(0, Read::Candidates)?;
+                self.finish(true)
+            }
+            _ => self.run_stages().map(|()| false),
+        }
+    }
+
+    /// Scores of the cells of the only tile, with `listed` 0 for blocks that are no candidates; whether the lists are made
+    /// too.
+    fn finish(&self, listed: bool) -> Result<bool> {
+        if self.cells_lists(listed)? {
+            return Ok(self.then() == Then::Lists);
+        }
+        let mass = ["compactattn_cells_mass", "compactattn_two_level_mass"];
+        self.mass(0, mass[usize::from(listed)])?;
+        Ok(false)
+    }
+
+    fn run_stages(&self) -> Result<()> {
         match self.layout.settings.selector {
             Selector::SampledExact | Selector::Oracle => self.by_tiles(|tile| {
                 self.cells_read(tile, Read::Every)?;
@@ -90,9 +124,7 @@ impl Scoring<'_> {
 
     fn two_level(&self) -> Result<()> {
         self.pooled_mass()?;
-        let blocks = [self.kv_heads(), self.selects(), 1];
-        let grid = Grid { blocks, threads: 1024, shared_bytes: 0 };
-        self.launch("compactattn_two_level_candidates", grid, &[Arg::of(self.step)])?;
+        self.candidates()?;
         let has_one = self.tiles() == 1;
         self.by_tiles(|tile| {
             // The cells of a span's only tile are still those by mean keys.
@@ -102,6 +134,13 @@ impl Scoring<'_> {
             self.cells_read(tile, Read::Candidates)?;
             self.mass(tile, "compactattn_two_level_mass")
         })
+    }
+
+    fn candidates(&self) -> Result<()> {
+        let blocks = [self.kv_heads(), self.selects(), 1];
+        let shared_bytes = shared::keep(self.blocks(), self.step.layout.mask_words.cast_unsigned());
+        let grid = Grid { blocks, threads: 256, shared_bytes };
+        self.launch("compactattn_two_level_candidates", grid, &[Arg::of(self.step)])
     }
 
     fn flashprefill(&self) -> Result<()> {
@@ -160,8 +199,8 @@ impl Scoring<'_> {
             return self.cells_read_sm90(tile, kernel.names[which as usize], kernel.map_tokens);
         }
         let per_sm = u32::try_from(3 * self.context.num_sms()).unwrap_or(u32::MAX);
-        let [bf16, fp16] = READ[which as usize];
-        self.cells(self.of_dtype(bf16, fp16), per_sm.div_ceil(self.kv_heads()), tile)
+        let name = cells_name(&READ[which as usize], &self.layout.shape);
+        self.cells(name, per_sm.div_ceil(self.kv_heads()), tile)
     }
 
     /// The same by the copy engine; CTAs share the work evenly, whatever their number.
@@ -181,7 +220,7 @@ impl Scoring<'_> {
     fn cells_pool(&self, tile: i32) -> Result<()> {
         let tails = self.longest_span().div_ceil(128) + 1;
         let tails = u32::try_from(tails).unwrap_or(u32::MAX);
-        let name = self.of_dtype("compactattn_cells_pool_bf16", "compactattn_cells_pool_fp16");
+        let name = cells_name(&POOL, &self.layout.shape);
         self.cells(name, self.blocks().div_ceil(64) + tails, tile)
     }
 
@@ -203,7 +242,7 @@ impl Scoring<'_> {
         (0..self.tiles()).try_for_each(body)
     }
 
-    fn tiles(&self) -> i32 {
+    pub(super) fn tiles(&self) -> i32 {
         let longest = self.longest_span();
         let samples = match self.step.settings.sample_rows {
             0 => longest,
@@ -227,27 +266,27 @@ impl Scoring<'_> {
         Grid { blocks, threads, shared_bytes }
     }
 
-    fn launch(&self, name: &'static str, grid: Grid, args: &[Arg]) -> Result<()> {
+    pub(super) fn launch(&self, name: &'static str, grid: Grid, args: &[Arg]) -> Result<()> {
         self.context.kernels().launch(self.stream, name, grid, args)
     }
 
-    fn of_dtype(&self, bf16: &'static str, fp16: &'static str) -> &'static str {
+    pub(super) fn of_dtype(&self, bf16: &'static str, fp16: &'static str) -> &'static str {
         if self.layout.shape.dtype == Dtype::Bf16 { bf16 } else { fp16 }
     }
 
-    fn selects(&self) -> u32 {
+    pub(super) fn selects(&self) -> u32 {
         self.step.stages.max_select_spans.cast_unsigned()
     }
 
-    fn kv_heads(&self) -> u32 {
+    pub(super) fn kv_heads(&self) -> u32 {
         self.step.layout.num_kv_heads.cast_unsigned()
     }
 
-    fn blocks(&self) -> u32 {
+    pub(super) fn blocks(&self) -> u32 {
         self.step.layout.max_blocks.cast_unsigned()
     }
 
-    fn head_dim(&self) -> u32 {
+    pub(super) fn head_dim(&self) -> u32 {
         self.step.layout.head_dim.cast_unsigned()
     }
 }
@@ -276,11 +315,31 @@ pub(crate) enum Read {
     Candidates,
 }
 
-/// By [`Read`], then bf16 and f16.
-pub(crate) const READ: [[&str; 2]; 2] = [
-    ["compactattn_cells_read_bf16", "compactattn_cells_read_fp16"],
-    ["compactattn_cells_read_candidates_bf16", "compactattn_cells_read_candidates_fp16"],
-];
+/// A kernel of cells for bf16 and f16 caches, and for e4m3 ones under queries of either.
+pub(crate) type ByCache = [&'static str; 4];
+
+macro_rules! by_cache {
+    ($name:literal) => {
+        [
+            concat!($name, "_bf16"),
+            concat!($name, "_fp16"),
+            concat!($name, "_bf16_e4m3"),
+            concat!($name, "_fp16_e4m3"),
+        ]
+    };
+}
+
+/// By [`Read`].
+pub(crate) const READ: [ByCache; 2] =
+    [by_cache!("compactattn_cells_read"), by_cache!("compactattn_cells_read_candidates")];
+/// By mean keys.
+pub(crate) const POOL: ByCache = by_cache!("compactattn_cells_pool");
+
+/// The one for the shape.
+pub(crate) fn cells_name(names: &ByCache, shape: &Shape) -> &'static str {
+    let over_e4m3 = if shape.kv_dtype == Dtype::E4m3 { 2 } else { 0 };
+    names[over_e4m3 + usize::from(shape.dtype != Dtype::Bf16)]
+}
 
 /// Exact cells on Hopper (cuda/select/sm90).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -294,7 +353,8 @@ pub(crate) struct Sm90 {
 impl Sm90 {
     /// The kernels for the layer, where this GPU has them.
     pub(crate) fn choose(context: &Context, layout: &Layout) -> Option<Self> {
-        let key = (layout.shape.dtype, layout.shape.head_dim);
+        // None of them takes e4m3.
+        let key = (layout.shape.kv_dtype, layout.shape.head_dim);
         let found = SM90.iter().find(|(dtype, head_dim, _)| (*dtype, *head_dim) == key);
         found.map(|(_, _, kernels)| *kernels).filter(|kernels| context.kernels().has(kernels.names[0]))
     }
