@@ -9,6 +9,11 @@ namespace compactattn {
 
 // ---- one step, as the engine describes it ----
 
+// An element of an e4m3 cache.
+struct E4m3 {
+  uint8_t code;
+};
+
 // Request r owns queries cu_seqlens_q[r] .. cu_seqlens_q[r + 1], the last of its seq_lens[r] KV
 // tokens (bottom-right causal). Lengths and tables are device memory and may change between replays
 // of a graph; extents may not.
@@ -32,8 +37,13 @@ struct Batch {
   int32_t num_reqs;
   int32_t total_q;
   int32_t num_pages;
+  const float* k_scale;  // of an e4m3 pool: what stored keys are multiplied by, one or one for each
+                         // KV head; null: 1
+  const float* v_scale;  // as k_scale, of values
+  int32_t k_scale_stride;  // from a KV head's to the next; 0: one for all
+  int32_t v_scale_stride;
 };
-static_assert(sizeof(Batch) == 136, "host code writes this layout");
+static_assert(sizeof(Batch) == 160, "host code writes this layout");
 
 // How a layer cuts a step. Rows of scores and bits are laid out by the maxima.
 struct Layout {
@@ -206,7 +216,7 @@ struct Step {
   Settings settings;
   Stages stages;
 };
-static_assert(sizeof(Step) == 456, "host code writes this layout");
+static_assert(sizeof(Step) == 480, "host code writes this layout");
 
 // ---- attend and combine ----
 
@@ -249,6 +259,6 @@ struct AttendParams {
   float sm_scale;  // on q . k, before softmax
   int32_t reserved;
 };
-static_assert(sizeof(AttendParams) == 272, "host code writes this layout");
+static_assert(sizeof(AttendParams) == 296, "host code writes this layout");
 
 }  // namespace compactattn

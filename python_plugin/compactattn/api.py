@@ -34,6 +34,8 @@ def forward(
     return_lse: bool = False,
     max_kv_len: int | None = None,
     summaries: Summaries | None = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
     on: context.Context | None = None,
     stream: int | None = None,
 ) -> Any:
@@ -42,6 +44,8 @@ def forward(
     ``q [total_q, num_q_heads, head_dim]`` (bf16, f16 or f32), caches ``[num_pages, page_size, num_kv_heads, head_dim]``
     with any strides, ``block_table [num_reqs, width]``, ``seq_lens [num_reqs]`` (this chunk included), ``cu_seqlens_q
     [num_reqs + 1]`` int32. Tensors: NumPy, any DLPack producer (torch), uint16 words tagged by ``compactattn.bf16``.
+    Caches are of q's type or e4m3 (``torch.float8_e4m3fn``, or uint8 tagged by ``compactattn.e4m3``), whose numbers are
+    multiplied by ``k_scale`` and ``v_scale``, f32 ``[1]`` or ``[num_kv_heads]`` (None = 1).
     ``settings``: a Settings, a mode's name, or None for mode compactattn. ``lse [num_q_heads, total_q]`` f32, natural.
 
     On CUDA all tensors are the device's, lengths and tables too: nothing is read back, so ``max_kv_len`` (None = what
@@ -50,7 +54,7 @@ def forward(
 
     Results are new tensors of q's kind unless given. On any exception nothing was written.
     """
-    batch = Batch.of(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q)
+    batch = Batch.of(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, k_scale=k_scale, v_scale=v_scale)
     plan = plan_for(batch, settings=settings, sm_scale=sm_scale, max_kv_len=max_kv_len, on=on)
     if out is None:
         out = _result(batch, ("out", batch.q.shape, batch.q.dtype), q, stream)
@@ -110,7 +114,7 @@ def plan_for(
     key = _Key(
         on or batch.home.context(),
         (num_q_heads, num_kv_heads, head_dim, page_size),
-        batch.q.dtype,
+        (batch.q.dtype, Dtype.E4M3 if batch.k.dtype is Dtype.E4M3 else None),
         (_rounded(num_reqs), _rounded(total_q), _rounded(width * page_size) if max_kv_len is None else max_kv_len),
         sm_scale,
         settings,
@@ -129,15 +133,17 @@ class _Key(NamedTuple):
     on: context.Context
     # num_q_heads, num_kv_heads, head_dim, page_size.
     shape: tuple[int, int, int, int]
-    dtype: Dtype
+    # Of q; of the cache, None: q's.
+    dtypes: tuple[Dtype, Dtype | None]
     # max_num_reqs, max_total_q, max_kv_len.
     limits: tuple[int, int, int]
     sm_scale: float | None
     settings: Settings | None
 
     def plan(self) -> Plan:
-        dtype = self.dtype.name.lower()
-        return Plan(PlanDesc(*self.shape, dtype, *self.limits, self.sm_scale, self.settings), self.on)
+        dtype, kv_dtype = (of and of.name.lower() for of in self.dtypes)
+        desc = PlanDesc(*self.shape, dtype, *self.limits, kv_dtype, self.sm_scale, self.settings)
+        return Plan(desc, self.on)
 
 
 class _Plans:

@@ -6,6 +6,7 @@ use super::params::{Then, Wish};
 use super::select::Scoring;
 use super::shared::{self, MAX_ROW_BLOCKS};
 use crate::error::Result;
+use crate::types::Dtype;
 
 /// CTAs of a cluster, kCtas of cuda/select/cluster.cuh.
 const CTAS: u32 = 8;
@@ -28,8 +29,12 @@ impl Scoring<'_> {
         }
     }
 
-    /// Scores by mean keys; false, with nothing launched, where shared memory does not hold the tiles and a slice of cells.
+    /// Scores by mean keys; false, with nothing launched, where shared memory does not hold the tiles and a slice of
+    /// cells, and over e4m3 keys.
     pub(super) fn pooled_lists(&self, then: Then) -> Result<bool> {
+        if self.layout.shape.kv_dtype == Dtype::E4m3 {
+            return Ok(false);
+        }
         let name = self.of_dtype("compactattn_pooled_lists_bf16", "compactattn_pooled_lists_fp16");
         let pitch = self.pitch();
         let bytes = shared::pooled_lists(self.head_dim(), pitch);

@@ -285,6 +285,7 @@ fn overlaps(name: &str) -> bool {
     let name = name.strip_suffix("_means").unwrap_or(name);
     let name =
         name.rsplit_once("_d").filter(|(_, dim)| dim.parse::<u32>().is_ok()).map_or(name, |(name, _)| name);
+    let name = name.strip_suffix("_e4m3").unwrap_or(name);
     let name = ["_bf16", "_fp16"].iter().find_map(|dtype| name.strip_suffix(dtype)).unwrap_or(name);
     OVERLAPPING.contains(&name)
 }

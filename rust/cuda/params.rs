@@ -24,6 +24,10 @@ pub(crate) struct Batch {
     pub(crate) num_reqs: i32,
     pub(crate) total_q: i32,
     pub(crate) num_pages: i32,
+    pub(crate) k_scale: u64,
+    pub(crate) v_scale: u64,
+    pub(crate) k_scale_stride: i32,
+    pub(crate) v_scale_stride: i32,
 }
 
 /// How a layer cuts a step.
@@ -196,11 +200,11 @@ pub(crate) const TILE_TOKENS: usize = 128;
 
 // What cuda/params.h asserts on its side.
 const _: () = {
-    assert!(size_of::<Batch>() == 136 && size_of::<Layout>() == 64 && size_of::<Settings>() == 80);
-    assert!(size_of::<Stages>() == 176 && size_of::<Step>() == 456);
-    assert!(size_of::<Work>() == 56 && size_of::<Results>() == 64 && size_of::<AttendParams>() == 272);
+    assert!(size_of::<Batch>() == 160 && size_of::<Layout>() == 64 && size_of::<Settings>() == 80);
+    assert!(size_of::<Stages>() == 176 && size_of::<Step>() == 480);
+    assert!(size_of::<Work>() == 56 && size_of::<Results>() == 64 && size_of::<AttendParams>() == 296);
     assert!(size_of::<Means>() == 72);
-    assert!(std::mem::offset_of!(Step, stages) == 280 && std::mem::offset_of!(AttendParams, batch) == 120);
+    assert!(std::mem::offset_of!(Step, stages) == 304 && std::mem::offset_of!(AttendParams, batch) == 120);
 };
 /// What follows scores in the launch that makes them (`Then` of cuda/select/cluster.cuh).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -55,6 +55,32 @@ fn assert_launches(selector: Selector, dtype: Dtype, head_dim: usize) {
 }
 
 #[test]
+fn over_e4m3_keys_and_values_are_read_by_kernels_of_its_own() {
+    for (selector, dtype, head_dim) in
+        [(Selector::SampledExact, Dtype::Bf16, 128), (Selector::TwoLevel, Dtype::F16, 64)]
+    {
+        let world = World::new("", over_e4m3(Settings::of(selector), dtype, head_dim)).unwrap();
+        let launches = world.run(world.stream()).unwrap();
+        let reads =
+            |line: &&String| ["_cells_read", "_cells_pool", "_attend_"].iter().any(|x| line.contains(x));
+        let reading: Vec<&String> = launches.iter().filter(reads).collect();
+        let own = if dtype == Dtype::Bf16 { "_bf16_e4m3" } else { "_fp16_e4m3" };
+        assert!(reading.len() >= 2 && reading.iter().all(|line| line.contains(own)), "{launches:?}");
+    }
+    let wide = over_e4m3(Settings::of(Selector::Dense), Dtype::Bf16, 96);
+    assert_unsupported(World::new("", wide), &["kv_dtype on CUDA", "head_dim 64 or 128"]);
+    for selector in [Selector::XAttention, Selector::AttnGate] {
+        let desc = over_e4m3(Settings::of(selector), Dtype::Bf16, 128);
+        assert_unsupported(World::new("", desc), &["selector", "for a cache of e4m3", selector.name()]);
+    }
+}
+
+fn over_e4m3(settings: Settings, dtype: Dtype, head_dim: usize) -> PlanDesc {
+    let desc = desc(settings, dtype, head_dim);
+    PlanDesc { shape: fixture::over_e4m3(desc.shape), ..desc }
+}
+
+#[test]
 fn where_every_request_is_dense_nothing_is_launched_for_scores() {
     for selector in [
         Selector::SampledExact,
@@ -351,6 +377,8 @@ fn batch(layout: &Layout) -> DeviceBatch {
         stride_page: 16 * token,
         stride_token: token,
         stride_head: shape.head_dim,
+        scale: 0,
+        stride_scale: 0,
     };
     DeviceBatch {
         q: tokens(layout),

@@ -142,6 +142,7 @@ mod tests {
             head_dim: 128,
             page_size: 16,
             dtype: Dtype::Bf16,
+            kv_dtype: Dtype::Bf16,
             sm_scale: 0.088,
         };
         Layout::new(shape, Settings::of(selector), limits).unwrap()

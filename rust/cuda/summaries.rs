@@ -28,7 +28,7 @@ pub(crate) fn update(
     stream: Stream,
     step: &Step,
     (which, means): (Which, MeansAt),
-    dtype: Dtype,
+    kv_dtype: Dtype,
 ) -> Result<()> {
     let kv_heads = step.layout.num_kv_heads.cast_unsigned();
     // Keys, values and seals of a block are written by a CTA each.
@@ -47,7 +47,11 @@ pub(crate) fn update(
         Which::Completed => (writers, 0),
         Which::All => (share, 0),
     };
-    let name = if dtype == Dtype::Bf16 { "compactattn_summaries_bf16" } else { "compactattn_summaries_fp16" };
+    let name = match kv_dtype {
+        Dtype::Bf16 => "compactattn_summaries_bf16",
+        Dtype::E4m3 => "compactattn_summaries_e4m3",
+        _ => "compactattn_summaries_fp16",
+    };
     let grid = Grid { blocks: [writers + checkers, kv_heads, 1], threads: 128, shared_bytes: 0 };
     let (all, writers) = (i32::from(which == Which::All), writers.cast_signed());
     let MeansAt { k, v, seals } = means;

@@ -13,7 +13,11 @@ timed() {
     what=$1
     shift
     start=$(date +%s%N)
-    "$@"
+    "$@" || {
+        echo "failed: $what" >&2
+        cat "$work"/*.json >&2 || true
+        exit 1
+    }
     echo "$what: $((($(date +%s%N) - start) / 1000000)) ms"
 }
 # What a driver may need to be found is all that is passed on.
@@ -32,7 +36,9 @@ fresh python - "$work/doctor.json" <<'PY'
 import json, sys
 
 lines = open(sys.argv[1]).read()
-report = json.loads(lines[: lines.rindex("}") + 1])
+end = lines.rindex("}") + 1
+report = json.loads(lines[:end])
+print(lines[end:].strip())
 print({name: report[name] for name in ("build", "cuda", "self_test", "gpu_self_test", "collisions")})
 assert report["gpu_self_test"]["result"] == report["self_test"]["result"] == "passed"
 assert report["python"]["library"].startswith("loaded")

@@ -20,6 +20,8 @@ class Batch(ctypes.Structure):
         *_fields(c_int64, "q_token_stride q_head_stride k_page_stride k_token_stride k_head_stride"),
         *_fields(c_int64, "v_page_stride v_token_stride v_head_stride table_stride"),
         *_fields(c_int32, "table_width num_reqs total_q num_pages"),
+        *_fields(c_uint64, "k_scale v_scale"),
+        *_fields(c_int32, "k_scale_stride v_scale_stride"),
     ]
 
 

@@ -29,10 +29,19 @@ const SELECTORS: [Selector; 16] = [
 /// Case `index` of a run.
 pub(crate) fn random(seed: u64, index: u64) -> Case {
     let mut rng = rng(seed, index);
-    let shape = shape(&mut rng);
+    let mut shape = shape(&mut rng);
     let settings = settings(&mut rng);
+    if !is_offered(&shape, &settings) {
+        shape.kv_dtype = shape.dtype;
+    }
     let lens = lens(&mut rng, &shape, &settings);
     Case::with(&mut rng, shape, settings, &lens)
+}
+
+/// Whether the GPU serves such a cache under such settings.
+fn is_offered(shape: &Shape, settings: &Settings) -> bool {
+    shape.kv_dtype != Dtype::E4m3
+        || (matches!(shape.head_dim, 64 | 128) && settings.selector != Selector::XAttention)
 }
 
 /// The numbers of case `index`, and of what is done with it.
@@ -50,7 +59,7 @@ pub(crate) fn describe(case: &Case) -> String {
         .map(|(q, kv)| format!("{}/{kv}", q[1] - q[0]))
         .collect();
     format!(
-        "{}{} b{} p{} d{} h{}/{} {} {:?} {:?} {:?} q/kv {}",
+        "{}{} b{} p{} d{} h{}/{} {}/{} {:?} {:?} {:?} q/kv {}",
         s.selector.name(),
         if s.mean_correction { "+means" } else { "" },
         s.block_size,
@@ -59,6 +68,7 @@ pub(crate) fn describe(case: &Case) -> String {
         shape.num_q_heads,
         shape.num_kv_heads,
         shape.dtype.name(),
+        shape.kv_dtype.name(),
         s.scope,
         s.keep,
         s.keep_at,
@@ -69,8 +79,10 @@ pub(crate) fn describe(case: &Case) -> String {
 pub(crate) fn shape(rng: &mut Rng) -> Shape {
     let drawn = case::shape(rng);
     let head_dim = rng.pick(&[64, 96, 128, 128, 128, 256]);
+    let dtype = rng.pick(&[Dtype::Bf16, Dtype::F16]);
     Shape {
-        dtype: rng.pick(&[Dtype::Bf16, Dtype::F16]),
+        dtype,
+        kv_dtype: if drawn.kv_dtype == Dtype::E4m3 { Dtype::E4m3 } else { dtype },
         head_dim,
         sm_scale: rng.pick(&[1.0, 1.0, 0.5]) / (head_dim as f32).sqrt(),
         ..drawn

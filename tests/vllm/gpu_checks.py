@@ -307,12 +307,14 @@ def under_load(checks: Checks) -> None:
 
 
 def fallback(checks: Checks) -> None:
-    """A quantised cache is the engine's: said once, counted for each layer."""
+    """A cache that the selector's kernels do not read is the engine's: said once, counted for each layer."""
     from compactattn.vllm import counters
 
     before = dict(counters()["fallbacks"])
     checks.log.lines.clear()
-    ours = checks.engines.make({}, pool_tokens=40_000, max_model_len=16384, kv_cache_dtype="fp8")
+    ours = checks.engines.make(
+        {"selector": "xattention"}, pool_tokens=40_000, max_model_len=16384, kv_cache_dtype="fp8"
+    )
 
     def said() -> str:
         generate(ours, [checks.engines.prompt(5, 9000)], tokens=2)

