@@ -2,9 +2,10 @@
 // last token (rust/summaries.rs).
 //
 // Grid (writers + checkers, num_kv_heads) x 128. `writers` CTAs (any > 0) in x share the blocks to
-// write whatever lies there; total_q / block_size + num_reqs of them give each block that one step
-// completes its own. The CTAs after them compare the seals of all older blocks with their keys
-// (rust/seals.rs), 16 blocks at a time, and write what differs. Launched after the KV write, before
+// write whatever lies there, keys, values and seals each by a CTA of their own; as many for each of
+// total_q / block_size + num_reqs blocks as a step completes at most, and none has a second. The
+// CTAs after them compare the seals of all older blocks with their keys (rust/seals.rs), 16 blocks
+// at a time, and write what differs. Launched after the KV write, before
 // or without batch: lengths and pages are checked here, and what is out of range is skipped. Sums
 // are f64 in a fixed order: of 8- and 16-bit elements they are exact but for bf16 that differ by
 // more than 2^37, so a mean is the CPU's.
@@ -107,43 +108,69 @@ __device__ __forceinline__ float2 unpack<__half>(uint32_t word) {
   return __half22float2(reinterpret_cast<const __half2&>(word));
 }
 
-// 8 elements from `at` on.
+// 8 elements of a vector, as they lie.
 template <class Element>
-__device__ __forceinline__ void load_unit(const Element* at, float2 (&pairs)[4]) {
-  const uint4 words = __ldg(reinterpret_cast<const uint4*>(at));
-  pairs[0] = unpack<Element>(words.x);
-  pairs[1] = unpack<Element>(words.y);
-  pairs[2] = unpack<Element>(words.z);
-  pairs[3] = unpack<Element>(words.w);
+struct Unit {
+  using Words = uint4;
+};
+template <>
+struct Unit<E4m3> {
+  using Words = uint2;
+};
+
+template <class Element>
+__device__ __forceinline__ void add(const uint4& words, double (&sums)[kUnit]) {
+  const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack<Element>(pairs[i]);
+    sums[2 * i] += pair.x;
+    sums[2 * i + 1] += pair.y;
+  }
 }
 
-__device__ __forceinline__ void load_unit(const E4m3* at, float2 (&pairs)[4]) {
-  const uint2 words = __ldg(reinterpret_cast<const uint2*>(at));
-  pairs[0] = __half22float2(ptx::widen_pair(words.x));
-  pairs[1] = __half22float2(ptx::widen_pair(words.x >> 16));
-  pairs[2] = __half22float2(ptx::widen_pair(words.y));
-  pairs[3] = __half22float2(ptx::widen_pair(words.y >> 16));
+template <class Element>
+__device__ __forceinline__ void add(const uint2& words, double (&sums)[kUnit]) {
+  const uint32_t pairs[4] = {words.x, words.x >> 16, words.y, words.y >> 16};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = __half22float2(ptx::widen_pair(pairs[i]));
+    sums[2 * i] += pair.x;
+    sums[2 * i + 1] += pair.y;
+  }
 }
 
-// Sums of 8 elements over every `lanes`-th token of the block.
+// Sums of 8 elements over every `lanes`-th token of the block, in the order of the tokens. Loads of
+// several tokens are in flight at once: what a block takes is their latency.
 template <class Element>
 __device__ __forceinline__ void sum_tokens(const Step& step, const Pool& pool, const Found& at,
                                            int lanes, double (&sums)[kUnit]) {
+  constexpr int kAtOnce = 8;
   const Layout& layout = step.layout;
-  const int units = layout.head_dim / kUnit;
+  const int units = layout.head_dim / kUnit, tokens = 1 << layout.log2_block_tokens;
+  const int start = at.block << layout.log2_block_tokens;
   const int32_t* pages = step.batch.block_table + step.batch.table_stride * at.req;
   const Element* base = static_cast<const Element*>(pool.base) + blockIdx.y * pool.head_stride +
                         threadIdx.x % units * kUnit;
-  const int start = at.block << layout.log2_block_tokens;
-  for (int t = threadIdx.x / units; t < 1 << layout.log2_block_tokens; t += lanes) {
-    const int64_t page = pages[(start + t) >> layout.log2_page_tokens];
-    const int in_page = (start + t) & ((1 << layout.log2_page_tokens) - 1);
-    float2 pairs[4];
-    load_unit(base + page * pool.page_stride + in_page * pool.token_stride, pairs);
+  for (int first = threadIdx.x / units; first < tokens; first += kAtOnce * lanes) {
+    int64_t page[kAtOnce];
+    using Words = typename Unit<Element>::Words;
+    Words words[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sums[2 * i] += pairs[i].x;
-      sums[2 * i + 1] += pairs[i].y;
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int token = start + min(first + i * lanes, tokens - 1);
+      page[i] = __ldg(pages + (token >> layout.log2_page_tokens));
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int token = start + min(first + i * lanes, tokens - 1);
+      const int in_page = token & ((1 << layout.log2_page_tokens) - 1);
+      words[i] = __ldg(reinterpret_cast<const Words*>(base + page[i] * pool.page_stride +
+                                                      in_page * pool.token_stride));
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * lanes < tokens) add<Element>(words[i], sums);
     }
   }
 }
@@ -171,16 +198,17 @@ __device__ __forceinline__ void write_mean(const Step& step, const Pool& pool, c
   __syncthreads();
 }
 
-// Whether every page of the block lies in the pool.
+// Whether every page of the block lies in the pool; called by the whole CTA.
 __device__ bool has_pages(const Step& step, const Found& at) {
   const int32_t* pages = step.batch.block_table + step.batch.table_stride * at.req;
   const int start = at.block << step.layout.log2_block_tokens;
   const int last = start + (1 << step.layout.log2_block_tokens) - 1;
   const int log2_page = step.layout.log2_page_tokens;
-  for (int p = start >> log2_page; p <= last >> log2_page; ++p) {
-    if (pages[p] < 0 || pages[p] >= step.batch.num_pages) return false;
+  bool outside = false;
+  for (int p = (start >> log2_page) + threadIdx.x; p <= last >> log2_page; p += kThreads) {
+    outside |= pages[p] < 0 || pages[p] >= step.batch.num_pages;
   }
-  return true;
+  return !__syncthreads_or(outside);
 }
 
 // Slot of a block's summary, under the page of its last token; the page is in the pool.
@@ -236,24 +264,47 @@ __device__ uint64_t seal_of(const Step& step, const Found& at, bool values) {
   return outside ? 0 : (sum ^ (values ? 0xc2b2ae3d27d4eb4e : 0)) | 1;
 }
 
-// Writes one block's summary and seal; called by the whole CTA.
+// What is written of a block; a launch without values or seals has fewer parts.
+enum Part : int { kKeys = 0, kValues = 1, kSeal = 2 };
+
+__device__ int parts_of(const Means& means) {
+  return 1 + (means.v != nullptr) + (means.seals != nullptr);
+}
+
+__device__ Part part_at(const Means& means, int index) {
+  if (index == 0) return kKeys;
+  return index == 1 && means.v ? kValues : kSeal;
+}
+
+// Writes one part of a block whose pages are in the pool; called by the whole CTA.
 template <class Element>
-__device__ void write_block(const Step& step, const Means& means, const Found& at) {
+__device__ __forceinline__ void write_part(const Step& step, const Means& means, const Found& at,
+                                           Part part) {
   const Batch& batch = step.batch;
-  if (!has_pages(step, at)) return;
-  const int head = blockIdx.y;
-  const Pool k{batch.k, key_scale(batch, head), batch.k_page_stride, batch.k_token_stride,
-               batch.k_head_stride};
-  const Pool v{batch.v, value_scale(batch, head), batch.v_page_stride, batch.v_token_stride,
-               batch.v_head_stride};
   const int64_t row = slot_of(step, at) * step.layout.num_kv_heads + blockIdx.y;
-  write_mean<Element>(step, k, at, means.k + row * step.layout.head_dim);
-  if (means.v) write_mean<Element>(step, v, at, means.v + row * step.layout.head_dim);
-  if (!means.seals || threadIdx.x >= 32) return;
+  if (part != kSeal) {
+    const bool keys = part == kKeys;
+    const Pool pool = keys ? Pool{batch.k, key_scale(batch, blockIdx.y), batch.k_page_stride,
+                                  batch.k_token_stride, batch.k_head_stride}
+                           : Pool{batch.v, value_scale(batch, blockIdx.y), batch.v_page_stride,
+                                  batch.v_token_stride, batch.v_head_stride};
+    float* mean = (keys ? means.k : means.v) + row * step.layout.head_dim;
+    return write_mean<Element>(step, pool, at, mean);
+  }
+  if (threadIdx.x >= 32) return;
   const uint64_t seal = seal_of<Element>(step, at, means.v);
   if (threadIdx.x == 0) {
     means.seals[2 * row] = static_cast<uint32_t>(seal);
     means.seals[2 * row + 1] = static_cast<uint32_t>(seal >> 32);
+  }
+}
+
+// Writes one block's summary and seal; called by the whole CTA.
+template <class Element>
+__device__ void write_block(const Step& step, const Means& means, const Found& at) {
+  if (!has_pages(step, at)) return;
+  for (int i = 0; i < parts_of(means); ++i) {
+    write_part<Element>(step, means, at, part_at(means, i));
   }
 }
 
@@ -289,10 +340,12 @@ template <class Element>
 __device__ __forceinline__ void summarise(const Step& step, const Means& means, int which,
                                           int writers) {
   if (static_cast<int>(blockIdx.x) < writers) {
+    const int parts = parts_of(means);
     for (int64_t i = blockIdx.x;; i += writers) {
-      const Found at = find(step, i, which, 1);
+      const Found at = find(step, i / parts, which, 1);
       if (at.req < 0) return;
-      write_block<Element>(step, means, at);
+      if (!has_pages(step, at)) continue;
+      write_part<Element>(step, means, at, part_at(means, static_cast<int>(i % parts)));
     }
   }
   for (int64_t i = static_cast<int>(blockIdx.x) - writers;; i += gridDim.x - writers) {

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import _abi_step
 from .home import Home
 from .tensors import View, view
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """One step's requests: prefill chunks and decode rows, ragged, in one packed q.
 
     Request r owns queries ``cu_seqlens_q[r]..cu_seqlens_q[r + 1]``, the last of its ``seq_lens[r]`` KV tokens; its
@@ -50,15 +48,22 @@ class Batch:
         of a CUDA tensor is read here. ``k_scale``, ``v_scale``: f32 ``[1]`` or ``[num_kv_heads]`` beside the caches,
         what the numbers of an e4m3 cache are multiplied by (None = 1). Raises InvalidArgument by name.
         """
-        views = {
-            "q": view("q", q),
-            "k": view("k_cache", k_cache),
-            "v": view("v_cache", v_cache),
-            "block_table": view("block_table", block_table),
-            "seq_lens": view("seq_lens", seq_lens),
-            "cu_seqlens_q": view("cu_seqlens_q", cu_seqlens_q),
-        }
-        scales = {"k_scale": k_scale, "v_scale": v_scale}
-        scaled = {name: view(name, scale) for name, scale in scales.items() if scale is not None}
-        struct = _abi_step.Batch(**{name: view.tensor for name, view in (views | scaled).items()})
-        return cls(**views, struct=struct, home=Home.of(views | scaled), scales=tuple(scaled.values()))
+        views = (
+            view("q", q),
+            view("k_cache", k_cache),
+            view("v_cache", v_cache),
+            view("block_table", block_table),
+            view("seq_lens", seq_lens),
+            view("cu_seqlens_q", cu_seqlens_q),
+        )
+        struct = _abi_step.Batch()
+        struct.q, struct.k, struct.v, struct.block_table, struct.seq_lens, struct.cu_seqlens_q = (
+            x.tensor for x in views
+        )
+        scales = []
+        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if scale is not None:
+                scales.append(view(name, scale))
+                setattr(struct, name, scales[-1].tensor)
+        names = (*cls._fields[: len(views)], "scale of the cache", "scale of the cache")
+        return cls(*views, struct, Home.of((*views, *scales), names), tuple(scales))

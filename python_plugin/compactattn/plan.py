@@ -15,7 +15,7 @@ from .batch import Batch
 from .errors import E_DTYPE, E_VALUE, invalid
 from .selection import Selection, Summaries
 from .settings import Settings, int32, whole
-from .tensors import none, view
+from .tensors import view
 from .workspace import Borrowed, Scratch
 
 
@@ -194,8 +194,9 @@ class Plan:
         stream: int | None = None,
     ) -> _abi_step.ForwardArgs:
         """The C struct of a :meth:`forward`; the caller keeps every tensor alive for as long as it runs it."""
-        args = _abi_step.ForwardArgs(layer=int32("layer", layer), batch=ctypes.pointer(batch.struct))
-        args.out, args.lse = view("out", out, writable=True).tensor, none()
+        args = _abi_step.ForwardArgs()
+        args.layer, args.batch = int32("layer", layer), ctypes.pointer(batch.struct)
+        args.out = view("out", out, writable=True).tensor
         if lse is not None:
             args.lse = view("lse", lse, writable=True).tensor
         if settings is not None:

@@ -1,4 +1,4 @@
-//! attend and combine: which kernel serves a shape, and how it is launched.
+//! attend, which combines what it cuts: which kernel serves a shape, and how it is launched.
 
 use super::batch::{DeviceBatch, DevicePool, DeviceTokens, int32};
 use super::context::Context;
@@ -25,15 +25,13 @@ pub struct DeviceOutput {
     pub lse_stride_token: usize,
 }
 
-/// One attend kernel and its combine.
+/// One attend kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Kernel {
     /// As exported by its image.
     pub(crate) name: &'static str,
     /// The same with mean correction.
     pub(crate) corrected: &'static str,
-    /// Its combine.
-    pub(crate) combine: &'static str,
     threads: u32,
     shared_bytes: u32,
     /// The same in images for other GPUs than 9.0.
@@ -90,7 +88,7 @@ impl Kernel {
         if is_hopper { self.shared_bytes } else { self.small_shared_bytes }
     }
 
-    /// Launches attend over the lists in `scratch`, and combine.
+    /// Launches attend over the lists in `scratch`.
     ///
     /// # Errors
     /// Those of the driver.
@@ -103,9 +101,7 @@ impl Kernel {
         let maps = if self.map_tokens > 0 { call.maps(context, self.map_tokens)? } else { Vec::new() };
         let name = if call.means.is_some() { self.corrected } else { self.name };
         let args = maps.iter().map(Arg::of).chain([Arg::of(&params)]).chain(call.means.map(Arg::of));
-        kernels.launch(stream, name, grid, &args.collect::<Vec<_>>())?;
-        let grid = Grid { blocks: [num_ctas - 1, 8, 1], threads: 256, shared_bytes: 0 };
-        kernels.launch(stream, self.combine, grid, &[Arg::of(&params)])
+        kernels.launch(stream, name, grid, &args.collect::<Vec<_>>())
     }
 }
 
@@ -116,7 +112,7 @@ pub(crate) struct Call<'a> {
     pub(crate) layout: &'a Layout,
     /// Queries and pools.
     pub(crate) batch: &'a DeviceBatch,
-    /// Lists, items, cuts, room for pieces.
+    /// Lists, items, pieces, room for parts.
     pub(crate) scratch: &'a Scratch,
     /// Results.
     pub(crate) output: &'a DeviceOutput,
@@ -134,7 +130,7 @@ impl Call<'_> {
                 pieces: stages.pieces,
                 piece_starts: stages.piece_starts,
                 boxes: stages.boxes,
-                cuts: stages.cuts,
+                arrivals: stages.arrivals,
                 num_ctas: stages.num_ctas,
                 max_boxes: int32(self.layout.max_boxes()),
                 heads_per_list: int32(self.layout.heads_per_list()),
@@ -258,13 +254,12 @@ type Key = (Dtype, Dtype, usize);
 
 /// A kernel by its family, the types in its name and its `head_dim`; `$how` makes the rest of it.
 macro_rules! kernel {
-    ($family:literal, $dtype:ident, $kv:ident, $types:literal, $combined:literal, $dim:literal, $how:expr) => {
+    ($family:literal, $dtype:ident, $kv:ident, $types:literal, $dim:literal, $how:expr) => {
         (
             (Dtype::$dtype, Dtype::$kv, $dim),
             $how.named([
                 concat!("compactattn_attend_", $family, "_", $types, "_d", $dim),
                 concat!("compactattn_attend_", $family, "_", $types, "_d", $dim, "_means"),
-                concat!("compactattn_combine_", $combined, "_d", $dim),
             ]),
         )
     };
@@ -272,24 +267,24 @@ macro_rules! kernel {
 
 /// Every attend kernel, the best first for each key.
 static KERNELS: &[(Key, Kernel)] = &[
-    kernel!("sm90", Bf16, Bf16, "bf16", "bf16", 64, sm90(214_016, 128)),
-    kernel!("sm90", Bf16, Bf16, "bf16", "bf16", 128, sm90(230_400, 128)),
-    kernel!("sm90", Bf16, Bf16, "bf16", "bf16", 256, sm90(230_400, 64)),
-    kernel!("sm90", F16, F16, "fp16", "fp16", 64, sm90(214_016, 128)),
-    kernel!("sm90", F16, F16, "fp16", "fp16", 128, sm90(230_400, 128)),
-    kernel!("sm90", F16, F16, "fp16", "fp16", 256, sm90(230_400, 64)),
-    kernel!("sm80", Bf16, Bf16, "bf16", "bf16", 64, sm80(D64)),
-    kernel!("sm80", Bf16, Bf16, "bf16", "bf16", 96, sm80(D96)),
-    kernel!("sm80", Bf16, Bf16, "bf16", "bf16", 128, sm80(D128)),
-    kernel!("sm80", Bf16, Bf16, "bf16", "bf16", 256, sm80(D256)),
-    kernel!("sm80", F16, F16, "fp16", "fp16", 64, sm80(D64)),
-    kernel!("sm80", F16, F16, "fp16", "fp16", 96, sm80(D96)),
-    kernel!("sm80", F16, F16, "fp16", "fp16", 128, sm80(D128)),
-    kernel!("sm80", F16, F16, "fp16", "fp16", 256, sm80(D256)),
-    kernel!("sm80", Bf16, E4m3, "bf16_e4m3", "bf16", 64, sm80(D64)),
-    kernel!("sm80", Bf16, E4m3, "bf16_e4m3", "bf16", 128, sm80(D128)),
-    kernel!("sm80", F16, E4m3, "fp16_e4m3", "fp16", 64, sm80(D64)),
-    kernel!("sm80", F16, E4m3, "fp16_e4m3", "fp16", 128, sm80(D128)),
+    kernel!("sm90", Bf16, Bf16, "bf16", 64, sm90(214_016, 128)),
+    kernel!("sm90", Bf16, Bf16, "bf16", 128, sm90(230_400, 128)),
+    kernel!("sm90", Bf16, Bf16, "bf16", 256, sm90(230_400, 64)),
+    kernel!("sm90", F16, F16, "fp16", 64, sm90(214_016, 128)),
+    kernel!("sm90", F16, F16, "fp16", 128, sm90(230_400, 128)),
+    kernel!("sm90", F16, F16, "fp16", 256, sm90(230_400, 64)),
+    kernel!("sm80", Bf16, Bf16, "bf16", 64, sm80(D64)),
+    kernel!("sm80", Bf16, Bf16, "bf16", 96, sm80(D96)),
+    kernel!("sm80", Bf16, Bf16, "bf16", 128, sm80(D128)),
+    kernel!("sm80", Bf16, Bf16, "bf16", 256, sm80(D256)),
+    kernel!("sm80", F16, F16, "fp16", 64, sm80(D64)),
+    kernel!("sm80", F16, F16, "fp16", 96, sm80(D96)),
+    kernel!("sm80", F16, F16, "fp16", 128, sm80(D128)),
+    kernel!("sm80", F16, F16, "fp16", 256, sm80(D256)),
+    kernel!("sm80", Bf16, E4m3, "bf16_e4m3", 64, sm80(D64)),
+    kernel!("sm80", Bf16, E4m3, "bf16_e4m3", 128, sm80(D128)),
+    kernel!("sm80", F16, E4m3, "fp16_e4m3", 64, sm80(D64)),
+    kernel!("sm80", F16, E4m3, "fp16_e4m3", 128, sm80(D128)),
 ];
 
 /// As cuda/attend/sm90/traits.h says; `map_tokens` are those of a tile.
@@ -309,20 +304,11 @@ struct Unnamed {
 }
 
 impl Unnamed {
-    const fn named(self, names: [&'static str; 3]) -> Kernel {
-        let [name, corrected, combine] = names;
+    const fn named(self, names: [&'static str; 2]) -> Kernel {
+        let [name, corrected] = names;
         let Tile { threads, shared_bytes, small_shared_bytes, ctas_per_sm } = self.tile;
         let map_tokens = self.map_tokens;
-        Kernel {
-            name,
-            corrected,
-            combine,
-            threads,
-            shared_bytes,
-            small_shared_bytes,
-            ctas_per_sm,
-            map_tokens,
-        }
+        Kernel { name, corrected, threads, shared_bytes, small_shared_bytes, ctas_per_sm, map_tokens }
     }
 }
 
@@ -367,7 +353,6 @@ mod tests {
             let cache = if kv_dtype == Dtype::E4m3 { "_e4m3" } else { "" };
             let suffix = format!("_{element}{cache}_d{head_dim}");
             assert!(kernel.name.ends_with(&suffix), "{}", kernel.name);
-            assert!(kernel.combine.ends_with(&format!("_{element}_d{head_dim}")), "{}", kernel.name);
             assert!(kv_dtype == dtype || kv_dtype == Dtype::E4m3, "{}", kernel.name);
             assert_eq!(kernel.corrected, format!("{}_means", kernel.name));
             assert_eq!(kernel.map_tokens > 0, kernel.name.contains("sm90"), "{}", kernel.name);

@@ -116,7 +116,7 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
         let cells = cells.map(|name| (format!("{name}_sm90_{dtype}_d128"), "128,480,4"));
         kernels.extend(cells.into_iter().filter(|_| maps.is_some()));
         for dim in [64, 96, 128, 256] {
-            kernels.extend(["attend_sm80", "combine"].map(|name| (format!("{name}_{dtype}_d{dim}"), "296")));
+            kernels.push((format!("attend_sm80_{dtype}_d{dim}"), "296"));
             kernels.push((format!("attend_sm80_{dtype}_d{dim}_means"), "296,72"));
         }
         for dim in [64, 128] {

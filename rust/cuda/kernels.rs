@@ -314,7 +314,7 @@ fn check_image(image: &Image) -> Result<()> {
 
 /// Kernels that wait for themselves, without the dtype and head_dim that follow. Never the first of a step: what the
 /// caller put on the stream before it need not be done when the kernel before the step's is.
-const OVERLAPPING: [&str; 22] = [
+const OVERLAPPING: [&str; 21] = [
     "attend_sm80",
     "attend_sm90",
     "attn_gate",
@@ -323,7 +323,6 @@ const OVERLAPPING: [&str; 22] = [
     "cells_pool",
     "cells_read",
     "cells_read_candidates",
-    "combine",
     "fill_scores",
     "flashprefill",
     "flashprefill_relate",

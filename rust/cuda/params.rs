@@ -94,7 +94,7 @@ pub(crate) struct Stages {
     pub(crate) stream_lens: u64,
     pub(crate) boxes: u64,
     pub(crate) items: u64,
-    pub(crate) cuts: u64,
+    pub(crate) arrivals: u64,
     pub(crate) pieces: u64,
     pub(crate) piece_starts: u64,
     pub(crate) costs: u64,
@@ -127,14 +127,14 @@ pub(crate) struct Work {
     pub(crate) pieces: u64,
     pub(crate) piece_starts: u64,
     pub(crate) boxes: u64,
-    pub(crate) cuts: u64,
+    pub(crate) arrivals: u64,
     pub(crate) num_ctas: i32,
     pub(crate) max_boxes: i32,
     pub(crate) heads_per_list: i32,
     pub(crate) log2_box_tokens: i32,
 }
 
-/// Where attend and combine write.
+/// Where attend writes.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub(crate) struct Results {
@@ -189,8 +189,8 @@ pub(crate) const SPAN_BYTES: usize = 48;
 pub(crate) const ITEM_BYTES: usize = 32;
 /// Bytes of one `Piece`.
 pub(crate) const PIECE_BYTES: usize = 16;
-/// Bytes of one `Cut`.
-pub(crate) const CUT_BYTES: usize = 8;
+/// Counters of arrivals where two CTAs' shares meet (cuda/params.h, `kArrivals`).
+pub(crate) const ARRIVALS: usize = 8;
 /// Numbers of one `Stats`.
 pub(crate) const STATS_WORDS: usize = 8;
 /// Query rows of a tile.

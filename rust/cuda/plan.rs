@@ -143,7 +143,7 @@ impl Plan {
         }
     }
 
-    /// batch → plan → select → union → table → plan → attend → combine.
+    /// batch → plan → select → union → table → plan → attend and combine.
     ///
     /// # Errors
     /// [`Status::Null`] for summaries that the selector needs, or the driver's.

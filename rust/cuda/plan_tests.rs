@@ -310,7 +310,7 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
     };
     let keeping: &[&str] = if layout.settings.keep_at == KeepAt::Row { &["keep_rows"] } else { &[] };
     let attend = if dim == 128 { "attend_sm90_T_d128" } else { &format!("attend_sm80_T_d{dim}") };
-    let last = ["union_table", "plan_work", attend, &format!("combine_T_d{dim}")];
+    let last = ["union_table", "plan_work", attend];
     let all = [&["plan_spans"], scoring, keeping, &last].concat();
     let full = |name: &&str| match *name {
         "cells_read_T" | "cells_read_candidates_T" if dim == 128 => name.replace("_T", "_sm90_T_d128"),

@@ -31,7 +31,10 @@ pub(crate) fn update(
     kv_dtype: Dtype,
 ) -> Result<()> {
     let kv_heads = step.layout.num_kv_heads.cast_unsigned();
+    // Keys, values and seals of a block are written by a CTA each.
+    let parts = 1 + i32::from(means.v != 0) + i32::from(means.seals != 0);
     let completed = (step.batch.total_q >> step.layout.log2_block_tokens) + step.batch.num_reqs;
+    let writers = completed.saturating_mul(parts).cast_unsigned();
     // CTAs share the blocks evenly, whatever their number.
     let share = u32::try_from(8 * context.num_sms()).unwrap_or(u32::MAX).div_ceil(kv_heads);
     let (writers, checkers) = match which {
@@ -39,9 +42,9 @@ pub(crate) fn update(
             let blocks = u64::from(step.layout.max_blocks.cast_unsigned())
                 * u64::from(step.batch.num_reqs.cast_unsigned());
             let runs = u32::try_from(blocks.div_ceil(CHECKED_RUN)).unwrap_or(u32::MAX);
-            (completed.cast_unsigned(), runs.clamp(1, share))
+            (writers, runs.clamp(1, share))
         }
-        Which::Completed => (completed.cast_unsigned(), 0),
+        Which::Completed => (writers, 0),
         Which::All => (share, 0),
     };
     let name = match kv_dtype {

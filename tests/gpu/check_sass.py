@@ -52,7 +52,7 @@ TYPED = (
     "plan_work_means",
 )
 # One for each dtype and head_dim.
-SIZED = ("attend_sm80", "combine")
+SIZED = ("attend_sm80",)
 
 # Every kernel, by architecture.
 EVERYWHERE = {

@@ -81,7 +81,7 @@ class Stages(ctypes.Structure):
 
     _fields_ = [
         *_fields(c_uint64, "counters requests list_spans select_spans scores cells masks lists counts stream_lens"),
-        *_fields(c_uint64, "boxes items cuts pieces piece_starts costs k_mean stats stats_mirror"),
+        *_fields(c_uint64, "boxes items arrivals pieces piece_starts costs k_mean stats stats_mirror"),
         *_fields(c_int32, "max_list_spans max_select_spans max_items num_ctas whole_items reserved"),
     ]
 
@@ -96,13 +96,13 @@ class Work(ctypes.Structure):
     """The lists and the items that read them."""
 
     _fields_ = [
-        *_fields(c_uint64, "items pieces piece_starts boxes cuts"),
+        *_fields(c_uint64, "items pieces piece_starts boxes arrivals"),
         *_fields(c_int32, "num_ctas max_boxes heads_per_list log2_box_tokens"),
     ]
 
 
 class Results(ctypes.Structure):
-    """Where attend and combine write."""
+    """Where attend writes."""
 
     _fields_ = [
         *_fields(c_uint64, "out lse partial_out partial_lse"),
@@ -133,7 +133,7 @@ class Means(ctypes.Structure):
 
 
 for _type, _bytes in (
-    (Batch, 136),
+    (Batch, 160),
     (Layout, 64),
     (Settings, 80),
     (Request, 16),
@@ -141,8 +141,8 @@ for _type, _bytes in (
     (Counters, 32),
     (WorkItem, 32),
     (Stages, 176),
-    (Step, 456),
-    (AttendParams, 272),
+    (Step, 480),
+    (AttendParams, 296),
     (Means, 72),
 ):
     assert ctypes.sizeof(_type) == _bytes, _type

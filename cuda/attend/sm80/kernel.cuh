@@ -7,8 +7,8 @@
 // t: stream_len - tokens after t).
 #pragma once
 
+#include "../../combine/meet.cuh"
 #include "../../common/e4m3.cuh"
-#include "../../common/epilogue.cuh"
 #include "../../common/means.cuh"
 #include "../../common/softmax.cuh"
 #include "../../common/work.cuh"
@@ -269,7 +269,8 @@ struct Sight {
 template <class T>
 __device__ __forceinline__ void mask_block(float (&s)[T::kTokens / 2], const Sight<T>& sight,
                                            int block) {
-  const int thread = threadIdx.x;
+  // Divisions by heads, worked out once for all pieces, cost registers that O needs.
+  const int thread = T::kStages == 1 ? ptx::not_before(threadIdx.x) : threadIdx.x;
   const int row = thread / 32 * T::kWarpRows + thread % 32 / 4 + 16 * block;
   int mine[2];
 #pragma unroll
@@ -491,11 +492,7 @@ __device__ __forceinline__ void attend(const AttendParams& params, const Means* 
     const int row = threadIdx.x / 32 * T::kWarpRows + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int b = 0; b < T::kBlocks; ++b) {
-      if (piece.slot < 0) {
-        store_rows<typename T::Element>(params, piece.item, row + 16 * b, rows.o[b], rows.state[b]);
-      } else {
-        store_partial(params, piece.slot, row + 16 * b, rows.o[b], rows.state[b]);
-      }
+      finish_rows<typename T::Element, 2>(params, piece, row + 16 * b, rows.o[b], rows.state[b]);
     }
   }
 }

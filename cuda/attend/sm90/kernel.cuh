@@ -9,7 +9,7 @@
 // back behind the exponentials, was measured for each head_dim (traits.h, tests/bench/record/h100).
 #pragma once
 
-#include "../../common/epilogue.cuh"
+#include "../../combine/meet.cuh"
 #include "../../ptx/grid.cuh"
 #include "consumer.cuh"
 
@@ -169,11 +169,7 @@ __device__ __forceinline__ void consume(const AttendParams& params, const Means*
       q_phase ^= 1;
       consumer.attend(piece, params.work.heads_per_list, o, rows);
     }
-    if (piece.slot < 0) {
-      store_rows<typename T::Element>(params, piece.item, at.row, o, rows);
-    } else {
-      store_partial(params, piece.slot, at.row, o, rows);
-    }
+    finish_rows<typename T::Element, T::kMeetAtOnce>(params, piece, at.row, o, rows);
   }
   consumer.end();
 }
