@@ -257,6 +257,21 @@ impl Layout {
         self.spans(batch, self.settings.scope.query_span)
     }
 
+    /// Whether the policy leaves every request dense in each step of at most `total_q` query tokens and `kv_len` KV
+    /// tokens a request. Nothing else is asked, so a captured step may rely on it at every replay.
+    #[must_use]
+    pub fn only_dense(&self, total_q: usize, kv_len: usize) -> bool {
+        let DenseRules { below_kv_len, max_q_len, prefix_tokens } = self.settings.dense;
+        let kv_len = kv_len.min(self.limits.max_kv_len);
+        // The shortest chunk that may be sparse leaves the longest past.
+        let past = kv_len.saturating_sub(max_q_len + 1);
+        self.settings.selector == Selector::Dense
+            || total_q <= max_q_len
+            || kv_len < below_kv_len
+            || kv_len <= prefix_tokens
+            || self.geometry.past_blocks(past) == 0
+    }
+
     /// Whether the policy leaves this request dense in this step.
     fn is_dense(&self, batch: &Batch, req: usize) -> bool {
         let DenseRules { below_kv_len, max_q_len, prefix_tokens } = self.settings.dense;
@@ -331,6 +346,29 @@ mod tests {
         assert_eq!(dense(sparse), [false, true, true, true]);
         sparse.dense.prefix_tokens = 900;
         assert_eq!(dense(sparse), [true; 4]);
+    }
+
+    #[test]
+    fn one_more_token_of_a_bound_is_what_a_sparse_request_needs() {
+        let rules = |below_kv_len, max_q_len, prefix_tokens| {
+            let dense = DenseRules { below_kv_len, max_q_len, prefix_tokens };
+            paged().layout(Settings { dense, block_size: 128, ..settings(0, 1) })
+        };
+        for (layout, total_q, kv_len) in [
+            (rules(300, 0, 0), 439, 299),
+            (rules(0, 0, 300), 439, 300),
+            (rules(0, 16, 0), 16, 900),
+            // A past of 128 tokens, the block, behind a chunk of 17.
+            (rules(0, 16, 0), 439, 144),
+        ] {
+            let more = if total_q == 439 { (439, kv_len + 1) } else { (total_q + 1, kv_len) };
+            assert!(layout.only_dense(total_q, kv_len), "{total_q} {kv_len}");
+            assert!(!layout.only_dense(more.0, more.1), "{total_q} {kv_len}");
+        }
+        // The plan's limit of 900 holds, whatever a table has room for.
+        let mut layout = rules(901, 0, 0);
+        layout.limits.max_kv_len = 900;
+        assert!(layout.only_dense(439, 1 << 20));
     }
 
     #[test]

@@ -25,6 +25,16 @@ constexpr uint32_t cells_bytes(uint32_t head_dim) { return 256 * row_bytes(head_
 // The same on sm_90a: 128 rows, and as many tiles of keys as fit beside them.
 constexpr uint32_t cells_sm90_bytes(uint32_t head_dim) { return head_dim == 64 ? 215040 : 231424; }
 
+// Cells of a slice, 128 rows of `pitch` floats, at least a tile of 128 keys.
+constexpr uint32_t pooled_cells_bytes(uint32_t head_dim, uint32_t pitch) {
+  return pitch * 512 > 128 * row_bytes(head_dim) ? pitch * 512 : 128 * row_bytes(head_dim);
+}
+
+// The same and a tile of 128 sampled rows, two of 128 means.
+constexpr uint32_t pooled_lists_bytes(uint32_t head_dim, uint32_t pitch) {
+  return pooled_cells_bytes(head_dim, pitch) + 384 * row_bytes(head_dim);
+}
+
 // Features of 16 blocks: maximum, minimum and mean.
 constexpr uint32_t gate_keys_bytes(uint32_t head_dim) { return 16 * 3 * 4 * head_dim; }
 

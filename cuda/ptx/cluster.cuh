@@ -36,6 +36,18 @@ __device__ __forceinline__ void store_to_first(int32_t* shared, int32_t value) {
       : "memory");
 }
 
+// Writes two words of another CTA's copy of a shared variable, 8-byte aligned.
+__device__ __forceinline__ void store_to(int rank, float2* shared, float2 value) {
+  asm volatile(
+      "{\n\t"
+      ".reg .u32 to;\n\t"
+      "mapa.shared::cluster.u32 to, %0, %1;\n\t"
+      "st.shared::cluster.v2.f32 [to], {%2, %3};\n\t"
+      "}" ::"r"(shared_address(shared)),
+      "r"(rank), "f"(value.x), "f"(value.y)
+      : "memory");
+}
+
 // Writes every CTA's copy of a shared variable, in a cluster of kCtas.
 template <int kCtas>
 __device__ __forceinline__ void store_to_all(float* shared, float value) {
@@ -59,6 +71,8 @@ __device__ __forceinline__ void wait_for_cluster() {}
 __device__ __forceinline__ void fence_cluster() {}
 
 __device__ __forceinline__ void store_to_first(int32_t* shared, int32_t value) { *shared = value; }
+
+__device__ __forceinline__ void store_to(int, float2* shared, float2 value) { *shared = value; }
 
 template <int kCtas>
 __device__ __forceinline__ void store_to_all(float* shared, float value) {

@@ -82,12 +82,11 @@ struct Tile {
   float* cells;
 };
 
-// Tile `index` of a (select span, KV head); false where there is none.
-__device__ __forceinline__ bool tile_at(const Step& step, int index, int span_index, int kv_head,
-                                        Tile& tile) {
-  const Span* span = scored_span(step, span_index);
-  if (!span) return false;
-  tile.span = *span;
+// Tile `index` of a KV head and a select span, number `span_index`, that has scores; false where
+// there is none.
+__device__ __forceinline__ bool tile_of(const Step& step, const Span& span, int index,
+                                        int span_index, int kv_head, Tile& tile) {
+  tile.span = span;
   tile.samples = samples_of(step, tile.span, index);
   const Samples& samples = tile.samples;
   if (samples.tokens <= 0) return false;
@@ -100,6 +99,13 @@ __device__ __forceinline__ bool tile_at(const Step& step, int index, int span_in
   tile.blocks = (tile.kv_end + block_tokens - 1) >> step.layout.log2_block_tokens;
   tile.cells = cells_of(step, span_index, kv_head);
   return true;
+}
+
+// The same of any select span.
+__device__ __forceinline__ bool tile_at(const Step& step, int index, int span_index, int kv_head,
+                                        Tile& tile) {
+  const Span* span = scored_span(step, span_index);
+  return span && tile_of(step, *span, index, span_index, kv_head, tile);
 }
 
 // The tile of this CTA of a grid (any, KV heads, select spans); false where there is none.

@@ -108,15 +108,15 @@ __device__ __forceinline__ float2 unpack<__half>(uint32_t word) {
   return __half22float2(reinterpret_cast<const __half2&>(word));
 }
 
-// 8 elements of a vector, as they lie.
+// 8 elements, as they lie.
 template <class Element>
-struct Unit {
-  using Words = uint4;
-};
-template <>
-struct Unit<E4m3> {
-  using Words = uint2;
-};
+__device__ __forceinline__ uint4 load_unit(const Element* at) {
+  return __ldg(reinterpret_cast<const uint4*>(at));
+}
+
+__device__ __forceinline__ uint2 load_unit(const E4m3* at) {
+  return __ldg(reinterpret_cast<const uint2*>(at));
+}
 
 template <class Element>
 __device__ __forceinline__ void add(const uint4& words, double (&sums)[kUnit]) {
@@ -154,8 +154,7 @@ __device__ __forceinline__ void sum_tokens(const Step& step, const Pool& pool, c
                         threadIdx.x % units * kUnit;
   for (int first = threadIdx.x / units; first < tokens; first += kAtOnce * lanes) {
     int64_t page[kAtOnce];
-    using Words = typename Unit<Element>::Words;
-    Words words[kAtOnce];
+    decltype(load_unit(base)) words[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int token = start + min(first + i * lanes, tokens - 1);
@@ -165,8 +164,7 @@ __device__ __forceinline__ void sum_tokens(const Step& step, const Pool& pool, c
     for (int i = 0; i < kAtOnce; ++i) {
       const int token = start + min(first + i * lanes, tokens - 1);
       const int in_page = token & ((1 << layout.log2_page_tokens) - 1);
-      words[i] = __ldg(reinterpret_cast<const Words*>(base + page[i] * pool.page_stride +
-                                                      in_page * pool.token_stride));
+      words[i] = load_unit(base + page[i] * pool.page_stride + in_page * pool.token_stride);
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -281,13 +279,15 @@ template <class Element>
 __device__ __forceinline__ void write_part(const Step& step, const Means& means, const Found& at,
                                            Part part) {
   const Batch& batch = step.batch;
-  const int64_t row = slot_of(step, at) * step.layout.num_kv_heads + blockIdx.y;
+  const int head = blockIdx.y;
+  const int64_t row = slot_of(step, at) * step.layout.num_kv_heads + head;
   if (part != kSeal) {
     const bool keys = part == kKeys;
-    const Pool pool = keys ? Pool{batch.k, key_scale(batch, blockIdx.y), batch.k_page_stride,
-                                  batch.k_token_stride, batch.k_head_stride}
-                           : Pool{batch.v, value_scale(batch, blockIdx.y), batch.v_page_stride,
-                                  batch.v_token_stride, batch.v_head_stride};
+    const Pool pool =
+        keys ? Pool{batch.k, key_scale(batch, head), batch.k_page_stride, batch.k_token_stride,
+                    batch.k_head_stride}
+             : Pool{batch.v, value_scale(batch, head), batch.v_page_stride, batch.v_token_stride,
+                    batch.v_head_stride};
     float* mean = (keys ? means.k : means.v) + row * step.layout.head_dim;
     return write_mean<Element>(step, pool, at, mean);
   }

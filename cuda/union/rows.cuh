@@ -66,7 +66,7 @@ __device__ inline void merge_scores(const Step& step, const Members& members, in
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const int j = first + u * cta::kThreads;
-        if (j < n) sums[u] = merge(by_max, rows, sums[u], __ldg(scores + j));
+        if (j < n) sums[u] = merge(by_max, rows, sums[u], __ldcg(scores + j));
       }
     }
 #pragma unroll

@@ -114,8 +114,7 @@ def plan_for(
     key = _Key(
         on or batch.home.context(),
         (num_q_heads, num_kv_heads, head_dim, page_size),
-        batch.q.dtype,
-        "e4m3" if batch.k.dtype is Dtype.E4M3 else None,
+        (batch.q.dtype, Dtype.E4M3 if batch.k.dtype is Dtype.E4M3 else None),
         (_rounded(num_reqs), _rounded(total_q), _rounded(width * page_size) if max_kv_len is None else max_kv_len),
         sm_scale,
         settings,
@@ -134,16 +133,17 @@ class _Key(NamedTuple):
     on: context.Context
     # num_q_heads, num_kv_heads, head_dim, page_size.
     shape: tuple[int, int, int, int]
-    dtype: Dtype
-    kv_dtype: str | None
+    # Of q; of the cache, None: q's.
+    dtypes: tuple[Dtype, Dtype | None]
     # max_num_reqs, max_total_q, max_kv_len.
     limits: tuple[int, int, int]
     sm_scale: float | None
     settings: Settings | None
 
     def plan(self) -> Plan:
-        dtype = self.dtype.name.lower()
-        return Plan(PlanDesc(*self.shape, dtype, *self.limits, self.kv_dtype, self.sm_scale, self.settings), self.on)
+        dtype, kv_dtype = (of and of.name.lower() for of in self.dtypes)
+        desc = PlanDesc(*self.shape, dtype, *self.limits, kv_dtype, self.sm_scale, self.settings)
+        return Plan(desc, self.on)
 
 
 class _Plans:

@@ -60,10 +60,11 @@ class Batch(NamedTuple):
         struct.q, struct.k, struct.v, struct.block_table, struct.seq_lens, struct.cu_seqlens_q = (
             x.tensor for x in views
         )
-        scales = []
-        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-            if scale is not None:
-                scales.append(view(name, scale))
-                setattr(struct, name, scales[-1].tensor)
-        names = (*cls._fields[: len(views)], "scale of the cache", "scale of the cache")
-        return cls(*views, struct, Home.of((*views, *scales), names), tuple(scales))
+        if k_scale is None and v_scale is None:
+            return cls(*views, struct, Home.of(views, cls._fields))
+        scales = {"k_scale": k_scale, "v_scale": v_scale}
+        scaled = {name: view(name, scale) for name, scale in scales.items() if scale is not None}
+        for name, scale in scaled.items():
+            setattr(struct, name, scale.tensor)
+        home = Home.of((*views, *scaled.values()), (*cls._fields[: len(views)], *scaled))
+        return cls(*views, struct, home, tuple(scaled.values()))

@@ -132,7 +132,7 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
 }
 
 /// Kernels with the bytes of their parameters: `Step` 480, `GateParams` 56, `AttendParams` 296, `Means` 72, maps 128.
-const ALONE: [(&str, &str); 15] = [
+const ALONE: [(&str, &str); 16] = [
     ("plan_spans", "480"),
     ("keep_rows", "480"),
     ("union_table", "480,4"),
@@ -146,14 +146,16 @@ const ALONE: [(&str, &str); 15] = [
     ("cells_mass", "480,4"),
     ("two_level_mass", "480,4"),
     ("two_level_candidates", "480"),
+    ("cells_lists", "480,12"),
     ("flashprefill_relate", "480"),
     ("summaries_e4m3", "480,8,8,8,4,4"),
 ];
 /// One for each 16-bit type.
-const TYPED: [(&str, &str); 11] = [
+const TYPED: [(&str, &str); 12] = [
     ("cells_read", "480,4"),
     ("cells_read_candidates", "480,4"),
     ("cells_pool", "480,4"),
+    ("pooled_lists", "480,12"),
     ("flashprefill", "480"),
     ("xattention", "480"),
     ("xattention_mass", "480"),

@@ -314,15 +314,18 @@ fn check_image(image: &Image) -> Result<()> {
 
 /// Kernels that wait for themselves, without the dtype and head_dim that follow. Never the first of a step: what the
 /// caller put on the stream before it need not be done when the kernel before the step's is.
-const OVERLAPPING: [&str; 21] = [
+const OVERLAPPING: [&str; 25] = [
     "attend_sm80",
     "attend_sm90",
     "attn_gate",
     "attn_gate_keys",
+    "cells_lists",
     "cells_mass",
     "cells_pool",
     "cells_read",
     "cells_read_candidates",
+    "cells_read_candidates_sm90",
+    "cells_read_sm90",
     "fill_scores",
     "flashprefill",
     "flashprefill_relate",
@@ -330,6 +333,7 @@ const OVERLAPPING: [&str; 21] = [
     "keep_rows",
     "plan_work",
     "plan_work_means",
+    "pooled_lists",
     "table",
     "two_level_candidates",
     "two_level_mass",

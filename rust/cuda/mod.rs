@@ -11,6 +11,7 @@
 
 mod attend;
 mod batch;
+mod clusters;
 mod context;
 mod device;
 mod driver;

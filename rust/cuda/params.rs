@@ -206,3 +206,25 @@ const _: () = {
     assert!(size_of::<Means>() == 72);
     assert!(std::mem::offset_of!(Step, stages) == 304 && std::mem::offset_of!(AttendParams, batch) == 120);
 };
+/// What follows scores in the launch that makes them (`Then` of cuda/select/cluster.cuh).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub(crate) enum Then {
+    /// Nothing.
+    Scores = 0,
+    /// union and table.
+    Lists = 1,
+    /// The blocks that `two_level` scores again.
+    Candidates = 2,
+}
+
+/// How such a launch is wanted (`Wish` there).
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Wish {
+    pub(crate) then: Then,
+    /// Floats between rows of a slice's cells in shared memory.
+    pub(crate) pitch: u32,
+    /// Blocks that are no candidates score 0 (or NaN).
+    pub(crate) listed: u32,
+}

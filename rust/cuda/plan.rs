@@ -159,11 +159,16 @@ impl Plan {
         let mut run = unsafe { self.begin(call) }?;
         run.correct(call.layout.settings.mean_correction)?;
         run.plan_spans()?;
-        if !matches!(call.external, Some(External::Masks(_))) {
-            run.select()?;
-            run.keep_rows()?;
+        let mut has_lists = false;
+        if !matches!(call.external, Some(External::Masks(_))) && !run.only_dense() {
+            has_lists = run.select(true)?;
+            if !has_lists {
+                run.keep_rows()?;
+            }
         }
-        run.union_table()?;
+        if !has_lists {
+            run.union_table()?;
+        }
         run.attend(output)
     }
 
@@ -180,7 +185,7 @@ impl Plan {
         let mut run = unsafe { self.begin(call) }?;
         run.step.stages.scores = scores;
         run.plan_spans()?;
-        run.select()?;
+        run.select(false)?;
         if masks != 0 {
             run.step.stages.masks = masks;
             run.step.settings.keep_at_rows = 1;
@@ -352,10 +357,20 @@ impl Run<'_> {
         self.launch("compactattn_plan_spans", grid(ctas, 1024, 0))
     }
 
-    fn select(&self) -> Result<()> {
+    /// Whether no step with these extents can have a span that needs scores; lengths on the device may change.
+    fn only_dense(&self) -> bool {
+        let Call { layout, batch, .. } = *self.call;
+        layout.only_dense(batch.total_q, batch.table_width * layout.geometry.page_size)
+    }
+
+    /// Scores; whether the lists are made too, where they are wanted.
+    fn select(&self, wants_lists: bool) -> Result<bool> {
+        if self.only_dense() {
+            return Ok(false);
+        }
         let Call { layout, layer, batch, .. } = *self.call;
         let (context, gate) = (&*self.plan.context, self.plan.gate(layer));
-        Scoring { context, stream: self.stream, layout, batch, step: &self.step, gate }.run()
+        Scoring { context, stream: self.stream, layout, batch, step: &self.step, gate, wants_lists }.run()
     }
 
     fn keep_rows(&self) -> Result<()> {

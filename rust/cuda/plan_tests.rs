@@ -50,8 +50,7 @@ fn assert_launches(selector: Selector, dtype: Dtype, head_dim: usize) {
     let is_empty = |grid: &str| grid.split('x').any(|extent| extent == "0");
     assert!(!words.iter().any(|words| is_empty(words[1])), "{launches:?}");
     let overlaps = |words: &&Vec<&str>| words.last() == Some(&"overlaps");
-    let by_itself = |words: &&Vec<&str>| words[0].contains("plan_spans") || words[0].contains("cells_read_");
-    assert!(words.iter().all(|words| overlaps(&words) || by_itself(&words)), "{launches:?}");
+    assert!(words[1..].iter().all(|words| overlaps(&words)), "{launches:?}");
     assert!(!overlaps(&&words[0]), "{launches:?}");
 }
 
@@ -79,6 +78,43 @@ fn over_e4m3_keys_and_values_are_read_by_kernels_of_its_own() {
 fn over_e4m3(settings: Settings, dtype: Dtype, head_dim: usize) -> PlanDesc {
     let desc = desc(settings, dtype, head_dim);
     PlanDesc { shape: fixture::over_e4m3(desc.shape), ..desc }
+}
+
+#[test]
+fn where_every_request_is_dense_nothing_is_launched_for_scores() {
+    for selector in [
+        Selector::SampledExact,
+        Selector::PooledMass,
+        Selector::TwoLevel,
+        Selector::FlashPrefill,
+        Selector::XAttention,
+        Selector::AttnGate,
+    ] {
+        let settings = Settings::of(selector);
+        let launched = |max_kv_len| -> Vec<String> {
+            let limits = Limits { max_kv_len, ..LIMITS };
+            let world = World::new("", PlanDesc { limits, ..desc(settings, Dtype::Bf16, 128) }).unwrap();
+            let launches = world.run(world.stream()).unwrap();
+            launches.iter().map(|line| line.split(' ').next().unwrap().to_owned()).collect()
+        };
+        let below = settings.dense.below_kv_len;
+        let dense = ["plan_spans", "union_table", "plan_work", "attend_sm90_bf16_d128"];
+        assert_eq!(launched(below - 1), dense.map(|name| format!("compactattn_{name}")), "{selector:?}");
+        let plan = run::Plan::new(&desc(settings, Dtype::Bf16, 128), Parallel::new(1)).unwrap();
+        assert_eq!(launched(below), expected(&plan, Dtype::Bf16), "{selector:?}");
+    }
+}
+
+#[test]
+fn slices_that_shared_memory_does_not_hold_are_scored_by_kernels_of_their_own() {
+    let limits = Limits { max_kv_len: 1 << 17, ..LIMITS };
+    let settings = Settings { block_size: 32, ..Settings::of(Selector::SampledExact) };
+    let world = World::new("", PlanDesc { limits, ..desc(settings, Dtype::Bf16, 128) }).unwrap();
+    let launches = world.run(world.stream()).unwrap();
+    let names: Vec<_> = launches.iter().map(|line| line.split(' ').next().unwrap()).collect();
+    let scored =
+        ["compactattn_cells_read_sm90_bf16_d128", "compactattn_cells_mass", "compactattn_union_table"];
+    assert_eq!(names[1..4], scored);
 }
 
 #[test]
@@ -292,13 +328,16 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
     let layout = &plan.layouts()[0];
     let (dtype, dim) = (if dtype == Dtype::Bf16 { "bf16" } else { "fp16" }, layout.shape.head_dim);
     let scoring: &[&str] = match layout.settings.selector {
-        Selector::SampledExact => &["cells_read_T", "cells_mass"],
+        Selector::SampledExact => &["cells_read_T", "cells_lists"],
         // 600 tokens of 4 heads, 128 rows a tile.
         Selector::Oracle => &["cells_read_T", "cells_mass"].repeat(19),
+        // A tile of means for clusters is larger than shared memory at 256.
+        Selector::PooledMass if dim < 256 => &["pooled_lists_T"],
         Selector::PooledMass => &["cells_pool_T", "cells_mass"],
+        Selector::TwoLevel if dim < 256 => &["pooled_lists_T", "cells_read_candidates_T", "cells_lists"],
         Selector::TwoLevel => {
             let first = ["cells_pool_T", "cells_mass", "two_level_candidates"];
-            &[&first[..], &["cells_read_candidates_T", "two_level_mass"]].concat()
+            &[&first[..], &["cells_read_candidates_T", "cells_lists"]].concat()
         }
         Selector::FlashPrefill if dim == 64 => &["flashprefill_sm90_T_d64", "flashprefill_relate"],
         Selector::FlashPrefill if dim == 128 => &["flashprefill_sm90_T_d128", "flashprefill_relate"],
@@ -310,8 +349,10 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
     };
     let keeping: &[&str] = if layout.settings.keep_at == KeepAt::Row { &["keep_rows"] } else { &[] };
     let attend = if dim == 128 { "attend_sm90_T_d128" } else { &format!("attend_sm80_T_d{dim}") };
-    let last = ["union_table", "plan_work", attend];
-    let all = [&["plan_spans"], scoring, keeping, &last].concat();
+    let makes_lists = scoring.last().is_some_and(|name| name.contains("_lists"));
+    let uniting: &[&str] = if makes_lists { &[] } else { &["union_table"] };
+    let last = ["plan_work", attend];
+    let all = [&["plan_spans"], scoring, keeping, uniting, &last].concat();
     let full = |name: &&str| match *name {
         "cells_read_T" | "cells_read_candidates_T" if dim == 128 => name.replace("_T", "_sm90_T_d128"),
         _ => (*name).to_owned(),

@@ -5,7 +5,7 @@ use super::batch::{DeviceBatch, int32};
 use super::context::Context;
 use super::gate::DeviceGate;
 use super::kernels::{Arg, Grid};
-use super::params::{Step, TILE_ROWS};
+use super::params::{Step, TILE_ROWS, Then};
 use super::shared;
 use super::stream::Stream;
 use crate::error::{Error, Result, Status};
@@ -54,14 +54,48 @@ pub(crate) struct Scoring<'a> {
     pub(crate) batch: &'a DeviceBatch,
     pub(crate) step: &'a Step,
     pub(crate) gate: Option<&'a DeviceGate>,
+    /// Lists follow; else scores are all that is asked for.
+    pub(crate) wants_lists: bool,
 }
 
 impl Scoring<'_> {
-    /// Scores every past block of the spans that are not dense.
+    /// Scores every past block of the spans that are not dense; whether the lists are made too.
     ///
     /// # Errors
     /// The driver's; [`Status::Null`] for selector `attn_gate` without a gate.
-    pub(crate) fn run(&self) -> Result<()> {
+    pub(crate) fn run(&self) -> Result<bool> {
+        match self.layout.settings.selector {
+            Selector::SampledExact | Selector::Oracle if self.by_clusters() => {
+                self.cells_read(0, Read::Every)?;
+                self.finish(false)
+            }
+            Selector::PooledMass if self.by_clusters() && self.pooled_lists(self.then())? => {
+                Ok(self.then() == Then::Lists)
+            }
+            Selector::TwoLevel if self.by_clusters() => {
+                if !self.pooled_lists(Then::Candidates)? {
+                    self.pooled_mass()?;
+                    self.candidates()?;
+                }
+                self.cells_read(0, Read::Candidates)?;
+                self.finish(true)
+            }
+            _ => self.run_stages().map(|()| false),
+        }
+    }
+
+    /// Scores of the cells of the only tile, with `listed` 0 for blocks that are no candidates; whether the lists are made
+    /// too.
+    fn finish(&self, listed: bool) -> Result<bool> {
+        if self.cells_lists(listed)? {
+            return Ok(self.then() == Then::Lists);
+        }
+        let mass = ["compactattn_cells_mass", "compactattn_two_level_mass"];
+        self.mass(0, mass[usize::from(listed)])?;
+        Ok(false)
+    }
+
+    fn run_stages(&self) -> Result<()> {
         match self.layout.settings.selector {
             Selector::SampledExact | Selector::Oracle => self.by_tiles(|tile| {
                 self.cells_read(tile, Read::Every)?;
@@ -90,9 +124,7 @@ impl Scoring<'_> {
 
     fn two_level(&self) -> Result<()> {
         self.pooled_mass()?;
-        let blocks = [self.kv_heads(), self.selects(), 1];
-        let grid = Grid { blocks, threads: 1024, shared_bytes: 0 };
-        self.launch("compactattn_two_level_candidates", grid, &[Arg::of(self.step)])?;
+        self.candidates()?;
         let has_one = self.tiles() == 1;
         self.by_tiles(|tile| {
             // The cells of a span's only tile are still those by mean keys.
@@ -102,6 +134,13 @@ impl Scoring<'_> {
             self.cells_read(tile, Read::Candidates)?;
             self.mass(tile, "compactattn_two_level_mass")
         })
+    }
+
+    fn candidates(&self) -> Result<()> {
+        let blocks = [self.kv_heads(), self.selects(), 1];
+        let shared_bytes = shared::keep(self.blocks(), self.step.layout.mask_words.cast_unsigned());
+        let grid = Grid { blocks, threads: 256, shared_bytes };
+        self.launch("compactattn_two_level_candidates", grid, &[Arg::of(self.step)])
     }
 
     fn flashprefill(&self) -> Result<()> {
@@ -203,7 +242,7 @@ impl Scoring<'_> {
         (0..self.tiles()).try_for_each(body)
     }
 
-    fn tiles(&self) -> i32 {
+    pub(super) fn tiles(&self) -> i32 {
         let longest = self.longest_span();
         let samples = match self.step.settings.sample_rows {
             0 => longest,
@@ -227,27 +266,27 @@ impl Scoring<'_> {
         Grid { blocks, threads, shared_bytes }
     }
 
-    fn launch(&self, name: &'static str, grid: Grid, args: &[Arg]) -> Result<()> {
+    pub(super) fn launch(&self, name: &'static str, grid: Grid, args: &[Arg]) -> Result<()> {
         self.context.kernels().launch(self.stream, name, grid, args)
     }
 
-    fn of_dtype(&self, bf16: &'static str, fp16: &'static str) -> &'static str {
+    pub(super) fn of_dtype(&self, bf16: &'static str, fp16: &'static str) -> &'static str {
         if self.layout.shape.dtype == Dtype::Bf16 { bf16 } else { fp16 }
     }
 
-    fn selects(&self) -> u32 {
+    pub(super) fn selects(&self) -> u32 {
         self.step.stages.max_select_spans.cast_unsigned()
     }
 
-    fn kv_heads(&self) -> u32 {
+    pub(super) fn kv_heads(&self) -> u32 {
         self.step.layout.num_kv_heads.cast_unsigned()
     }
 
-    fn blocks(&self) -> u32 {
+    pub(super) fn blocks(&self) -> u32 {
         self.step.layout.max_blocks.cast_unsigned()
     }
 
-    fn head_dim(&self) -> u32 {
+    pub(super) fn head_dim(&self) -> u32 {
         self.step.layout.head_dim.cast_unsigned()
     }
 }

@@ -35,6 +35,17 @@ pub(crate) const fn cells_sm90(head_dim: u32) -> u32 {
     if head_dim == 64 { 215_040 } else { 231_424 }
 }
 
+/// Of `compactattn_cells_lists`, with `pitch` floats between rows of cells.
+pub(crate) const fn cells_lists(pitch: u32) -> u32 {
+    512 * pitch
+}
+
+/// Of `compactattn_pooled_lists_*`, likewise.
+pub(crate) const fn pooled_lists(head_dim: u32, pitch: u32) -> u32 {
+    let (cells, keys) = (cells_lists(pitch), 128 * row(head_dim));
+    (if cells > keys { cells } else { keys }) + 384 * row(head_dim)
+}
+
 /// Of `compactattn_attn_gate_keys_*`.
 pub(crate) const fn gate_keys(head_dim: u32) -> u32 {
     192 * head_dim
@@ -158,6 +169,8 @@ mod tests {
             equal(&format!("flashprefill_sm90_bytes({dim})"), flashprefill_sm90(dim));
             equal(&format!("cells_bytes({dim})"), cells(dim));
             equal(&format!("cells_sm90_bytes({dim})"), cells_sm90(dim));
+            equal(&format!("pooled_lists_bytes({dim}, 0)"), pooled_lists(dim, 0));
+            equal(&format!("pooled_lists_bytes({dim}, 264)"), pooled_lists(dim, 264));
             equal(&format!("gate_keys_bytes({dim})"), gate_keys(dim));
             equal(&format!("gate_bytes(1, {dim}, 64)"), gate(1, dim, 64));
             equal(&format!("gate_bytes(7, {dim}, 96)"), gate(7, dim, 96));

@@ -12,10 +12,14 @@ impl At<'_> {
 
     /// Masses of the group's candidate blocks with exact keys there; other blocks pooled in the total and scored 0.
     pub(super) fn two_level(&self, slack: f64) -> Scored {
-        let pooled: Vec<Vec<f64>> = self.heads.clone().map(|head| self.pooled_mass(head)).collect();
-        let chosen: Vec<Option<Vec<usize>>> = pooled.iter().map(|row| self.candidates(row, slack)).collect();
-        let certain = chosen.iter().all(Option::is_some);
-        let candidates = chosen.into_iter().flatten().flatten().collect::<Vec<usize>>();
+        let mut pooled = vec![0.0; self.past_blocks()];
+        for mass in self.heads.clone().map(|head| self.pooled_mass(head)) {
+            let said = mass.iter().map(|&share| if share.is_nan() { 0.0 } else { share });
+            pooled.iter_mut().zip(said).for_each(|(sum, share)| *sum += share);
+        }
+        let chosen = self.candidates(&pooled, slack);
+        let certain = chosen.is_some();
+        let candidates = chosen.unwrap_or_default();
         let score = |head: usize| {
             let past = self.past_blocks();
             let mass = self.mixed_mass(head, &|block, _| block < past && !candidates.contains(&block));
@@ -48,7 +52,7 @@ impl At<'_> {
         mass
     }
 
-    /// One head's candidates, the forced blocks among them; `None` where the last place is a tie within `slack`.
+    /// A group's candidates by the sums of its heads' scores, the forced blocks among them; `None` where the last place is a tie within `slack`.
     fn candidates(&self, scores: &[f64], slack: f64) -> Option<Vec<usize>> {
         let (settings, n) = (&self.layout.settings, scores.len());
         let budget = match settings.keep {

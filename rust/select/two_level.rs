@@ -1,7 +1,8 @@
 //! two_level: `pooled_mass` ranks all blocks, `sampled_exact` re-scores the best of them.
 //!
-//! Candidates of a KV group are the best `ceil(two_level_factor * budget)` blocks of any of its heads (so that heads
-//! share key loads), and the forced ones. The budget is the share a list may keep: that of `Keep::Density`, else
+//! Candidates of a KV group are the forced blocks and the best by the pooled mass of all its heads together, `ceil(
+//! two_level_factor * budget)` of the past in all: heads share what is read of the keys, so one budget bounds it. (The
+//! best of each head were .66 of a group's blocks for .25 of each of 4 heads.) The budget is the share a list may keep: that of `Keep::Density`, else
 //! `max_density`. A row's total is exact over candidates and the open region and pooled over the rest, so a row
 //! whose attention lies elsewhere says less; blocks that are no candidates score 0.
 
@@ -41,15 +42,22 @@ fn candidates(settings: &Settings, unit: &Unit) -> Vec<usize> {
     let wanted = keep::blocks((budget * settings.two_level_factor).min(1.0), n);
     let forced = Forced::of(settings);
     let count = wanted.max(forced.count(n));
-    let best = unit.scores.chunks(unit.stride).flat_map(|row| {
-        let mut order = keep::ranked(&row[..n], forced);
-        order.truncate(count);
-        order
-    });
-    let mut candidates: Vec<usize> = best.collect();
+    let mut candidates = keep::ranked(&group_mass(unit), forced);
+    candidates.truncate(count);
     candidates.sort_unstable();
-    candidates.dedup();
     candidates
+}
+
+/// What all heads of the group say of each past block: the sum of their shares, head by head. A head that cannot be
+/// judged says nothing.
+fn group_mass(unit: &Unit) -> Vec<f32> {
+    let mut mass = vec![0.0; unit.past_blocks];
+    for row in unit.scores.chunks(unit.stride) {
+        for (sum, share) in mass.iter_mut().zip(row) {
+            *sum += if share.is_nan() { 0.0 } else { *share };
+        }
+    }
+    mass
 }
 
 #[cfg(test)]
@@ -64,22 +72,23 @@ mod tests {
         Settings { keep, two_level_factor: 2.0, ..settings(Selector::TwoLevel, block_size) }
     }
 
-    /// Best blocks of any head of the row's group by pooled mass, sink and last past block included.
+    /// Best blocks of the row's group by pooled mass, sink and last past block included.
     fn best(row: &Row, tokens: &[usize]) -> Vec<usize> {
         let n = row.past_blocks();
         let count = (n.div_ceil(4)).max(n.min(2));
         let group = row.paged.shape.group_size();
         let heads = row.head / group * group..(row.head / group + 1) * group;
-        let per_head = heads.flat_map(|head| {
+        let mut mass = vec![0.0; n];
+        for head in heads {
             let row = Row { head, ..*row };
-            let mut mass = row.mass(tokens, |i, j| row.pooled(i, j));
-            (mass[0], mass[n - 1]) = (2.0, 2.0);
-            let mut order: Vec<usize> = (0..n).collect();
-            order.sort_by(|&a, &b| mass[b].total_cmp(&mass[a]));
-            order.truncate(count);
-            order
-        });
-        per_head.collect()
+            let shares = row.mass(tokens, |i, j| row.pooled(i, j));
+            mass.iter_mut().zip(shares).for_each(|(sum, share)| *sum += share);
+        }
+        (mass[0], mass[n - 1]) = (f64::INFINITY, f64::INFINITY);
+        let mut order: Vec<usize> = (0..n).collect();
+        order.sort_by(|&a, &b| mass[b].total_cmp(&mass[a]));
+        order.truncate(count);
+        order
     }
 
     #[test]

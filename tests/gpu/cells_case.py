@@ -211,6 +211,8 @@ class Kernels:
             for name in names:
                 typed = "mass" not in name and "two_level" not in name
                 shared = 256 * (2 * head_dim + 16) if typed and "summaries" not in name else 0
+                if "two_level_candidates" in name:
+                    shared = 4 * (8192 // 32 + 8192)  # of the longest row that is held there
                 full = f"{name}_{NAMES[dtype]}" if typed else name
                 self.kernels[name.removeprefix("compactattn_")] = Kernel(cubins / f"{cubin}.cubin", full, shared)
 
@@ -262,7 +264,7 @@ class Kernels:
 
     def candidates(self, case: Case) -> None:
         """The blocks that two_level scores again."""
-        self.launch("two_level_candidates", (case.data.shape.kv_heads, case.max_spans), 1024, case.step)
+        self.launch("two_level_candidates", (case.data.shape.kv_heads, case.max_spans), 256, case.step)
 
     def score(self, case: Case, fill: str, mass: str = "cells_mass", x: int = 0) -> None:
         """Every tile of a selector: cells by each of `fill`, then the masses."""

@@ -106,15 +106,15 @@ def score_faults(case: Case, what: str) -> Iterator[str]:
 
 
 def candidate_faults(case: Case, s: int, kv_head: int, chosen: torch.Tensor) -> Iterator[str]:
-    """Candidates must be exactly those of the f32 scores they were ranked by (rust/select/keep.rs)."""
+    """Candidates must be exactly those of the f32 sums that they were ranked by (rust/select/two_level.rs)."""
     shape, n = case.data.shape, len(chosen)
     share = torch.tensor(shape.candidate_share, dtype=torch.float32).double().item()
     wanted = n if share >= 1 else min(n, math.ceil(share * n * (1 - 2**-23)))
-    want = set()
+    sums = torch.zeros(n, device="cuda")
     for head in range(kv_head * shape.group, (kv_head + 1) * shape.group):
-        scores = case.ranked[s, head, :n].tolist()
-        rank = [(not (j < 1 or n - j <= 1), -math.inf if math.isnan(x) else -x, j) for j, x in enumerate(scores)]
-        want |= {j for _, _, j in sorted(rank)[: max(wanted, min(n, 2))]}
+        sums += case.ranked[s, head, :n].nan_to_num(0.0)
+    rank = [(not (j < 1 or n - j <= 1), -x, j) for j, x in enumerate(sums.tolist())]
+    want = {j for _, _, j in sorted(rank)[: max(wanted, min(n, 2))]}
     got = set(chosen.nonzero().flatten().tolist())
     if got != want:
         yield f"span {s} head {kv_head}: candidates {sorted(got)[:9]}, not {sorted(want)[:9]}"

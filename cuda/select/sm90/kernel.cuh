@@ -6,6 +6,7 @@
 // sampled rows each and fold the products to one number a (row, block).
 #pragma once
 
+#include "../../ptx/grid.cuh"
 #include "../../ptx/wgmma.cuh"
 #include "share.cuh"
 
@@ -395,6 +396,7 @@ __device__ __forceinline__ void read_cells(const CUtensorMap& map, const Step& s
     }
     cutlass::arch::fence_barrier_init();
   }
+  ptx::wait_for_earlier();
   const Units<T, kListed> units{step, index};
   Share share = units.share(smem);
   Segment<kListed> segment;

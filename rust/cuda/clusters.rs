@@ -1,0 +1,67 @@
+//! select by clusters of CTAs (cuda/select/cluster.cuh): scores, and lists or candidates after them, in one launch, where
+//! the GPU has clusters and a span has one tile of sampled rows.
+
+use super::kernels::{Arg, Grid};
+use super::params::{Then, Wish};
+use super::select::Scoring;
+use super::shared::{self, MAX_ROW_BLOCKS};
+use crate::error::Result;
+use crate::types::Dtype;
+
+/// CTAs of a cluster, kCtas of cuda/select/cluster.cuh.
+const CTAS: u32 = 8;
+const THREADS: u32 = 256;
+
+impl Scoring<'_> {
+    /// Whether clusters score this step.
+    pub(super) fn by_clusters(&self) -> bool {
+        self.context.device().properties().has_clusters() && self.tiles() == 1
+    }
+
+    /// What follows the scores in the launch that makes them: the lists, where they are wanted and each is made of whole
+    /// rows of scores that a CTA can hold.
+    pub(super) fn then(&self) -> Then {
+        let fits = self.layout.max_blocks() <= MAX_ROW_BLOCKS;
+        if self.wants_lists && self.step.settings.keep_at_rows == 0 && fits {
+            Then::Lists
+        } else {
+            Then::Scores
+        }
+    }
+
+    /// Scores by mean keys; false, with nothing launched, where shared memory does not hold the tiles and a slice of
+    /// cells, and over e4m3 keys.
+    pub(super) fn pooled_lists(&self, then: Then) -> Result<bool> {
+        if self.layout.shape.kv_dtype == Dtype::E4m3 {
+            return Ok(false);
+        }
+        let name = self.of_dtype("compactattn_pooled_lists_bf16", "compactattn_pooled_lists_fp16");
+        let pitch = self.pitch();
+        let bytes = shared::pooled_lists(self.head_dim(), pitch);
+        self.cluster(name, bytes, Wish { then, pitch, listed: 0 })
+    }
+
+    /// Scores of cells in memory, with `listed` 0 for blocks that are no candidates; false, with nothing launched, where
+    /// shared memory does not hold a slice of them: read twice from L2 they cost more than two launches.
+    pub(super) fn cells_lists(&self, listed: bool) -> Result<bool> {
+        let keep = shared::keep(self.blocks(), self.step.layout.mask_words.cast_unsigned());
+        let pitch = self.pitch();
+        let bytes = shared::cells_lists(pitch).max(keep);
+        let wish = Wish { then: self.then(), pitch, listed: u32::from(listed) };
+        self.cluster("compactattn_cells_lists", bytes, wish)
+    }
+
+    /// Floats between a slice's rows of cells: rows of a product are stored to different banks.
+    fn pitch(&self) -> u32 {
+        self.blocks().div_ceil(CTAS).next_multiple_of(32) + 8
+    }
+
+    fn cluster(&self, name: &'static str, shared_bytes: u32, wish: Wish) -> Result<bool> {
+        if self.context.kernels().fits(name, shared_bytes).is_err() {
+            return Ok(false);
+        }
+        let grid = Grid { blocks: [CTAS, self.kv_heads(), self.selects()], threads: THREADS, shared_bytes };
+        self.launch(name, grid, &[Arg::of(self.step), Arg::of(&wish)])?;
+        Ok(true)
+    }
+}
