@@ -308,15 +308,7 @@ impl Unnamed {
         let [name, corrected] = names;
         let Tile { threads, shared_bytes, small_shared_bytes, ctas_per_sm } = self.tile;
         let map_tokens = self.map_tokens;
-        Kernel {
-            name,
-            corrected,
-            threads,
-            shared_bytes,
-            small_shared_bytes,
-            ctas_per_sm,
-            map_tokens,
-        }
+        Kernel { name, corrected, threads, shared_bytes, small_shared_bytes, ctas_per_sm, map_tokens }
     }
 }
 

@@ -133,7 +133,7 @@ class Means(ctypes.Structure):
 
 
 for _type, _bytes in (
-    (Batch, 136),
+    (Batch, 160),
     (Layout, 64),
     (Settings, 80),
     (Request, 16),
@@ -141,8 +141,8 @@ for _type, _bytes in (
     (Counters, 32),
     (WorkItem, 32),
     (Stages, 176),
-    (Step, 456),
-    (AttendParams, 272),
+    (Step, 480),
+    (AttendParams, 296),
     (Means, 72),
 ):
     assert ctypes.sizeof(_type) == _bytes, _type
