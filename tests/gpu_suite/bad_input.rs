@@ -21,7 +21,7 @@ use crate::common::case::{Case, Lens};
 use crate::common::rng::Rng;
 
 /// A change to a good call.
-type Spoil<'a> = dyn Fn(&mut compactattn_batch, &mut compactattn_forward_args) + 'a;
+pub(crate) type Spoil<'a> = dyn Fn(&mut compactattn_batch, &mut compactattn_forward_args) + 'a;
 
 pub(crate) fn run(device: &Device) -> bool {
     let mut right = said("68: a driver that is missing, or none at all", &drivers());
@@ -72,7 +72,7 @@ fn on_good_step(device: &Device, selector: Selector, body: impl FnOnce(&mut Step
 }
 
 /// out and lse of a call that ends in `want`; untouched if that is a refusal.
-fn results(step: &Step, want: status, spoil: &Spoil) -> Result<[Vec<u8>; 2], String> {
+pub(crate) fn results(step: &Step, want: status, spoil: &Spoil) -> Result<[Vec<u8>; 2], String> {
     step.poison_results();
     let poison = step.parts.whole.map(|part| step.memory.get(part));
     let got = step.forward_with(spoil);
@@ -253,7 +253,7 @@ fn same(got: &[Vec<u8>; 2], want: &[Vec<u8>; 2], what: &str) -> Done {
 }
 
 /// Every row of the request has seen nothing.
-fn blind(step: &Step, req: usize, [out, lse]: &[Vec<u8>; 2]) -> Done {
+pub(crate) fn blind(step: &Step, req: usize, [out, lse]: &[Vec<u8>; 2]) -> Done {
     let (case, size) = (step.case, step.case.shape.dtype.size_bytes());
     let lse: Vec<f32> = bytemuck::pod_collect_to_vec(lse);
     let tokens = case.cu_seqlens_q[req] as usize..case.cu_seqlens_q[req + 1] as usize;

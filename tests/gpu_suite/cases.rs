@@ -35,6 +35,17 @@ pub(crate) fn random(seed: u64, index: u64) -> Case {
     Case::with(&mut rng, shape, settings, &lens)
 }
 
+/// Two to six requests, as many as tests of isolation need, nothing split: so no result depends on the others.
+pub(crate) fn several(rng: &mut Rng) -> Case {
+    let shape = shape(rng);
+    let settings = settings(rng);
+    let count = rng.within(2, 6);
+    let each = 8_000_000 / count / (shape.num_q_heads * shape.head_dim);
+    let units = [shape.page_size, settings.block_size];
+    let lens: Vec<Lens> = (0..count).map(|_| one_lens(rng, units, each, true)).collect();
+    Case { splits: 1, ..Case::with(rng, shape, settings, &lens) }
+}
+
 /// The numbers of case `index`, and of what is done with it.
 pub(crate) fn rng(seed: u64, index: u64) -> Rng {
     Rng::new(seed.wrapping_mul(1_000_000_007).wrapping_add(index))
@@ -77,7 +88,7 @@ pub(crate) fn shape(rng: &mut Rng) -> Shape {
     }
 }
 
-fn settings(rng: &mut Rng) -> Settings {
+pub(crate) fn settings(rng: &mut Rng) -> Settings {
     let drawn = case::settings(rng);
     let selector = rng.pick(&SELECTORS);
     let by_token = matches!(selector, Selector::Dense | Selector::External) && rng.once_in(4);
