@@ -3,8 +3,6 @@
 //! Each case runs in a small pool first, judged by the oracle; then the same contents on pages of the large one: the
 //! same bits. On a CPU context the large pool is address space of which only the pages in use exist.
 
-use std::ffi::c_void;
-
 use compactattn::capi::*;
 use compactattn::settings::Selector;
 use compactattn::types::{Dtype, Shape};
@@ -84,7 +82,7 @@ fn on_large(device: &Device, step: &Step, rng: &mut Rng, large: &Large) -> Done 
 fn run_there(step: &Step, pool: &Pool, means: &Means, entries: u64) -> Result<[Vec<u8>; 2], String> {
     let place = |batch: &mut compactattn_batch| {
         (batch.k, batch.v) = (pool.tensor(false), pool.tensor(true));
-        batch.block_table.data = pointer(entries);
+        batch.block_table.data = pointer(entries).cast();
     };
     let summaries = means.summaries(step, pool.pages);
     if step.needs_summaries() {
@@ -257,5 +255,5 @@ fn moved_table(case: &Case, to: &[Option<usize>]) -> Vec<i32> {
 }
 
 fn pointer(address: u64) -> *mut u8 {
-    std::ptr::with_exposed_provenance_mut::<c_void>(address as usize).cast()
+    std::ptr::with_exposed_provenance_mut(address as usize)
 }

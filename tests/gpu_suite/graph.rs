@@ -150,6 +150,8 @@ impl<'a, 'd> Stepped<'a, 'd> {
 
     /// Puts the case's contents where the graph reads, replays, calls, compares; out.
     fn compare(&mut self, case: &Case) -> Result<Vec<u8>, String> {
+        // Unwatched replays leave exports behind.
+        self.step.poison_exports();
         let parts = self.step.parts;
         for (part, bytes) in [
             (parts.q, store_bytes(&case.q.store)),

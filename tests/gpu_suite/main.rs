@@ -23,6 +23,7 @@ mod counters;
 mod device;
 mod differential;
 mod driver;
+mod engine;
 mod exports;
 mod gate;
 mod graph;
@@ -33,7 +34,9 @@ mod perturb;
 mod repeats;
 mod reuse;
 mod rounds;
+mod rows;
 mod scenes;
+mod soak;
 mod stale;
 mod step;
 mod tables;
@@ -54,6 +57,7 @@ const USAGE: &str = "gpu_suite [PART] [OPTION VALUE]...
   tables            corrupted block tables, canary pages  --count --seed --case --seconds --apart 1
   big-pool          pools of more than 2^31 elements      --count 200 --seed --case --seconds
   reuse             pages another tenant has used         --count --seed --case --seconds
+  soak              an engine's life: arrivals, aborts, a full pool, modes    --seconds --count (steps) --seed
   stale             summaries kept while pages are used again     --count
   combine           two results merged, against f64       --count
   gate              selector attn_gate, its weights in every form  --count
@@ -80,13 +84,14 @@ struct Options {
 }
 
 /// Parts of [`USAGE`], in the order they run.
-const PARTS: [&str; 15] = [
+const PARTS: [&str; 16] = [
     "differential",
     "laws",
     "metamorphic",
     "tables",
     "reuse",
     "big-pool",
+    "soak",
     "stale",
     "combine",
     "gate",
@@ -166,6 +171,7 @@ fn run_part(device: &Device, options: &Options, part: &'static str, quick: bool)
         "tables" => tables::run(device, &options.rounds(part, quick)),
         "reuse" => reuse::run(device, &options.rounds(part, quick)),
         "big-pool" => big_pool::run(device, &options.rounds(part, quick)),
+        "soak" => soak::run(device, &options.rounds(part, quick)),
         "perturb" => perturb::run(device, few(options.count), options.seed),
         "stale" => stale::run(device, few(options.count)),
         "combine" => combine::run(device, few(options.count.min(200)), Packing::Together),
@@ -189,7 +195,11 @@ fn run_part(device: &Device, options: &Options, part: &'static str, quick: bool)
 
 impl Options {
     fn rounds(&self, part: &'static str, quick: bool) -> Rounds {
-        let few = if part == "metamorphic" { 4 } else { 40 };
+        let few = match part {
+            "metamorphic" => 4,
+            "soak" => 400,
+            _ => 40,
+        };
         Rounds {
             part,
             seed: self.seed,
