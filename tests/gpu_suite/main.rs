@@ -16,6 +16,7 @@ mod bad_input;
 mod big_pool;
 mod cases;
 mod check;
+mod classes;
 mod combine;
 #[path = "../common/mod.rs"]
 mod common;
@@ -37,6 +38,7 @@ mod rounds;
 mod rows;
 mod scenes;
 mod soak;
+mod spoils;
 mod stale;
 mod step;
 mod tables;
@@ -66,7 +68,8 @@ const USAGE: &str = "gpu_suite [PART] [OPTION VALUE]...
   perturb           bits over repeats beside a hog of bandwidth    --count 1000 --seed
   graph             replays against eager calls           --replays 1000
   counters          no synchronisation, no allocation     (FAKE_CUDA=forward COMPACTATTN_LIBCUDA=libcounting_driver.so)
-  bad-input         what must be refused, and how
+  classes           the table of bad inputs, class by class  --count --seed --case --seconds
+  bad-input         what must be refused with a GPU at hand, and how
   quick             a little of each (the default)
  --device cpu runs a part on the CPU context; --seconds S starts no case after S seconds.";
 
@@ -84,7 +87,7 @@ struct Options {
 }
 
 /// Parts of [`USAGE`], in the order they run.
-const PARTS: [&str; 16] = [
+const PARTS: [&str; 17] = [
     "differential",
     "laws",
     "metamorphic",
@@ -100,6 +103,7 @@ const PARTS: [&str; 16] = [
     "perturb",
     "graph",
     "counters",
+    "classes",
     "bad-input",
 ];
 
@@ -172,6 +176,7 @@ fn run_part(device: &Device, options: &Options, part: &'static str, quick: bool)
         "reuse" => reuse::run(device, &options.rounds(part, quick)),
         "big-pool" => big_pool::run(device, &options.rounds(part, quick)),
         "soak" => soak::run(device, &options.rounds(part, quick)),
+        "classes" => classes::run(device, &options.rounds(part, quick)),
         "perturb" => perturb::run(device, few(options.count), options.seed),
         "stale" => stale::run(device, few(options.count)),
         "combine" => combine::run(device, few(options.count.min(200)), Packing::Together),
