@@ -3,15 +3,17 @@
 //!
 //! A process loads one driver once, so each fault gets a child. Faults of the driver need a build with kernels
 //! (`make faults`); without one they are said to be left out. Elsewhere: 3 to 6, drivers and GPUs that cannot serve, in
-//! tests/cuda_host.rs; 12, forks, in tests/capi_bad_handles.rs; 13, panics, in rust/capi/guard.rs and below; 17 and 18,
-//! the engines' hooks, in tests/python and tests/vllm. There is no log sink that could panic (14).
+//! tests/cuda_host.rs; 12, forks, in tests/capi_bad_handles.rs; 13, panics, in rust/capi/guard.rs and below. There is
+//! no log sink that could panic (14). 17 and 18, an engine's hooks, are not injected.
 
+mod capi_world;
 mod gpu_world;
 
 use std::io::Read;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use capi_world::{Q, World};
 use compactattn::capi::{compactattn_status as status, *};
 use gpu_world::*;
 
@@ -163,6 +165,37 @@ fn a_process_ends_when_it_is_told_to() {
 fn contexts_and_plans_come_and_go_on_eight_threads() {
     let said = child(&compile("threads"), "come_and_go", &[]);
     assert_eq!(of(&said, "end"), "OK", "{said:?}");
+}
+
+/// 22: NaN in one row of q stays in that row under dense lists; under others, where it may keep more blocks for whoever
+/// shares its list, it stays in its request.
+#[test]
+fn a_row_of_nan_stays_where_it_is() {
+    let mut dense = 0;
+    for seed in 0..100 {
+        let (clean, mut spoiled) = (World::random(seed), World::random(seed));
+        let heads = spoiled.desc.num_q_heads as usize;
+        let row = spoiled.memory[Q].len() / heads / spoiled.reqs.iter().map(|r| r.0 as usize).sum::<usize>();
+        let token = spoiled.rng.range(0, spoiled.reqs[0].0) as usize;
+        let head = spoiled.rng.range(0, heads as i32) as usize;
+        let at = (token * heads + head) * row;
+        // All bits set is a NaN in each of the three types.
+        spoiled.memory[Q].bytes_mut()[at..at + row].fill(0xFF);
+        let [clean_out, _] = clean.results();
+        let [out, lse] = spoiled.results();
+        let [values, _] = spoiled.floats(&[out[at..at + row].to_vec(), lse]);
+        assert!(values.iter().all(|x| x.is_nan()), "seed {seed}: the row hides that it was NaN");
+        let only_dense = spoiled.settings.selector == compactattn_selector::COMPACTATTN_SELECTOR_DENSE as i32;
+        let mine = if only_dense { at..at + row } else { 0..spoiled.reqs[0].0 as usize * heads * row };
+        assert!(
+            out[..mine.start] == clean_out[..mine.start] && out[mine.end..] == clean_out[mine.end..],
+            "seed {seed}"
+        );
+        dense += usize::from(only_dense);
+        clean.close();
+        spoiled.close();
+    }
+    assert!(dense > 5, "{dense}");
 }
 
 /// 13: a panic stops at the border, so every exported function that can fail stands behind it.
