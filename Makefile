@@ -4,6 +4,7 @@ CARGO ?= cargo
 PYTHON ?= python3
 PREFIX ?= /usr/local
 BUILD := build
+TARGET := $(or $(CARGO_TARGET_DIR),target)
 VENV := $(BUILD)/venv
 HF_VENV := $(BUILD)/venv-hf
 # What is large and never changes lies outside the tree, and outlives it.
@@ -18,6 +19,7 @@ SOVERSION := $(firstword $(subst ., ,$(VERSION)))
 HF_VERSIONS := 5.17.0 5.23.0
 # The newest SGLang, and the last on torch 2.11.
 SGLANG_VERSIONS := 0.5.17 0.5.23
+PYTHON_SOURCES := python_plugin packaging docs tests/python tests/package tests/vllm tests/sglang tests/gpu tests/bench tests/supply
 SMOLLM2 := $(CACHE)/models/SmolLM2-135M-Instruct.Q4_1.gguf
 TRACE ?=
 
@@ -28,7 +30,7 @@ COMPACTATTN_CUDA := $(if $(wildcard /dev/nvidia0)$(shell command -v nvidia-smi 2
 endif
 export COMPACTATTN_CUDA
 
-.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize gates classes tables reuse metamorphic big-pool soak perturb faults fuzz fuzz-coverage supply audit lint format header install clean
+.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize gates classes tables reuse metamorphic big-pool soak perturb faults fuzz fuzz-coverage supply audit lint format header install dist test-dist docs clean
 
 # The main job: chunked prefill over real tensors. TRACE=FILE runs another trace.
 demo: toolkit
@@ -38,12 +40,14 @@ demo: toolkit
 test: test-rust test-cpp test-python
 
 # The library with its GPU kernels, what their machine code must hold, and their arithmetic on the host; needs no GPU.
-kernels: export COMPACTATTN_CUDA = require
+kernels dist: export COMPACTATTN_CUDA = require
+# One word for both, or cargo takes the second for another build.
+kernels dist: export COMPACTATTN_PYTHON = $(PYTHON)
 kernels: toolkit
 	mkdir -p $(BUILD)
 	$(CARGO) build --release --locked --features cli --message-format=json-render-diagnostics > $(BUILD)/kernels.json
 	$(PYTHON) tests/gpu/check_sass.py $(BUILD)/kernels.json
-	for name in lists turns; do \
+	for name in lists turns order; do \
 	  c++ -O2 -std=c++17 -ffp-contract=off -D__host__= -D__device__= -o $(BUILD)/$${name}_host tests/gpu/$${name}_host.cpp && \
 	  $(BUILD)/$${name}_host || exit 1; done
 
@@ -51,10 +55,14 @@ kernels: toolkit
 toolkit:
 	@test "$$COMPACTATTN_CUDA" = off || cuda/toolkit.sh --if-missing >/dev/null || test "$$COMPACTATTN_CUDA" = auto
 
-# The bridge goes alone: under its feature the library exports C++ symbols that the C ABI's tests refuse.
+# The bridge goes alone: under its feature the library exports C++ symbols that the C ABI's tests refuse. Last, the README's
+# Rust as it is written there.
 test-rust: toolkit
 	$(CARGO) test --locked --features cli
 	$(CARGO) test --locked --features cxx --lib bridge
+	$(CARGO) build --locked --lib
+	rustdoc --test README.md --edition 2024 -L dependency=$(TARGET)/debug/deps \
+	    --extern compactattn=$(TARGET)/debug/deps/libcompactattn.rlib
 
 # The installed package, as a stranger's CMake project sees it: shared, static, pkg-config.
 test-cpp: $(VENV)/ready toolkit
@@ -65,12 +73,15 @@ test-python: $(VENV)/ready toolkit
 	$(VENV)/bin/pip install -q --no-deps --force-reinstall .
 	$(VENV)/bin/pytest -q tests/python
 
-# The transformers backend on tiny models, CPU. The registry's torch brings CUDA along: 2.6 GB to fetch, once.
-test-hf: $(HF_VENV)/ready toolkit
+# The transformers backend on tiny models, CPU, and on SmolLM2's own weights with the newest version. The registry's torch
+# brings CUDA along: 2.6 GB to fetch, once; the model is 94 MB. One thread each, as two wait for each other on busy cores.
+test-hf: export OMP_NUM_THREADS = 1
+test-hf: $(HF_VENV)/ready toolkit $(SMOLLM2)
 	$(HF_VENV)/bin/pip install -q --no-deps --force-reinstall .
 	for version in $(HF_VERSIONS); do \
 	    $(HF_VENV)/bin/pip install -q transformers==$$version && $(HF_VENV)/bin/pytest -q tests/python/test_hf.py || exit 1; \
 	done
+	SMOLLM2_GGUF="$(SMOLLM2)" $(HF_VENV)/bin/pytest -q --durations=2 tests/python/test_smollm2.py
 
 # The backend in a real vLLM on the CPU, with a tiny random model. Not part of `make test`: the engine is 2.7 GB to fetch
 # and 6 GB in an environment of its own, which lies in the cache folder, and its four starts take most of the time.
@@ -188,15 +199,15 @@ lint: $(VENV)/ready
 	$(CARGO) clippy --locked --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features
 	git ls-files '*.c' '*.cpp' '*.h' '*.hpp' '*.cu' '*.cuh' ':!include/compactattn.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
-	$(VENV)/bin/ruff check python_plugin tests/python tests/vllm tests/sglang tests/gpu tests/bench tests/supply
-	$(VENV)/bin/ruff format --check python_plugin tests/python tests/vllm tests/sglang tests/gpu tests/bench tests/supply
+	$(VENV)/bin/ruff check $(PYTHON_SOURCES)
+	$(VENV)/bin/ruff format --check $(PYTHON_SOURCES)
 	$(VENV)/bin/mypy --strict python_plugin/compactattn
 
 format: $(VENV)/ready
 	$(CARGO) fmt
 	$(CARGO) fmt --manifest-path examples/candle/Cargo.toml
 	git ls-files '*.c' '*.cpp' '*.h' '*.hpp' '*.cu' '*.cuh' ':!include/compactattn.h' | xargs $(VENV)/bin/clang-format -i
-	$(VENV)/bin/ruff format python_plugin tests/python tests/vllm tests/sglang tests/gpu tests/bench tests/supply
+	$(VENV)/bin/ruff format $(PYTHON_SOURCES)
 
 # Rewrites include/compactattn.h from rust/capi.
 header:
@@ -204,7 +215,7 @@ header:
 
 # Header, shared library with its SONAME, static library, pkg-config and CMake files below PREFIX (and DESTDIR).
 install:
-	$(CARGO) build --release --locked --lib
+	$(CARGO) build --release --locked --lib $(FEATURES)
 	install -d "$(DESTDIR)$(PREFIX)/include/compactattn" "$(DESTDIR)$(PREFIX)/lib/pkgconfig" "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn"
 	install -m 644 include/compactattn.h cpp_shim/include/compactattn.hpp "$(DESTDIR)$(PREFIX)/include/"
 	install -m 644 $(addprefix cpp_shim/include/compactattn/,status.hpp tensor.hpp) "$(DESTDIR)$(PREFIX)/include/compactattn/"
@@ -215,6 +226,21 @@ install:
 	sed -e 's|@VERSION@|$(VERSION)|' cpp_shim/compactattn.pc.in > "$(DESTDIR)$(PREFIX)/lib/pkgconfig/compactattn.pc"
 	sed -e 's|@VERSION@|$(VERSION)|' cpp_shim/cmake/compactattnConfigVersion.cmake.in > "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn/compactattnConfigVersion.cmake"
 	install -m 644 cpp_shim/cmake/compactattnConfig.cmake "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn/"
+
+# The site of docs/, with the C ABI's page made of the header, in build/site; a broken link is an error.
+docs: $(VENV)/ready
+	$(VENV)/bin/pip install -q -r docs/requirements.txt
+	rm -rf $(BUILD)/docs && mkdir -p $(BUILD) && cp -r docs $(BUILD)/docs
+	$(PYTHON) docs/abi.py include/compactattn.h > $(BUILD)/docs/abi.md
+	$(VENV)/bin/mkdocs build -q --strict
+
+# All that a release consists of, in build/dist: wheel, sdist, crate, C package, list of kernel images, checksums.
+dist: $(VENV)/ready toolkit
+	PYTHON="$(abspath $(VENV))/bin/python" CARGO="$(CARGO)" packaging/dist.sh "$(BUILD)/dist"
+
+# What is in those files, and the wheel at work in a fresh environment without a compiler.
+test-dist: $(VENV)/ready
+	$(VENV)/bin/pytest -q tests/package --dist "$(abspath $(BUILD)/dist)"
 
 # Tools that tests and lints use, pinned, in a virtual environment of the tree's own.
 $(VENV)/ready: tests/requirements.txt

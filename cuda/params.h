@@ -9,6 +9,11 @@ namespace compactattn {
 
 // ---- one step, as the engine describes it ----
 
+// An element of an e4m3 cache.
+struct E4m3 {
+  uint8_t code;
+};
+
 // Request r owns queries cu_seqlens_q[r] .. cu_seqlens_q[r + 1], the last of its seq_lens[r] KV
 // tokens (bottom-right causal). Lengths and tables are device memory and may change between replays
 // of a graph; extents may not.
@@ -32,8 +37,13 @@ struct Batch {
   int32_t num_reqs;
   int32_t total_q;
   int32_t num_pages;
+  const float* k_scale;  // of an e4m3 pool: what stored keys are multiplied by, one or one for each
+                         // KV head; null: 1
+  const float* v_scale;  // as k_scale, of values
+  int32_t k_scale_stride;  // from a KV head's to the next; 0: one for all
+  int32_t v_scale_stride;
 };
-static_assert(sizeof(Batch) == 136, "host code writes this layout");
+static_assert(sizeof(Batch) == 160, "host code writes this layout");
 
 // How a layer cuts a step. Rows of scores and bits are laid out by the maxima.
 struct Layout {
@@ -153,21 +163,18 @@ struct WorkItem {
 };
 static_assert(sizeof(WorkItem) == 32, "");
 
-// Where the shares of two CTAs of attend meet: `tiles` of `item` are done before the cut, counted
-// from the stream's end. 0 <= tiles < tiles of the item; the last cut is {num_items, 0}.
-struct Cut {
-  int32_t item;
-  int32_t tiles;
-};
-
-// One walk of one CTA of attend: tiles of an item, from the tile before `end` down to `begin`.
+// One walk of one CTA of attend: tiles of an item, from the tile before `end` down to `begin`. An
+// item's parts are done by as many CTAs one after the other, its last tiles by the first of them.
 struct Piece {
   int32_t item;
   int32_t begin;
   int32_t end;
-  int32_t slot;  // of the partial results; -1: the piece is the whole item
+  int16_t part;
+  int16_t parts;  // 1: the piece is the whole item
 };
 static_assert(sizeof(Piece) == 16, "");
+
+constexpr int32_t kArrivals = 8;  // that are counted where two CTAs' shares meet: of 16 rows each
 
 // Buffers of one call, all but summaries and stats in its workspace.
 struct Stages {
@@ -185,7 +192,7 @@ struct Stages {
   int32_t* stream_lens;   // [list rows] KV tokens of those boxes; the last may be partial
   int32_t* boxes;         // [list rows, max_boxes], entry = page * boxes_per_page + part
   WorkItem* items;        // [max_items]
-  Cut* cuts;              // [num_ctas + 1]
+  int32_t* arrivals;      // [num_ctas + 1, kArrivals] 0 at first: parts that have met before a CTA
   Piece* pieces;          // [max_items + num_ctas], CTA by CTA
   int32_t* piece_starts;  // [num_ctas + 1] where a CTA's pieces start
   int32_t* costs;         // [max_items + 1], scratch of plan
@@ -209,7 +216,7 @@ struct Step {
   Settings settings;
   Stages stages;
 };
-static_assert(sizeof(Step) == 456, "host code writes this layout");
+static_assert(sizeof(Step) == 480, "host code writes this layout");
 
 // ---- attend and combine ----
 
@@ -219,7 +226,7 @@ struct Work {
   const Piece* pieces;
   const int32_t* piece_starts;  // [num_ctas + 1]
   const int32_t* boxes;         // [rows, max_boxes]
-  const Cut* cuts;              // [num_ctas + 1]
+  int32_t* arrivals;            // [num_ctas + 1, kArrivals]
   int32_t num_ctas;
   int32_t max_boxes;
   int32_t heads_per_list;
@@ -231,7 +238,8 @@ static_assert(sizeof(Work) == 56, "host code writes this layout");
 struct Results {
   void* out;           // [total_q, num_q_heads, head_dim] by the strides below
   float* lse;          // [total_q, num_q_heads] by the strides below, natural log; may be null
-  float* partial_out;  // [2 * num_ctas, 128, head_dim], each piece divided by its own sum
+  float* partial_out;  // [2 * num_ctas, 128 * head_dim], each part divided by its own sum, in the
+                       // order of a warp's accumulators (cuda/combine/meet.cuh)
   float* partial_lse;  // [2 * num_ctas, 128]
   int64_t out_token_stride;
   int64_t out_head_stride;
@@ -251,6 +259,6 @@ struct AttendParams {
   float sm_scale;  // on q . k, before softmax
   int32_t reserved;
 };
-static_assert(sizeof(AttendParams) == 272, "host code writes this layout");
+static_assert(sizeof(AttendParams) == 296, "host code writes this layout");
 
 }  // namespace compactattn

@@ -119,6 +119,9 @@ enum compactattn_dtype
   COMPACTATTN_DTYPE_I32 = 4,
   // 32-bit words: bit masks.
   COMPACTATTN_DTYPE_U32 = 5,
+  // 8-bit floats of 4 exponent and 3 mantissa bits, bias 7, finite but for one NaN of each sign ("e4m3fn"): k and v
+  // only.
+  COMPACTATTN_DTYPE_E4M3 = 6,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -356,7 +359,7 @@ typedef struct compactattn_plan_desc {
   int32_t page_size;
   // Type of q and out: bf16, f16 or (CPU) f32.
   int32_t dtype;
-  // Type of the KV cache; 0 = dtype. No other type is offered yet.
+  // Type of the KV cache: dtype, or e4m3 (CUDA: head_dim 64 or 128); 0 = dtype.
   int32_t kv_dtype;
   // Factor on q.k before the exponential; 0 = 1/sqrt(head_dim).
   float sm_scale;
@@ -502,6 +505,11 @@ typedef struct compactattn_batch {
   void *workspace;
   // Bytes of workspace.
   int64_t workspace_bytes;
+  // Of an e4m3 cache: what stored keys are multiplied by, [1] or [num_kv_heads] f32, finite and > 0; none = 1. In the
+  // context's memory, read when the step runs: of a CUDA context on the device, where values are not checked.
+  struct compactattn_tensor k_scale;
+  // As k_scale, of values.
+  struct compactattn_tensor v_scale;
 } compactattn_batch;
 
 // Mean key (and value) of every whole block, kept by the caller beside the pool.

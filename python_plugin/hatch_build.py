@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,7 @@ class CargoHook(BuildHookInterface[Any]):
         built = self._cargo()
         library, tool = built / "libcompactattn.so", built / "compactattn"
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{_platform()}"
+        build_data["tag"] = f"py3-none-{_platform(library, tool)}"
         build_data["shared_scripts"][str(tool)] = "compactattn"
         if version == "editable":
             # An editable install is imported from the source tree.
@@ -87,5 +88,8 @@ def _stripped(built: Path, into: Path) -> Path:
     return into
 
 
-def _platform() -> str:
-    return sysconfig.get_platform().replace("-", "_").replace(".", "_")
+def _platform(*files: Path) -> str:
+    """The oldest glibc that serves all files, as PEP 600 writes it; without glibc, this machine's own name."""
+    needed = [int(minor) for file in files for minor in re.findall(rb"\0GLIBC_2\.(\d+)(?=[\0.])", file.read_bytes())]
+    machine = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    return machine.replace("linux", f"manylinux_2_{max(needed)}") if needed else machine

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result, Status};
 use crate::tensor::{Pool, Tokens};
-use crate::types::Shape;
+use crate::types::{Dtype, Shape};
 
 /// The engine's logical → physical map: `[num_reqs, >= pages]` int32, garbage allowed after a row's valid prefix.
 #[derive(Clone, Copy, Debug)]
@@ -277,7 +277,7 @@ pub(crate) fn extent(name: &str, dims: &[(usize, usize)], head_dim: usize) -> Re
 fn check_tokens(name: &str, shape: &Shape, x: &Tokens, total_q: usize) -> Result<()> {
     let needed =
         extent(name, &[(total_q, x.stride_token), (shape.num_q_heads, x.stride_head)], shape.head_dim)?;
-    check_elements(name, shape, x.elements.dtype(), (x.elements.len(), needed))
+    check_elements(name, shape.dtype, x.elements.dtype(), (x.elements.len(), needed))
 }
 
 fn check_pool(name: &str, shape: &Shape, x: &Pool) -> Result<()> {
@@ -287,17 +287,32 @@ fn check_pool(name: &str, shape: &Shape, x: &Pool) -> Result<()> {
         (shape.num_kv_heads, x.stride_head),
     ];
     let needed = extent(name, &dims, shape.head_dim)?;
-    check_elements(name, shape, x.elements.dtype(), (x.elements.len(), needed))
+    check_elements(name, shape.kv_dtype, x.elements.dtype(), (x.elements.len(), needed))?;
+    check_scales(&format!("{name}_scale"), shape, x.scales)
 }
 
-fn check_elements(
-    name: &str,
-    shape: &Shape,
-    dtype: crate::types::Dtype,
-    (len, needed): (usize, usize),
-) -> Result<()> {
-    if dtype != shape.dtype {
-        return Err(Error::new(Status::Dtype, name, shape.dtype.name(), dtype.name()));
+/// None, one or one for each KV head, and those of an e4m3 pool only; each finite and above 0.
+fn check_scales(name: &str, shape: &Shape, scales: &[f32]) -> Result<()> {
+    if scales.is_empty() {
+        return Ok(());
+    }
+    if shape.kv_dtype != Dtype::E4m3 {
+        let wanted = format!("none, for a KV cache of {}", shape.kv_dtype.name());
+        return Err(Error::new(Status::Dtype, name, wanted, format!("{} of them", scales.len())));
+    }
+    if scales.len() != 1 && scales.len() != shape.num_kv_heads {
+        let wanted = format!("1 or {} (num_kv_heads) of them", shape.num_kv_heads);
+        return Err(Error::new(Status::Shape, name, wanted, scales.len()));
+    }
+    match scales.iter().position(|&x| !(x.is_finite() && x > 0.0)) {
+        None => Ok(()),
+        Some(i) => Err(Error::new(Status::Value, format!("{name}[{i}]"), "finite and > 0", scales[i])),
+    }
+}
+
+fn check_elements(name: &str, wanted: Dtype, dtype: Dtype, (len, needed): (usize, usize)) -> Result<()> {
+    if dtype != wanted {
+        return Err(Error::new(Status::Dtype, name, wanted.name(), dtype.name()));
     }
     if len < needed {
         return Err(Error::new(Status::Shape, name, format!("storage of {needed} elements"), len));
@@ -309,7 +324,6 @@ fn check_elements(
 mod tests {
     use super::*;
     use crate::fixture::{Paged, shape};
-    use crate::types::Dtype;
 
     fn paged() -> Paged {
         Paged::random(2, shape(2, 2, 64, 16, Dtype::Bf16), &[(5, 40), (0, 3), (7, 2)])
@@ -341,6 +355,31 @@ mod tests {
             assert_eq!(error.status(), status, "{error}");
             assert!(error.to_string().contains(name), "{error}");
         }
+    }
+
+    #[test]
+    fn scales_that_cannot_be_meant_are_refused_by_name() {
+        let shape = Shape { kv_dtype: Dtype::E4m3, ..shape(2, 2, 64, 16, Dtype::Bf16) };
+        let cases: [(&[f32], Status, &str); 4] = [
+            (&[1.0; 3], Status::Shape, "k_scale: wanted 1 or 2"),
+            (&[1.0, 0.0], Status::Value, "k_scale[1]"),
+            (&[f32::NAN], Status::Value, "k_scale[0]"),
+            (&[f32::INFINITY], Status::Value, "k_scale[0]"),
+        ];
+        let paged = Paged::random(2, shape, &[(5, 40)]);
+        for (scales, status, name) in cases {
+            let mut parts = paged.parts();
+            parts.k.scales = scales;
+            let error = Batch::new(shape, parts).unwrap_err();
+            assert_eq!(error.status(), status, "{error}");
+            assert!(error.to_string().contains(name), "{error}");
+        }
+        let plain = self::paged();
+        let mut parts = plain.parts();
+        parts.v.scales = &[2.0];
+        let error = Batch::new(plain.shape, parts).unwrap_err();
+        assert_eq!(error.status(), Status::Dtype);
+        assert!(error.to_string().contains("v_scale"), "{error}");
     }
 
     #[test]

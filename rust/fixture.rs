@@ -7,6 +7,7 @@
 use half::{bf16, f16};
 
 use crate::batch::{Batch, BatchParts, BlockTable};
+use crate::e4m3;
 use crate::mask;
 use crate::plan::{Layout, Limits};
 use crate::settings::Settings;
@@ -23,7 +24,13 @@ pub(crate) fn shape(
     dtype: Dtype,
 ) -> Shape {
     let sm_scale = 1.0 / (head_dim as f32).sqrt();
-    Shape { num_q_heads: num_kv_heads * group_size, num_kv_heads, head_dim, page_size, dtype, sm_scale }
+    let num_q_heads = num_kv_heads * group_size;
+    Shape { num_q_heads, num_kv_heads, head_dim, page_size, dtype, kv_dtype: dtype, sm_scale }
+}
+
+/// The same with an e4m3 cache.
+pub(crate) fn over_e4m3(shape: Shape) -> Shape {
+    Shape { kv_dtype: Dtype::E4m3, ..shape }
 }
 
 /// A small generator (splitmix64): the same seed gives the same tests everywhere.
@@ -74,12 +81,32 @@ impl Request {
     /// Normal q, k and v.
     pub(crate) fn random(seed: u64, shape: &Shape, q_len: usize, kv_len: usize) -> Self {
         let mut rng = Rng::new(seed);
-        let mut values =
-            |n: usize| (0..n * shape.head_dim).map(|_| round(shape.dtype, rng.normal())).collect();
-        let q = values(q_len * shape.num_q_heads);
-        let k = values(kv_len * shape.num_kv_heads);
-        Self { q, k, v: values(kv_len * shape.num_kv_heads) }
+        let mut values = |dtype, n: usize| -> Vec<f32> {
+            (0..n * shape.head_dim).map(|_| round(dtype, rng.normal())).collect()
+        };
+        let q = values(shape.dtype, q_len * shape.num_q_heads);
+        let mut cached = |scales: &[f32]| -> Vec<f32> {
+            let stored = values(shape.kv_dtype, kv_len * shape.num_kv_heads);
+            let scale = |i: usize| scale_of(scales, i / shape.head_dim % shape.num_kv_heads);
+            stored.iter().enumerate().map(|(i, x)| x * scale(i)).collect()
+        };
+        let k = cached(k_scales(shape));
+        Self { q, k, v: cached(v_scales(shape)) }
     }
+}
+
+/// One for each KV head of an e4m3 cache; no powers of two, so that a forgotten or doubled one shows.
+pub(crate) fn k_scales(shape: &Shape) -> &'static [f32] {
+    if shape.kv_dtype == Dtype::E4m3 { &[0.7, 1.9, 0.3, 1.1][..shape.num_kv_heads] } else { &[] }
+}
+
+/// One for all.
+pub(crate) fn v_scales(shape: &Shape) -> &'static [f32] {
+    if shape.kv_dtype == Dtype::E4m3 { &[1.3] } else { &[] }
+}
+
+fn scale_of(scales: &[f32], head: usize) -> f32 {
+    scales.get(head).or(scales.first()).copied().unwrap_or(1.0)
 }
 
 /// `x` as `dtype` holds it.
@@ -87,6 +114,7 @@ pub(crate) fn round(dtype: Dtype, x: f32) -> f32 {
     match dtype {
         Dtype::Bf16 => bf16::from_f32(x).to_f32(),
         Dtype::F16 => f16::from_f32(x).to_f32(),
+        Dtype::E4m3 => e4m3::decode(e4m3::encode(x)),
         _ => x,
     }
 }
@@ -100,6 +128,8 @@ pub(crate) enum Store {
     F16(Vec<f16>),
     /// IEEE single.
     F32(Vec<f32>),
+    /// e4m3.
+    E4m3(Vec<u8>),
 }
 
 impl Store {
@@ -108,6 +138,7 @@ impl Store {
         match dtype {
             Dtype::Bf16 => Self::Bf16(vec![bf16::NAN; len]),
             Dtype::F16 => Self::F16(vec![f16::NAN; len]),
+            Dtype::E4m3 => Self::E4m3(vec![e4m3::NAN; len]),
             _ => Self::F32(vec![f32::NAN; len]),
         }
     }
@@ -117,6 +148,7 @@ impl Store {
             Self::Bf16(x) => Elements::Bf16(x),
             Self::F16(x) => Elements::F16(x),
             Self::F32(x) => Elements::F32(x),
+            Self::E4m3(x) => Elements::E4m3(x),
         }
     }
 
@@ -125,6 +157,17 @@ impl Store {
             Self::Bf16(x) => ElementsMut::Bf16(x),
             Self::F16(x) => ElementsMut::F16(x),
             Self::F32(x) => ElementsMut::F32(x),
+            Self::E4m3(_) => unreachable!("no result is e4m3"),
+        }
+    }
+
+    /// Rounds `values` into the elements from `offset` on.
+    fn put(&mut self, offset: usize, values: impl ExactSizeIterator<Item = f32>) {
+        match self {
+            Self::E4m3(x) => {
+                x[offset..].iter_mut().zip(values).for_each(|(x, value)| *x = e4m3::encode(value));
+            }
+            _ => self.view_mut().store(offset, &values.collect::<Vec<_>>()),
         }
     }
 
@@ -167,7 +210,7 @@ impl Paged {
         let num_pages = requests.iter().map(pages).sum::<usize>() + 3;
         let width = requests.iter().map(pages).max().unwrap_or(0) + 2;
         let total_q: usize = requests.iter().map(|r| r.q_len(&shape)).sum();
-        let pool = Store::dirty(shape.dtype, num_pages * stride_page(&shape));
+        let pool = Store::dirty(shape.kv_dtype, num_pages * stride_page(&shape));
         let mut paged = Self {
             shape,
             q: Store::dirty(shape.dtype, total_q * stride_q(&shape)),
@@ -194,10 +237,15 @@ impl Paged {
         for (i, token) in request.q.chunks(num_q_heads * head_dim).enumerate() {
             self.q.view_mut().store((first + i) * stride_q(&self.shape), token);
         }
-        for (pool, values) in [(&mut self.k, &request.k), (&mut self.v, &request.v)] {
+        let (k_scales, v_scales) = (k_scales(&self.shape), v_scales(&self.shape));
+        for (pool, values, scales) in
+            [(&mut self.k, &request.k, k_scales), (&mut self.v, &request.v, v_scales)]
+        {
             for (i, token) in values.chunks(num_kv_heads * head_dim).enumerate() {
                 let slot = pages[i / page_size] * stride_page(&self.shape);
-                pool.view_mut().store(slot + i % page_size * stride_kv(&self.shape), token);
+                let stored =
+                    token.iter().enumerate().map(|(x, value)| value / scale_of(scales, x / head_dim));
+                pool.put(slot + i % page_size * stride_kv(&self.shape), stored);
             }
         }
         let garbage = [-1, i32::MAX, i32::MIN].into_iter().cycle();
@@ -226,6 +274,7 @@ impl Paged {
     pub(crate) fn parts(&self) -> BatchParts<'_> {
         let shape = &self.shape;
         let k = Pool {
+            scales: k_scales(shape),
             elements: self.k.view(),
             num_pages: self.num_pages,
             stride_page: stride_page(shape),
@@ -237,7 +286,7 @@ impl Paged {
         BatchParts {
             q,
             k,
-            v: Pool { elements: self.v.view(), ..k },
+            v: Pool { elements: self.v.view(), scales: v_scales(shape), ..k },
             cu_seqlens_q: &self.cu_seqlens_q,
             seq_lens: &self.seq_lens,
             block_table: BlockTable { entries: &self.block_table, stride_row: self.width, width: self.width },

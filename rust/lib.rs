@@ -21,6 +21,7 @@ pub mod config;
 pub mod config_file;
 #[allow(unsafe_code)]
 pub mod cuda;
+pub mod e4m3;
 pub mod error;
 pub mod export;
 #[cfg(test)]

@@ -270,7 +270,9 @@ impl Plan {
     fn attend_lists(&self, input: &Input, buffers: &mut Buffers, output: &mut Output) -> Result<()> {
         let Input { layout, batch, summaries, .. } = *input;
         let Buffers { lists, counts, stream_lens, boxes, .. } = buffers;
-        table::build(layout, batch, lists, &mut TableMut { counts, stream_lens, boxes });
+        tracing::trace_span!("table").in_scope(|| {
+            table::build(layout, batch, lists, &mut TableMut { counts, stream_lens, boxes });
+        });
         let table = Table { counts, stream_lens, boxes };
         let corrected = summaries.filter(|_| layout.settings.mean_correction);
         let correction = corrected.map(|summaries| Correction::new(lists, summaries)).transpose()?;
@@ -280,8 +282,12 @@ impl Plan {
             out: &mut buffers.partial_out[..self.splits * rows * layout.shape.head_dim],
             lse: &mut buffers.partial_lse[..self.splits * rows],
         };
-        attend::attend(layout, batch, &table, correction.as_ref(), &mut partials, self.parallel);
-        combine::combine(layout, batch, &partials, &mut output.out, output.lse.as_mut(), self.parallel);
+        tracing::trace_span!("attend").in_scope(|| {
+            attend::attend(layout, batch, &table, correction.as_ref(), &mut partials, self.parallel);
+        });
+        tracing::trace_span!("combine").in_scope(|| {
+            combine::combine(layout, batch, &partials, &mut output.out, output.lse.as_mut(), self.parallel);
+        });
         Ok(())
     }
 }
@@ -300,8 +306,8 @@ fn select_lists(
         Some(External::Masks(masks)) => union::of_masks(layout, batch, masks, lists),
         Some(External::Scores(scores)) => union::unite(layout, batch, scores, masks, lists),
         None => {
-            select::score(input, scores, parallel);
-            union::unite(layout, batch, scores, masks, lists)
+            tracing::trace_span!("select").in_scope(|| select::score(input, scores, parallel));
+            tracing::trace_span!("union").in_scope(|| union::unite(layout, batch, scores, masks, lists))
         }
     }
 }

@@ -2,7 +2,7 @@
 //! depend on itself alone: not on its neighbours (a NaN among their keys included), threads or pages.
 
 use super::*;
-use crate::fixture::{Paged, Rng, Store, shape};
+use crate::fixture::{Paged, Rng, Store, over_e4m3, shape};
 use crate::select::gate_weights::tests::{Form, gate};
 use crate::settings::{DenseRules, FlashPrefill, Keep, KeepAt, Scope};
 use crate::types::Dtype;
@@ -90,6 +90,7 @@ impl Case {
         let (kv_heads, group) = (1 + rng.below(2), pick(rng, &[1, 1, 2, 3, 4, 7, 16]));
         let head_dim = pick(rng, &[64, 64, 64, 96, 128]);
         let shape = shape(kv_heads, group, head_dim, pick(rng, &Shape::PAGE_SIZES), dtype);
+        let shape = if rng.below(4) == 0 { over_e4m3(shape) } else { shape };
         let paged = Paged::random(seed, shape, &lens(rng));
         let settings = settings(rng);
         let layout = paged.layout(settings);

@@ -160,19 +160,24 @@ fn write_means(layout: &Layout, batch: &Batch, at: BlockAt, (pool, into): (&Pool
     for token in at.block * block_size..(at.block + 1) * block_size {
         let page = batch.page(at.req, token / page_size);
         for (kv_head, sums) in sums.chunks_exact_mut(vector.len()).enumerate() {
-            pool.load(page, token % page_size, kv_head, &mut vector);
+            pool.load_stored((page, token % page_size), kv_head, &mut vector);
             for (sum, &x) in sums.iter_mut().zip(&vector) {
                 *sum += f64::from(x);
             }
         }
     }
-    store_means(&sums, block_size, into);
+    let head_dim = layout.shape.head_dim;
+    for (kv_head, (sums, into)) in
+        sums.chunks_exact(head_dim).zip(into.chunks_exact_mut(head_dim)).enumerate()
+    {
+        store_means(sums, f64::from(pool.scale(kv_head)) / block_size as f64, into);
+    }
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "a mean is stored as f32")]
-fn store_means(sums: &[f64], tokens: usize, into: &mut [f32]) {
+fn store_means(sums: &[f64], share: f64, into: &mut [f32]) {
     for (mean, sum) in into.iter_mut().zip(sums) {
-        *mean = (sum / tokens as f64) as f32;
+        *mean = (sum * share) as f32;
     }
 }
 

@@ -2,6 +2,7 @@
 
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 
+use crate::e4m3;
 use crate::math;
 use crate::types::Dtype;
 
@@ -14,6 +15,8 @@ pub enum Elements<'a> {
     F16(&'a [f16]),
     /// IEEE single elements.
     F32(&'a [f32]),
+    /// e4m3 elements, a byte each.
+    E4m3(&'a [u8]),
 }
 
 impl Elements<'_> {
@@ -24,6 +27,7 @@ impl Elements<'_> {
             Self::Bf16(_) => Dtype::Bf16,
             Self::F16(_) => Dtype::F16,
             Self::F32(_) => Dtype::F32,
+            Self::E4m3(_) => Dtype::E4m3,
         }
     }
 
@@ -34,6 +38,7 @@ impl Elements<'_> {
             Self::Bf16(x) => x.len(),
             Self::F16(x) => x.len(),
             Self::F32(x) => x.len(),
+            Self::E4m3(x) => x.len(),
         }
     }
 
@@ -50,6 +55,7 @@ impl Elements<'_> {
             Self::Bf16(x) => math::widen_bf16(&x[range], into),
             Self::F16(x) => x[range].convert_to_f32_slice(into),
             Self::F32(x) => into.copy_from_slice(&x[range]),
+            Self::E4m3(x) => e4m3::widen(&x[range], into),
         }
     }
 
@@ -64,6 +70,10 @@ impl Elements<'_> {
             Self::F32(x) => [0, 2].map(|first| {
                 let at = |i: usize| u64::from(x[offset + first + i].to_bits());
                 at(1) << 32 | at(0)
+            }),
+            Self::E4m3(x) => [0, 8].map(|first| {
+                let bytes = &x[offset + first..offset + first + 8];
+                bytes.iter().rev().fold(0, |all, &byte| all << 8 | u64::from(byte))
             }),
         }
     }
@@ -170,13 +180,34 @@ pub struct Pool<'a> {
     pub stride_token: usize,
     /// From a KV head to the next.
     pub stride_head: usize,
+    /// What stored values are to be multiplied by, of an e4m3 pool: none (1), one, or one for each KV head.
+    pub scales: &'a [f32],
 }
 
 impl Pool<'_> {
-    /// Loads the vector of one slot (`page`, `row` within it) and KV head; `into` is `[head_dim]`.
+    /// Loads the vector of one slot (`page`, `row` within it) and KV head, scaled; `into` is `[head_dim]`.
     pub fn load(&self, page: usize, row: usize, head: usize, into: &mut [f32]) {
+        self.load_stored((page, row), head, into);
+        let scale = self.scale(head);
+        if scale != 1.0 {
+            into.iter_mut().for_each(|x| *x *= scale);
+        }
+    }
+
+    /// As [`Pool::load`], as stored: without the scale, and exact.
+    pub fn load_stored(&self, (page, row): (usize, usize), head: usize, into: &mut [f32]) {
         let offset = page * self.stride_page + row * self.stride_token + head * self.stride_head;
         self.elements.load(offset, into);
+    }
+
+    /// What stored values of a KV head are multiplied by.
+    #[must_use]
+    pub fn scale(&self, head: usize) -> f32 {
+        match self.scales {
+            [] => 1.0,
+            [all] => *all,
+            each => each[head],
+        }
     }
 
     /// The first 16 bytes of one slot's vector of a KV head.
@@ -232,9 +263,10 @@ mod tests {
         let values: Vec<f32> = (1..=9).map(|i| i as f32 * 0.37).collect();
         let b: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
         let h: Vec<f16> = values.iter().map(|&x| f16::from_f32(x)).collect();
-        let bytes: [&[u8]; 3] =
-            [bytemuck::cast_slice(&b), bytemuck::cast_slice(&h), bytemuck::cast_slice(&values)];
-        let elements = [Elements::Bf16(&b), Elements::F16(&h), Elements::F32(&values)];
+        let e: Vec<u8> = (0..17).map(|i| 37 * i).collect();
+        let bytes: [&[u8]; 4] =
+            [bytemuck::cast_slice(&b), bytemuck::cast_slice(&h), bytemuck::cast_slice(&values), &e];
+        let elements = [Elements::Bf16(&b), Elements::F16(&h), Elements::F32(&values), Elements::E4m3(&e)];
         for (elements, bytes) in elements.into_iter().zip(bytes) {
             let from = elements.dtype().size_bytes();
             let wanted: [u8; 16] = bytes[from..from + 16].try_into().unwrap();

@@ -16,6 +16,8 @@ pub enum Dtype {
     I32 = 4,
     /// 32-bit words: bit masks.
     U32 = 5,
+    /// 8-bit floats of 4 exponent and 3 mantissa bits, finite but for one NaN of each sign; KV caches only.
+    E4m3 = 6,
 }
 
 impl Dtype {
@@ -25,6 +27,7 @@ impl Dtype {
         match self {
             Self::Bf16 | Self::F16 => 2,
             Self::F32 | Self::I32 | Self::U32 => 4,
+            Self::E4m3 => 1,
         }
     }
 
@@ -37,6 +40,7 @@ impl Dtype {
             Self::F32 => "f32",
             Self::I32 => "i32",
             Self::U32 => "u32",
+            Self::E4m3 => "e4m3",
         }
     }
 }
@@ -52,8 +56,10 @@ pub struct Shape {
     pub head_dim: usize,
     /// Tokens per engine KV page: one of [`Shape::PAGE_SIZES`].
     pub page_size: usize,
-    /// Type of q, k, v and out.
+    /// Type of q and out.
     pub dtype: Dtype,
+    /// Type of the KV cache: `dtype` or e4m3.
+    pub kv_dtype: Dtype,
     /// Factor on q·k before the exponential; finite and > 0.
     pub sm_scale: f32,
 }
@@ -89,6 +95,10 @@ impl Shape {
         self.check_page_size()?;
         if !matches!(self.dtype, Dtype::Bf16 | Dtype::F16 | Dtype::F32) {
             return Err(Error::new(Status::Dtype, "dtype", "bf16, f16 or f32", self.dtype.name()));
+        }
+        if self.kv_dtype != self.dtype && self.kv_dtype != Dtype::E4m3 {
+            let wanted = format!("{}, the dtype of q, or e4m3", self.dtype.name());
+            return Err(Error::new(Status::Dtype, "kv_dtype", wanted, self.kv_dtype.name()));
         }
         if !self.sm_scale.is_finite() || self.sm_scale <= 0.0 {
             return Err(Error::new(Status::Value, "sm_scale", "finite and > 0", self.sm_scale));
@@ -193,6 +203,7 @@ mod tests {
             head_dim: 64,
             page_size: 16,
             dtype: Dtype::Bf16,
+            kv_dtype: Dtype::Bf16,
             sm_scale: 0.125,
         }
     }

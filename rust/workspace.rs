@@ -151,6 +151,7 @@ mod tests {
             head_dim: 64,
             page_size: 16,
             dtype: Dtype::Bf16,
+            kv_dtype: Dtype::Bf16,
             sm_scale: 0.125,
         };
         let layout = Layout::new(shape, Settings::of(Selector::FlashPrefill), limits).unwrap();

@@ -3,7 +3,7 @@
 //! Every class is tried with 100 random worlds: the status, a text that names the argument, not one byte changed in
 //! any buffer or its canaries, and the next good call equal bit for bit to one on a fresh handle.
 //!
-//! Not here, as they need a GPU: 32 (scales of an fp8 cache), 40 and 43 (host or freed pointers where device memory
+//! Not here, as they need a GPU: 40 and 43 (host or freed pointers where device memory
 //! is wanted), 46 (a workspace on another device), 64 and 66 (capture), 67 (architecture). 65 stands in for streams:
 //! a CPU context takes none.
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small random numbers")]
@@ -155,10 +155,45 @@ fn class_29_30_33_dtypes_that_are_unknown_or_disagree() {
     refused(|w| {
         let name = spoil_one(w, ALL, |t, rng| {
             let own = t.dtype;
-            let others: Vec<i32> = [0, 1, 2, 3, 4, 5, 6, 99, -1].into_iter().filter(|&d| d != own).collect();
+            let others: Vec<i32> =
+                [0, 1, 2, 3, 4, 5, 6, 7, 99, -1].into_iter().filter(|&d| d != own).collect();
             t.dtype = *rng.pick(&others);
         });
         Fault(status::COMPACTATTN_E_DTYPE, name)
+    });
+}
+
+#[test]
+fn class_32_scales_of_an_fp8_cache() {
+    refused(|w| {
+        let i = w.rng.range(0, 2) as usize;
+        let heads = w.desc.num_kv_heads;
+        let is_e4m3 = w.batch.k.dtype == 6;
+        let given = w.tensor(SCALES[i], 3, &[heads.into()]);
+        let (bad, status) = match w.rng.range(0, if is_e4m3 { 5 } else { 1 }) {
+            // A cache of another type has none.
+            0 if !is_e4m3 => (given, status::COMPACTATTN_E_DTYPE),
+            0 => {
+                w.memory[SCALES[i]].fill_bad_scale(&mut w.rng);
+                (given, status::COMPACTATTN_E_VALUE)
+            }
+            1 => (
+                compactattn_tensor { dtype: *w.rng.pick(&[0, 1, 2, 4, 6]), ..given },
+                status::COMPACTATTN_E_DTYPE,
+            ),
+            2 => {
+                let count = *w.rng.pick(&[0, -1, 7, i64::MAX]);
+                (compactattn_tensor { shape: [count; 4], ..given }, status::COMPACTATTN_E_SHAPE)
+            }
+            3 => (compactattn_tensor { data: std::ptr::null_mut(), ..given }, status::COMPACTATTN_E_NULL),
+            _ => (compactattn_tensor { device_kind: 2, ..given }, status::COMPACTATTN_E_DEVICE),
+        };
+        let (to, name) = [(&mut w.batch.k_scale, "k_scale"), (&mut w.batch.v_scale, "v_scale")]
+            .into_iter()
+            .nth(i)
+            .unwrap();
+        *to = bad;
+        Fault(status, name)
     });
 }
 
@@ -270,7 +305,7 @@ fn class_44_storage_shorter_than_the_strides_say() {
     refused(|w| {
         let name = spoil_one(w, VECTORS, |t, rng| {
             let end: i64 = (0..t.ndim as usize).map(|i| (t.shape[i] - 1) * t.stride[i]).sum();
-            let size = if t.dtype == 3 { 4 } else { 2 };
+            let size = [2, 2, 4, 4, 4, 1][t.dtype as usize - 1];
             t.storage_bytes = *rng.pick(&[(end + 1) * size - 1, 1, -1, i64::MIN]);
         });
         Fault(status::COMPACTATTN_E_SHAPE, name)

@@ -78,7 +78,7 @@ fn repro(seed: u64, why: &str) -> String {
     let (s, shape) = (&case.settings, &case.shape);
     format!(
         "CASE={seed} cargo test --release --test differential -- --ignored --exact one   # {why} [{} b{} p{} d{} \
-         h{}/{} {} {:?} {:?} {:?}]",
+         h{}/{} {}/{} {:?} {:?} {:?}]",
         s.selector.name(),
         s.block_size,
         shape.page_size,
@@ -86,6 +86,7 @@ fn repro(seed: u64, why: &str) -> String {
         shape.num_q_heads,
         shape.num_kv_heads,
         shape.dtype.name(),
+        shape.kv_dtype.name(),
         s.scope,
         s.keep,
         s.keep_at,

@@ -6,6 +6,9 @@
 //! tests/cuda_host.rs; 12, forks, in tests/capi_bad_handles.rs; 13, panics, in rust/capi/guard.rs and below. There is
 //! no log sink that could panic (14). 17 and 18, an engine's hooks, are not injected.
 
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small numbers")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests that say what they did")]
+
 mod capi_world;
 mod gpu_world;
 

@@ -3,6 +3,9 @@
 //! `make fuzz` runs a million calls and longer mutations; `cargo test` a few seconds of each. A failure prints the line
 //! that repeats it: COMPACTATTN_FUZZ names a target, a seed and a case.
 
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small numbers")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests that say what they did")]
+
 mod capi_world;
 mod fuzz_targets;
 mod gpu_world;

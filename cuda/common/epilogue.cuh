@@ -19,15 +19,15 @@ __device__ __forceinline__ RowEnd end_of(const RowState& rows, int r, float sm_s
   return {1.0f / sum, rows.max[r] * sm_scale + kLn2 * __log2f(sum)};
 }
 
-// The rows of a whole item; `row` is the thread's first row of the tile.
+// The rows of an item; `row` is the thread's first row of the tile.
 template <class Element, int N>
 __device__ __forceinline__ void store_rows(const AttendParams& params, const WorkItem& item,
-                                           int row, const float (&o)[N], const RowState& rows) {
+                                           int row, const float (&o)[N], const RowEnd (&ends)[2]) {
   const Results& results = params.results;
   const int quad_lane = threadIdx.x % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const RowEnd end = end_of(rows, r, params.sm_scale);
+    const RowEnd& end = ends[r];
     const QueryRow mine = query_row(item, params.work.heads_per_list, row + 8 * r);
     const int64_t head = item.q_head + mine.head;
     const int64_t token = item.q_token + mine.token;
@@ -47,25 +47,6 @@ __device__ __forceinline__ void store_rows(const AttendParams& params, const Wor
     if (mine.used && results.lse != nullptr && quad_lane == 0) {
       results.lse[token * results.lse_token_stride + head * results.lse_head_stride] = end.lse;
     }
-  }
-}
-
-// All rows of a piece of a cut item; combine reads those that are the item's.
-template <int N>
-__device__ __forceinline__ void store_partial(const AttendParams& params, int slot, int row,
-                                              const float (&o)[N], const RowState& rows) {
-  constexpr int kHeadDim = 2 * N;
-  const int quad_lane = threadIdx.x % 4;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const RowEnd end = end_of(rows, r, params.sm_scale);
-    const int64_t at = static_cast<int64_t>(slot) * kTileRows + row + 8 * r;
-    float2* out = reinterpret_cast<float2*>(params.results.partial_out + at * kHeadDim);
-#pragma unroll
-    for (int n = 0; n < N / 4; ++n) {
-      out[4 * n + quad_lane] = {o[4 * n + 2 * r] * end.inverse, o[4 * n + 2 * r + 1] * end.inverse};
-    }
-    if (quad_lane == 0) params.results.partial_lse[at] = end.lse;
   }
 }
 

@@ -1,9 +1,9 @@
 // Mean correction: a past block that a list leaves out still takes part, as one key with the weight
 // of its tokens (rust/attend/mod.rs).
 //
-// A request's means lie in a row, listed blocks and others, in the pool's type: one such row serves
-// every list of its KV head, and what a list reads by itself is masked. A list's means are tiles
-// before those of its stream, so that cuts and pieces count both alike.
+// A request's means lie in a row, listed blocks and others, in the type that is multiplied: one
+// such row serves every list of its KV head, and what a list reads by itself is masked. A list's
+// means are tiles before those of its stream, so that cuts and pieces count both alike.
 #pragma once
 
 #include "bits.cuh"
@@ -13,12 +13,12 @@ namespace compactattn {
 
 // The argument of kernels that correct, beside their own.
 struct Means {
-  void* k;                // [max_num_reqs, num_kv_heads, rows, head_dim], as the pool's elements;
-                          // zeros from a request's past blocks to the end of their tile
-  void* v;                // as k
-  const float* k_mean;    // [num_pages * slots, num_kv_heads, head_dim] (rust/summaries.rs)
-  const float* v_mean;    // as k_mean
-  const Span* spans;      // list spans
+  void* k;              // [max_num_reqs, num_kv_heads, rows, head_dim], q's type, the pool's units;
+                        // zeros from a request's past blocks to the end of their tile
+  void* v;              // as k
+  const float* k_mean;  // [num_pages * slots, num_kv_heads, head_dim] (rust/summaries.rs)
+  const float* v_mean;  // as k_mean
+  const Span* spans;    // list spans
   const uint32_t* lists;  // [list rows, mask_words]
   int32_t rows;           // a multiple of kTileTokens
   int32_t num_kv_heads;

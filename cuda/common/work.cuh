@@ -44,7 +44,8 @@ struct LoadedPiece {
   Stream stream;
   int begin;
   int end;
-  int slot;
+  int part;
+  int parts;
 };
 
 // The pieces of this CTA.
@@ -60,7 +61,7 @@ struct Pieces {
   __device__ __forceinline__ LoadedPiece at(const Work& work, int index) const {
     const Piece piece = work.pieces[first + index];
     const WorkItem item = work.items[piece.item];
-    return {item, stream_of(work, item), piece.begin, piece.end, piece.slot};
+    return {item, stream_of(work, item), piece.begin, piece.end, piece.part, piece.parts};
   }
 };
 

@@ -1,7 +1,9 @@
 // Mean rows of the requests that leave blocks out: f32 means under the pages of their blocks become
-// the pool's elements, block after block (cuda/common/means.cuh).
+// the type that attend multiplies, in the units of the pool, block after block
+// (cuda/common/means.cuh).
 #pragma once
 
+#include "../common/e4m3.cuh"
 #include "../common/math.cuh"
 #include "../common/means.cuh"
 
@@ -29,9 +31,8 @@ __device__ __forceinline__ MeanRow mean_row(const Step& step, const Means& means
 
 // Unit `unit` of a block's [num_kv_heads, head_dim].
 template <class Element>
-__device__ __forceinline__ uint4 narrow_unit(const Step& step, const Means& means,
-                                             const float* from, const MeanRow& row, int block,
-                                             int unit) {
+__device__ __forceinline__ uint4 narrow_unit(const Step& step, const Means& means, bool is_value,
+                                             const MeanRow& row, int block, int unit) {
   if (block >= row.blocks) return uint4{};
   const int log2_page = step.layout.log2_page_tokens, log2_block = means.log2_block_tokens;
   const int slots = 1 << max(0, log2_page - log2_block);
@@ -39,11 +40,16 @@ __device__ __forceinline__ uint4 narrow_unit(const Step& step, const Means& mean
   const int64_t page =
       __ldg(step.batch.block_table + row.req * step.batch.table_stride + (last >> log2_page));
   const int64_t slot = page * slots + (block & (slots - 1));
+  const float* from = is_value ? means.v_mean : means.k_mean;
   const float4* at = reinterpret_cast<const float4*>(
       from + slot * means.num_kv_heads * means.head_dim + unit * kUnit);
   const float4 low = __ldg(at), high = __ldg(at + 1);
-  return {pack_pair<Element>(low.x, low.y), pack_pair<Element>(low.z, low.w),
-          pack_pair<Element>(high.x, high.y), pack_pair<Element>(high.z, high.w)};
+  const int head = unit * kUnit / means.head_dim;
+  // Of caches that are not e4m3, 1.
+  const float by = 1.0f / (is_value ? value_scale(step.batch, head) : key_scale(step.batch, head));
+  return {pack_pair<Element>(low.x * by, low.y * by), pack_pair<Element>(low.z * by, low.w * by),
+          pack_pair<Element>(high.x * by, high.y * by),
+          pack_pair<Element>(high.z * by, high.w * by)};
 }
 
 // Every row of the step, by `num_ctas` CTAs of which this is one.
@@ -63,8 +69,8 @@ __device__ __forceinline__ void narrow_means(const Step& step, const Means& mean
       const int head = unit / per_head;
       const int64_t to = (static_cast<int64_t>(row.req) * means.num_kv_heads + head) * means.rows;
       uint4* into = static_cast<uint4*>(is_value ? means.v : means.k);
-      into[(to + block) * per_head + unit - head * per_head] = narrow_unit<Element>(
-          step, means, is_value ? means.v_mean : means.k_mean, row, block, unit);
+      into[(to + block) * per_head + unit - head * per_head] =
+          narrow_unit<Element>(step, means, is_value, row, block, unit);
     }
   }
 }

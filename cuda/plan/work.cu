@@ -2,12 +2,13 @@
 //
 // One CTA; items and cuts depend on spans and on the lengths of the lists alone. Where there are
 // many items, each CTA first does whole ones, a wave of neighbours at a time, so that the few lists
-// of a wave are read from device memory once for all their tiles. The last items are cut into
-// contiguous shares that even out the sums, at most one cut in each (stream-K, arXiv 2301.03598,
-// with costs in place of counts).
+// of a wave are read from device memory once for all their tiles: long lists first (order.cuh), and
+// each wave in the other direction than the one before, so that no CTA has the longer of every
+// wave. The last items are cut into contiguous shares that even out the sums, at most one cut in
+// each (stream-K, arXiv 2301.03598, with costs in place of counts).
 #include "../ptx/grid.cuh"
 #include "narrow.cuh"
-#include "scan.cuh"
+#include "order.cuh"
 
 namespace compactattn {
 namespace {
@@ -17,6 +18,9 @@ constexpr int kMaxCtas = kPlanThreads;  // of attend
 // Where sums and searches over fewer stay in shared memory.
 constexpr int kNearItems = 4096;
 constexpr int kNearSpans = 1024;
+// Lists are taken out of their order only where a list's items are what shares its boxes: lists of
+// an item or two share them with their neighbours instead, with which they overlap.
+constexpr int kItemsToOrder = 4;  // a list, on average
 // In half tiles: a tile is 2, what an item costs beside its tiles 3 (prologue and epilogue,
 // about 2.5 us of 1.7 a tile).
 constexpr int kTileCost = 2;
@@ -25,11 +29,22 @@ constexpr int kFewestTiles = 4;  // of a piece: fewer are not worth a partial re
 // Of a share; it also keeps two cuts of one item apart.
 constexpr int kLeastCost = kItemCost + kTileCost * kFewestTiles;
 
+// Where the shares of two CTAs meet: `tiles` of `item` are done before the cut, counted from the
+// stream's end. 0 <= tiles < tiles of the item; the last cut is {num_items, 0}.
+struct Cut {
+  int32_t item;
+  int32_t tiles;
+
+  __device__ bool divides(int other) const { return tiles > 0 && item == other; }
+};
+
 // What this stage keeps at hand.
 struct Near {
   uint32_t costs[kNearItems + 1];
   Cut cuts[kMaxCtas + 1];
   int32_t first_items[kNearSpans];  // by list span
+  uint32_t keys[kPlanThreads];
+  int32_t list_starts[kPlanThreads];  // by list row
 };
 
 // What this stage writes, with the costs as the unsigned sums that they are.
@@ -41,6 +56,7 @@ struct Plan {
   int* piece_starts;
   uint32_t* costs;
   const int32_t* first_items;  // null: in the spans alone
+  const int32_t* list_starts;  // first items of lists; null: they follow each other
   int num_items;
   int num_spans;
 };
@@ -93,19 +109,54 @@ __device__ int stream_len_of(const Step& step, int list_row) {
   return min(step.stages.stream_lens[list_row], count << step.layout.log2_box_tokens);
 }
 
-// Items of a span: list by list, then tile by tile.
-__device__ WorkItem item_at(const Step& step, const Plan& plan, int index) {
+__device__ int lists_per_span(const Layout& layout) {
+  return layout.num_kv_heads * layout.lists_per_kv_head;
+}
+
+// Items of each list of a span.
+__device__ int items_of(const Layout& layout, int span_len) {
+  const int tile_tokens = kTileRows / layout.heads_per_list;
+  return (span_len + tile_tokens - 1) / tile_tokens;
+}
+
+// Long lists first, where it pays.
+__device__ void order_lists(const Step& step, Near& near, Plan& plan) {
+  const Layout& layout = step.layout;
+  const int per_span = lists_per_span(layout), row = threadIdx.x;
+  const int64_t lists = static_cast<int64_t>(plan.num_spans) * per_span;
+  if (lists > kPlanThreads || plan.num_items < kItemsToOrder * lists) return;
+  uint32_t tiles = 0;
+  int items = 0;
+  if (row < lists) {
+    tiles = static_cast<uint32_t>(max(0, stream_len_of(step, row))) / kTileTokens;
+    items = items_of(layout, step.stages.list_spans[row / per_span].len);
+  }
+  const int count = static_cast<int>(lists);
+  if (start_longest_first(count, tiles, items, near.keys, near.list_starts)) {
+    plan.list_starts = near.list_starts;
+  }
+}
+
+// An item, and which it is.
+struct PlacedItem {
+  WorkItem item;
+  int at;
+};
+
+// Item `index` of the spans in order: of a span list by list, then tile by tile.
+__device__ PlacedItem item_at(const Step& step, const Plan& plan, int index) {
   const Layout& layout = step.layout;
   const int list_span = span_of(step.stages, plan, index);
   const Span span = step.stages.list_spans[list_span];
   const int tile_tokens = kTileRows / layout.heads_per_list;
-  const int tiles = (span.len + tile_tokens - 1) / tile_tokens;
+  const int tiles = items_of(layout, span.len);
   const int list = (index - span.first_item) / tiles;
-  const int first = (index - span.first_item - list * tiles) * tile_tokens;
+  const int tile = index - span.first_item - list * tiles;
+  const int first = tile * tile_tokens;
   const int kv_head = list / layout.lists_per_kv_head;
   const int first_head = (list - kv_head * layout.lists_per_kv_head) * layout.heads_per_list;
   WorkItem item = {};
-  item.list_row = list_span * layout.num_kv_heads * layout.lists_per_kv_head + list;
+  item.list_row = list_span * lists_per_span(layout) + list;
   item.kv_head = kv_head;
   item.q_token = span.q_start + first;
   item.num_tokens = min(tile_tokens, span.len - first);
@@ -113,16 +164,16 @@ __device__ WorkItem item_at(const Step& step, const Plan& plan, int index) {
   item.tokens_after = span.len - 1 - first;
   item.num_heads = min(layout.heads_per_list, layout.group_size - first_head);
   item.stream_len = stream_len_of(step, item.list_row);
-  return item;
+  return {item, plan.list_starts ? plan.list_starts[item.list_row] + tile : index};
 }
 
 // Items, and in `costs` the cost of each; `means`: null without correction.
 __device__ void write_items(const Step& step, const Plan& plan, const Means* means) {
   for (int i = threadIdx.x; i < plan.num_items; i += kThreads) {
-    const WorkItem item = item_at(step, plan, i);
-    plan.items[i] = item;
+    const auto [item, at] = item_at(step, plan, i);
+    plan.items[at] = item;
     const int before = means ? skipped_by(*means, item).tiles(kTileTokens) : 0;
-    plan.costs[i] = kItemCost + kTileCost * (before + stream_of(plan.work, item).tiles);
+    plan.costs[at] = kItemCost + kTileCost * (before + stream_of(plan.work, item).tiles);
   }
   __syncthreads();
 }
@@ -172,26 +223,34 @@ __device__ uint32_t cost_of(const Plan& plan, int item) {
   return plan.costs[item + 1] - plan.costs[item];
 }
 
+// The item of a CTA in a wave.
+__device__ int item_of_wave(int wave, int cta, int ctas) {
+  return wave * ctas + (wave % 2 == 0 ? cta : ctas - 1 - cta);
+}
+
 // Each CTA's waves of whole items, and in `done` what they cost the CTA of this thread: as many as
 // leave at least half an item a CTA to even out the sums with, and no CTA over its fair share.
 __device__ int count_waves(const Plan& plan, int ctas, uint32_t fair, uint32_t& done) {
   const int cta = threadIdx.x;
   int waves = max(0, (2 * plan.num_items - ctas) / (2 * ctas));
   done = 0;
-  for (int w = 0; cta < ctas && w < waves; ++w) done += cost_of(plan, w * ctas + cta);
+  for (int w = 0; cta < ctas && w < waves; ++w) done += cost_of(plan, item_of_wave(w, cta, ctas));
   while (__syncthreads_or(cta < ctas && done > fair)) {
     --waves;
-    if (cta < ctas) done -= cost_of(plan, waves * ctas + cta);
+    if (cta < ctas) done -= cost_of(plan, item_of_wave(waves, cta, ctas));
   }
   return waves;
+}
+
+// total * count / shares; count and shares are at most 1024.
+__device__ uint32_t share_until(uint32_t total, uint32_t count, uint32_t shares) {
+  return total / shares * count + total % shares * count / shares;
 }
 
 // Cuts for as many shares as there are CTAs; the waves before them.
 __device__ int cut_for_all(const Step& step, const Plan& plan, uint32_t total) {
   const int cta = threadIdx.x, ctas = step.stages.num_ctas;
-  const auto until = [&](int c) {
-    return static_cast<uint32_t>(static_cast<uint64_t>(total) * c / ctas);
-  };
+  const auto until = [&](int c) { return share_until(total, c, ctas); };
   const uint32_t fair = cta < ctas ? until(cta + 1) - until(cta) : 0;
   uint32_t done;
   const int waves = count_waves(plan, ctas, fair, done);
@@ -210,10 +269,9 @@ __device__ int cut_for_all(const Step& step, const Plan& plan, uint32_t total) {
 // Cuts for fewer: there is not enough to do.
 __device__ void cut_for_some(const Step& step, const Plan& plan, uint32_t total, uint32_t shares) {
   for (uint32_t cta = threadIdx.x; cta <= step.stages.num_ctas; cta += kThreads) {
-    const uint64_t cost = static_cast<uint64_t>(total) * cta / shares;
-    plan.cuts[cta] = cta >= shares
-                         ? Cut{plan.num_items, 0}
-                         : cut_at(plan, static_cast<uint32_t>(cost), step.stages.whole_items != 0);
+    plan.cuts[cta] =
+        cta >= shares ? Cut{plan.num_items, 0}
+                      : cut_at(plan, share_until(total, cta, shares), step.stages.whole_items != 0);
   }
 }
 
@@ -221,31 +279,44 @@ __device__ int tiles_of(const Plan& plan, int item) {
   return static_cast<int>(cost_of(plan, item) - kItemCost) / kTileCost;
 }
 
+// Parts of an item that CTAs before this one do, and that those after it do.
+__device__ int parts_before(const Plan& plan, int cta, int item) {
+  int cut = cta;
+  while (cut > 0 && plan.cuts[cut].divides(item)) --cut;
+  return cta - cut;
+}
+
+__device__ int parts_after(const Plan& plan, int cta, int ctas, int item) {
+  int cut = cta + 1;
+  while (cut < ctas && plan.cuts[cut].divides(item)) ++cut;
+  return cut - cta - 1;
+}
+
 // One CTA's pieces: its whole items, then its share of the others. The piece that others finish
 // comes first among those: then all CTAs walk the lists from their ends in step, and each box is
-// read from device memory about once. Each CTA has two slots: the first for a piece that others
-// began, the second for one that others finish.
+// read from device memory about once.
 __device__ void write_pieces(const Plan& plan, int cta, int ctas, int waves, Piece* to) {
   const Cut first = plan.cuts[cta], last = plan.cuts[cta + 1];
   for (int w = 0; w < waves; ++w) {
-    const int item = w * ctas + cta;
-    *to++ = {item, 0, tiles_of(plan, item), -1};
+    const int item = item_of_wave(w, cta, ctas);
+    *to++ = {item, 0, tiles_of(plan, item), 0, 1};
   }
   const int count = last.item - first.item + (last.tiles > 0), shift = last.tiles > 0;
   for (int i = 0; i < count; ++i) {
     const int item = shift && i == 0 ? last.item : first.item + i - shift;
     const int tiles = tiles_of(plan, item), done = item == first.item ? first.tiles : 0;
     const int begin = item == last.item ? tiles - last.tiles : 0;
-    const int slot = done > 0 ? 2 * cta : begin > 0 ? 2 * cta + 1 : -1;
-    *to++ = {item, begin, tiles - done, slot};
+    const int begun = parts_before(plan, cta, item);
+    const int parts = begun + 1 + parts_after(plan, cta, ctas, item);
+    *to++ = {item, begin, tiles - done, static_cast<int16_t>(begun), static_cast<int16_t>(parts)};
   }
 }
 
-// Pieces from cuts, CTA by CTA; the cuts themselves to `cuts`.
-__device__ void piece_up(const Plan& plan, int ctas, int waves, Cut* cuts) {
+// Pieces from cuts, CTA by CTA; nobody has arrived where they meet.
+__device__ void piece_up(const Plan& plan, int ctas, int waves, int32_t* arrivals) {
   __syncthreads();
   const int cta = threadIdx.x;
-  for (int i = cta; i <= ctas; i += kThreads) cuts[i] = plan.cuts[i];
+  for (int i = cta; i < (ctas + 1) * kArrivals; i += kThreads) arrivals[i] = 0;
   int count = 0;
   if (cta < ctas) {
     const Cut first = plan.cuts[cta], last = plan.cuts[cta + 1];
@@ -272,7 +343,8 @@ __device__ void mirror_stats(const Stages& stages) {
 __device__ __forceinline__ void plan_work(const Step& step, const Means* means) {
   __shared__ Near near;
   mirror_stats(step.stages);
-  const Plan plan = plan_of(step, near);
+  Plan plan = plan_of(step, near);
+  order_lists(step, near, plan);
   write_items(step, plan, means);
   const uint32_t total = sum_costs(plan);
   const uint32_t ctas = step.stages.num_ctas;
@@ -283,7 +355,7 @@ __device__ __forceinline__ void plan_work(const Step& step, const Means* means) 
   } else {
     cut_for_some(step, plan, total, shares);
   }
-  piece_up(plan, ctas, waves, step.stages.cuts);
+  piece_up(plan, ctas, waves, step.stages.arrivals);
 }
 
 // The first CTA plans, the others write the rows of means beside it.
@@ -298,7 +370,7 @@ __device__ __forceinline__ void plan_corrected(const Step& step, const Means& me
 }  // namespace compactattn
 
 // One CTA of 1024 threads. Reads counters, list_spans and the lengths of the lists; writes items,
-// cuts, pieces and costs.
+// pieces, costs and arrivals.
 extern "C" __global__ void __launch_bounds__(1024, 1)
     compactattn_plan_work(const __grid_constant__ compactattn::Step step) {
   compactattn::ptx::wait_for_earlier();

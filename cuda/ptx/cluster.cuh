@@ -36,6 +36,22 @@ __device__ __forceinline__ void store_to_first(int32_t* shared, int32_t value) {
       : "memory");
 }
 
+// Writes every CTA's copy of a shared variable, in a cluster of kCtas.
+template <int kCtas>
+__device__ __forceinline__ void store_to_all(float* shared, float value) {
+#pragma unroll
+  for (int cta = 0; cta < kCtas; ++cta) {
+    asm volatile(
+        "{\n\t"
+        ".reg .u32 to;\n\t"
+        "mapa.shared::cluster.u32 to, %0, %1;\n\t"
+        "st.shared::cluster.f32 [to], %2;\n\t"
+        "}" ::"r"(shared_address(shared)),
+        "r"(cta), "f"(value)
+        : "memory");
+  }
+}
+
 #else
 
 __device__ __forceinline__ void arrive_at_cluster() { __syncthreads(); }
@@ -43,6 +59,11 @@ __device__ __forceinline__ void wait_for_cluster() {}
 __device__ __forceinline__ void fence_cluster() {}
 
 __device__ __forceinline__ void store_to_first(int32_t* shared, int32_t value) { *shared = value; }
+
+template <int kCtas>
+__device__ __forceinline__ void store_to_all(float* shared, float value) {
+  *shared = value;
+}
 
 #endif
 

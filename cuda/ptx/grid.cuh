@@ -1,8 +1,13 @@
-// Kernels of one stream that overlap: programmatic dependent launch, sm_90 and later.
+// CTAs of a grid and grids of a stream among each other.
 #pragma once
 
 namespace compactattn::ptx {
 
+// Orders this thread's reads and writes before and after it for the whole device.
+__device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// Programmatic dependent launch, sm_90 and later: kernels of one stream that overlap.
+//
 // First thing in every kernel that rust/cuda/kernels.rs lets overlap, by all its threads: returns
 // when all kernels before it are done and what they wrote can be seen, then lets the next one start
 // as far as its own call of this. Kernels end in order because each waits for the one before, so

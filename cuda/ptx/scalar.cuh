@@ -24,4 +24,11 @@ __device__ __forceinline__ int not_before(int x) {
   return x;
 }
 
+// Reads and waits after this are not lifted over the arithmetic behind `sum`, which is no less than
+// 0 or NaN: the assembler does not know that the barrier is all lanes'. All lanes call it.
+__device__ __forceinline__ void wait_no_earlier(float sum) {
+  const unsigned all = __ballot_sync(0xffffffffu, !(sum < 0.0f));
+  asm volatile("bar.warp.sync %0;" : : "r"(all) : "memory");
+}
+
 }  // namespace compactattn::ptx

@@ -21,6 +21,13 @@ __device__ __forceinline__ void prefetch(const Map&... maps) {
   (cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&maps)), ...);
 }
 
+// Tokens of one copy from a pool whose boxes have `box_tokens`: boxes of 32 rows of 128 bytes
+// arrive a fifth slower than the same bytes as boxes of 16 (tests/bench/record/h100), so they go in
+// halves. The host's maps obey the same rule.
+__device__ __forceinline__ int copied_tokens(int box_tokens) {
+  return box_tokens == 32 ? 16 : box_tokens;
+}
+
 // Where a box of the paged pool starts; the first coordinate, within 64 columns, is always 0.
 struct PoolBox {
   int32_t token;    // in the page

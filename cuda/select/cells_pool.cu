@@ -122,7 +122,7 @@ __device__ void write_pooled(const Step& step, const Tile& tile, int first,
   }
 }
 
-template <class Element>
+template <class Element, class Stored = Element>
 __device__ __forceinline__ void pool(const Step& step, int index, char* shared) {
   __shared__ int seen[kMaxRows];
   Tile tile;
@@ -156,7 +156,7 @@ __device__ __forceinline__ void pool(const Step& step, int index, char* shared) 
   load_rows(step, tile, queries, seen);
   __syncthreads();
   const Tails tails{least + share.first, share.count};
-  Reader<Element, Tails>(step, tile, tails, queries, seen).run();
+  Reader<Element, Tails, Stored>(step, tile, tails, queries, seen).run();
 }
 
 }  // namespace
@@ -174,4 +174,17 @@ extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_pool_fp16(const __grid_constant__ compactattn::Step step, int tile) {
   compactattn::ptx::wait_for_earlier();
   compactattn::select::pool<__half>(step, tile, shared_bytes);
+}
+
+// The same over caches of e4m3.
+extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
+    compactattn_cells_pool_bf16_e4m3(const __grid_constant__ compactattn::Step step, int tile) {
+  compactattn::ptx::wait_for_earlier();
+  compactattn::select::pool<__nv_bfloat16, compactattn::E4m3>(step, tile, shared_bytes);
+}
+
+extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
+    compactattn_cells_pool_fp16_e4m3(const __grid_constant__ compactattn::Step step, int tile) {
+  compactattn::ptx::wait_for_earlier();
+  compactattn::select::pool<__half, compactattn::E4m3>(step, tile, shared_bytes);
 }

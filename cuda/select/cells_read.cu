@@ -21,7 +21,7 @@ struct Listed {
   __device__ __forceinline__ bool writes(int, int, int) const { return true; }
 };
 
-template <class Element>
+template <class Element, class Stored = Element>
 __device__ __forceinline__ void read_all(const Step& step, int index, uint32_t shared) {
   __shared__ int seen[kMaxRows];
   Tile tile;
@@ -31,7 +31,7 @@ __device__ __forceinline__ void read_all(const Step& step, int index, uint32_t s
   load_rows(step, tile, shared, seen);
   __syncthreads();
   const BlockRange range{share.first, share.count};
-  Reader<Element, BlockRange>(step, tile, range, shared, seen).run();
+  Reader<Element, BlockRange, Stored>(step, tile, range, shared, seen).run();
 }
 
 // The blocks to read, ascending: candidates, then open blocks. Each thread knows those of its
@@ -85,7 +85,7 @@ struct Candidates {
   }
 };
 
-template <class Element>
+template <class Element, class Stored = Element>
 __device__ __forceinline__ void read_candidates(const Step& step, int index, uint32_t shared) {
   __shared__ int seen[kMaxRows];
   __shared__ int list[kMaxListed];
@@ -100,7 +100,7 @@ __device__ __forceinline__ void read_candidates(const Step& step, int index, uin
   for (int done = 0; done < share.count; done += listed.count) {
     listed.count = min(kMaxListed, share.count - done);
     candidates.list(share.first + done, listed.count, list);
-    Reader<Element, Listed>(step, tile, listed, shared, seen).run();
+    Reader<Element, Listed, Stored>(step, tile, listed, shared, seen).run();
   }
 }
 
@@ -139,4 +139,35 @@ extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
   compactattn::ptx::wait_for_earlier();
   using namespace compactattn::select;
   read_candidates<__half>(step, tile, shared_address(shared_bytes));
+}
+
+// The same over caches of e4m3.
+extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
+    compactattn_cells_read_bf16_e4m3(const __grid_constant__ compactattn::Step step, int tile) {
+  compactattn::ptx::wait_for_earlier();
+  using namespace compactattn::select;
+  read_all<__nv_bfloat16, compactattn::E4m3>(step, tile, shared_address(shared_bytes));
+}
+
+extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
+    compactattn_cells_read_candidates_bf16_e4m3(const __grid_constant__ compactattn::Step step,
+                                                int tile) {
+  compactattn::ptx::wait_for_earlier();
+  using namespace compactattn::select;
+  read_candidates<__nv_bfloat16, compactattn::E4m3>(step, tile, shared_address(shared_bytes));
+}
+
+extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
+    compactattn_cells_read_fp16_e4m3(const __grid_constant__ compactattn::Step step, int tile) {
+  compactattn::ptx::wait_for_earlier();
+  using namespace compactattn::select;
+  read_all<__half, compactattn::E4m3>(step, tile, shared_address(shared_bytes));
+}
+
+extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
+    compactattn_cells_read_candidates_fp16_e4m3(const __grid_constant__ compactattn::Step step,
+                                                int tile) {
+  compactattn::ptx::wait_for_earlier();
+  using namespace compactattn::select;
+  read_candidates<__half, compactattn::E4m3>(step, tile, shared_address(shared_bytes));
 }

@@ -35,11 +35,12 @@ struct Held {
   int count;
 };
 
-// Reads blocks of keys into cells. A Source says which: `count`, `block(i)`, ascending in i, and
-// `writes(seen, start, end)`, whether a row that sees `seen` tokens gets a cell of the block of
-// tokens start..end.
-template <class Element, class Source>
+// Reads blocks of keys, which the cache holds as `Stored`, into cells. A Source says which:
+// `count`, `block(i)`, ascending in i, and `writes(seen, start, end)`, whether a row that sees
+// `seen` tokens gets a cell of the block of tokens start..end.
+template <class Element, class Source, class Stored = Element>
 struct Reader {
+  static constexpr bool kWiden = sizeof(Stored) == 1;
   const Step& step;
   const Tile& tile;
   const Source& source;
@@ -52,7 +53,7 @@ struct Reader {
       : step(step),
         tile(tile),
         source(source),
-        keys(step, tile.span.req, tile.kv_head),
+        keys(step, tile.span.req, tile.kv_head, sizeof(Stored)),
         queries(queries) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) seen[r] = seen_by[fragment_row(r)];
@@ -76,8 +77,29 @@ struct Reader {
          row += kThreads / kLanesPerVector) {
       const int token = token_at(t * kTileKeys + row);
       const bool wanted = token < tile.kv_end;
-      copy_vector(stage(t), row, wanted ? keys.at(token) : keys.base, wanted, step.layout);
+      const char* from = wanted ? keys.at(token) : keys.base;
+      if constexpr (kWiden) {
+        copy_stored_vector(stage(t), row, from, wanted, step.layout);
+      } else {
+        copy_vector(stage(t), row, from, wanted, step.layout);
+      }
     }
+  }
+
+  // What this thread has loaded, once it is there.
+  __device__ __forceinline__ void widen(int t) const {
+    extern __shared__ __align__(16) char shared_bytes[];
+    uint8_t* keys = reinterpret_cast<uint8_t*>(shared_bytes) + (stage(t) - queries);
+    for (int row = threadIdx.x / kLanesPerVector; row < kTileKeys;
+         row += kThreads / kLanesPerVector) {
+      widen_vector<Element>(keys + row * pitch_of(step.layout), step.layout);
+    }
+  }
+
+  // On q . k as stored, to powers of two.
+  __device__ __forceinline__ float scale() const {
+    const float scale = step.layout.sm_scale * kLog2E;
+    return kWiden ? scale * key_scale(step.batch, tile.kv_head) : scale;
   }
 
   // Fills the cells of the source's blocks; called by the whole CTA.
@@ -91,6 +113,7 @@ struct Reader {
     held.count = 0;
     for (int t = 0; t < tiles; ++t) {
       ptx::wait_copies_but<0>();
+      if constexpr (kWiden) widen(t);
       __syncthreads();
       if (t + 1 < tiles) load(t + 1);
       ptx::commit_copies();
@@ -149,7 +172,7 @@ struct Reader {
   template <int kTiles>
   __device__ __forceinline__ void add(const float (&logits)[2][kTileKeys / 8][4], int from,
                                       Partial& partial) const {
-    const float scale = step.layout.sm_scale * kLog2E;
+    const float scale = this->scale();
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       float top = -INFINITY;

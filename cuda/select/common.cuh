@@ -1,6 +1,7 @@
 // What the scoring kernels share: where keys and queries lie, and tiles of them in shared memory.
 #pragma once
 
+#include "../common/e4m3.cuh"
 #include "../common/math.cuh"
 #include "../common/shared.h"
 #include "../params.h"
@@ -25,8 +26,7 @@ __device__ __forceinline__ int visible(const Span& span, int i) {
   return max(0, span.kv_end + i + 1 - span.len);
 }
 
-// Keys of one KV head of one request, in the engine's pages; 16-bit elements, vectors 16-byte
-// aligned.
+// Keys of one KV head of one request, in the engine's pages; vectors 16-byte aligned.
 struct PagedKeys {
   const char* base;
   const int32_t* pages;  // of the request
@@ -34,11 +34,12 @@ struct PagedKeys {
   int64_t token_bytes;
   int log2_page_tokens;
 
-  __device__ PagedKeys(const Step& step, int req, int kv_head)
-      : base(static_cast<const char*>(step.batch.k) + 2 * step.batch.k_head_stride * kv_head),
+  __device__ PagedKeys(const Step& step, int req, int kv_head, int element_bytes = 2)
+      : base(static_cast<const char*>(step.batch.k) +
+             element_bytes * step.batch.k_head_stride * kv_head),
         pages(step.batch.block_table + step.batch.table_stride * req),
-        page_bytes(2 * step.batch.k_page_stride),
-        token_bytes(2 * step.batch.k_token_stride),
+        page_bytes(element_bytes * step.batch.k_page_stride),
+        token_bytes(element_bytes * step.batch.k_token_stride),
         log2_page_tokens(step.layout.log2_page_tokens) {}
 
   __device__ __forceinline__ const char* at(int token) const {
@@ -59,6 +60,24 @@ __device__ __forceinline__ void copy_vector(uint32_t tile, int row, const char* 
   const uint32_t to = tile + row * pitch_of(layout) + 16 * unit;
   for (int i = 0; i < layout.head_dim / 8; i += kLanesPerVector) {
     ptx::copy_async_alone(to + 16 * i, source + 16 * (unit + i), wanted);
+  }
+}
+
+// The same of a vector of e4m3, which `widen_vector` makes wide once it is there; neither needs the
+// head_dim to be a multiple of 64.
+__device__ __forceinline__ void copy_stored_vector(uint32_t tile, int row, const char* source,
+                                                   bool wanted, const Layout& layout) {
+  const uint32_t to = tile + row * pitch_of(layout);
+  for (int i = threadIdx.x % kLanesPerVector; i < layout.head_dim / 16; i += kLanesPerVector) {
+    ptx::copy_async_alone(to + i * kCopyStep<E4m3>, source + 16 * i, wanted);
+  }
+}
+
+// By the lanes that copied it.
+template <class Element>
+__device__ __forceinline__ void widen_vector(uint8_t* vector, const Layout& layout) {
+  for (int i = threadIdx.x % kLanesPerVector; i < layout.head_dim / 16; i += kLanesPerVector) {
+    widen_in_place<Element>(vector + i * kCopyStep<E4m3>);
   }
 }
 

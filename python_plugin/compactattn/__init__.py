@@ -38,7 +38,7 @@ from .stages import (
     union,
     update_summaries,
 )
-from .tensors import bf16
+from .tensors import bf16, e4m3
 from .workspace import Borrowed, Workspace
 
 
@@ -81,6 +81,7 @@ __all__ = [
     "bf16",
     "build_info",
     "combine",
+    "e4m3",
     "export_csr",
     "export_padded",
     "forward",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import sysconfig
@@ -11,10 +12,28 @@ from pathlib import Path
 
 def main() -> None:
     """Replaces this process by the tool."""
+    arguments = sys.argv[1:]
+    doctor = arguments[:1] == ["doctor"]
     tool = next((path for path in _candidates() if path.is_file() and os.access(path, os.X_OK)), None)
-    if tool is None:
-        sys.exit("compactattn: the command-line tool is missing; install the package (pip install .)")
-    os.execv(tool, [str(tool), *sys.argv[1:]])
+    try:
+        if tool is not None:
+            # The tool cannot know which Python has asked.
+            asking = ["--python", sys.executable] if doctor and "--python" not in arguments else []
+            os.execv(tool, [str(tool), *arguments, *asking])
+        text = f"{MISSING}: install the package (pip install .)"
+    except OSError as error:
+        text = f"compactattn: {tool}: {error.strerror}"
+    if doctor:
+        _own_doctor()
+    sys.exit(text)
+
+
+def _own_doctor() -> None:
+    """What Python alone can tell."""
+    from .doctor import report
+
+    sys.stdout.write(json.dumps(report(), indent=2) + "\n")
+    sys.stdout.flush()
 
 
 def _candidates() -> list[Path]:
@@ -27,6 +46,8 @@ def _candidates() -> list[Path]:
     beside = Path(__file__).parent.parent / "bin" / "compactattn"
     return [*recorded, beside, Path(sysconfig.get_path("scripts")) / "compactattn"]
 
+
+MISSING = "compactattn: the command-line tool is missing"
 
 if __name__ == "__main__":
     main()

@@ -21,6 +21,7 @@ class Dtype(IntEnum):
     F32 = 3
     I32 = 4
     U32 = 5
+    E4M3 = 6
 
 
 class DeviceKind(IntEnum):

@@ -24,6 +24,8 @@ class Batch(Versioned):
         ("stream", c_void_p),
         ("workspace", c_void_p),
         ("workspace_bytes", c_int64),
+        ("k_scale", Tensor),
+        ("v_scale", Tensor),
     ]
 
 

@@ -66,6 +66,11 @@ def dtype_of(tensor: DLTensor) -> Dtype | None:
     return _DTYPES.get((tensor.type_code, tensor.type_bits)) if tensor.type_lanes == 1 else None
 
 
+def is_bytes(tensor: DLTensor) -> bool:
+    """Whether the elements are uint8, which has no name of ours."""
+    return (tensor.type_code, tensor.type_bits, tensor.type_lanes) == (1, 8, 1)
+
+
 def lend(address: int, shape: tuple[int, ...], dtype: Dtype, owner: object) -> object:
     """A capsule over row-major CPU memory that keeps ``owner`` alive until the consumer has let go."""
     code, bits = next(key for key, value in _DTYPES.items() if value is dtype)
@@ -109,6 +114,7 @@ _DTYPES = {
     (2, 32): Dtype.F32,
     (0, 32): Dtype.I32,
     (1, 32): Dtype.U32,
+    (10, 8): Dtype.E4M3,
 }
 
 # C callbacks; they live as long as the module, as capsules may.

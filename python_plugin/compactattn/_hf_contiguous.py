@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch  # type: ignore[import-not-found, unused-ignore]
@@ -58,10 +59,22 @@ def _request(tensors: tuple[Any, Any, Any], out: Any, scaling: float | None, set
 
 def _batch(query: Any, key: Any, value: Any) -> Batch:
     q_len, kv_len, device = query.shape[1], key.shape[1], query.device
-    pages = torch.arange(kv_len // PAGE, dtype=torch.int32, device=device)
-    seq_lens = torch.full((1,), kv_len, dtype=torch.int32, device=device)
-    cu_seqlens_q = torch.arange(0, q_len + 1, q_len, dtype=torch.int32, device=device)
-    return Batch.of(query.transpose(0, 1), _pool(key), _pool(value), pages[None], seq_lens, cu_seqlens_q)
+    if not query.is_cuda:
+        lengths = _lengths(q_len, kv_len, device, None)
+    elif torch.cuda.is_current_stream_capturing():
+        # What a graph computes is there when it is replayed: nobody else's.
+        lengths = _lengths.__wrapped__(q_len, kv_len, device, None)
+    else:
+        lengths = _lengths(q_len, kv_len, device, torch.cuda.current_stream(device).cuda_stream)
+    return Batch.of(query.transpose(0, 1), _pool(key), _pool(value), *lengths)
+
+
+@functools.lru_cache(maxsize=8)
+def _lengths(q_len: int, kv_len: int, device: Any, stream: int | None) -> tuple[Any, Any, Any]:
+    """block_table, seq_lens, cu_seqlens_q; all layers of a step ask for the same, on one stream."""
+    ints = {"dtype": torch.int32, "device": device}
+    pages = torch.arange(kv_len // PAGE, **ints)
+    return pages[None], torch.full((1,), kv_len, **ints), torch.arange(0, q_len + 1, q_len, **ints)
 
 
 def _pool(tokens: Any) -> Any:

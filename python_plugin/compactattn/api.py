@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import context, stages
 from ._abi import Dtype
 from ._stats import Stats
 from .arrays import Array
 from .batch import Batch
-from .errors import E_SHAPE, invalid
+from .errors import E_SHAPE, InvalidArgument, invalid
 from .plan import Plan, PlanDesc
 from .selection import Csr, Padded, Summaries
 from .settings import Settings
@@ -34,6 +34,8 @@ def forward(
     return_lse: bool = False,
     max_kv_len: int | None = None,
     summaries: Summaries | None = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
     on: context.Context | None = None,
     stream: int | None = None,
 ) -> Any:
@@ -42,6 +44,8 @@ def forward(
     ``q [total_q, num_q_heads, head_dim]`` (bf16, f16 or f32), caches ``[num_pages, page_size, num_kv_heads, head_dim]``
     with any strides, ``block_table [num_reqs, width]``, ``seq_lens [num_reqs]`` (this chunk included), ``cu_seqlens_q
     [num_reqs + 1]`` int32. Tensors: NumPy, any DLPack producer (torch), uint16 words tagged by ``compactattn.bf16``.
+    Caches are of q's type or e4m3 (``torch.float8_e4m3fn``, or uint8 tagged by ``compactattn.e4m3``), whose numbers are
+    multiplied by ``k_scale`` and ``v_scale``, f32 ``[1]`` or ``[num_kv_heads]`` (None = 1).
     ``settings``: a Settings, a mode's name, or None for mode compactattn. ``lse [num_q_heads, total_q]`` f32, natural.
 
     On CUDA all tensors are the device's, lengths and tables too: nothing is read back, so ``max_kv_len`` (None = what
@@ -50,7 +54,7 @@ def forward(
 
     Results are new tensors of q's kind unless given. On any exception nothing was written.
     """
-    batch = Batch.of(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q)
+    batch = Batch.of(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, k_scale=k_scale, v_scale=v_scale)
     plan = plan_for(batch, settings=settings, sm_scale=sm_scale, max_kv_len=max_kv_len, on=on)
     if out is None:
         out = _result(batch, ("out", batch.q.shape, batch.q.dtype), q, stream)
@@ -103,24 +107,19 @@ def plan_for(
     """
     if isinstance(settings, str):
         settings = Settings.mode(settings)
-    for name, view, ndim in (("q", batch.q, 3), ("k_cache", batch.k, 4), ("block_table", batch.block_table, 2)):
-        if len(view.shape) != ndim:
-            raise invalid(E_SHAPE, name, f"{ndim} dimensions", len(view.shape))
-    (total_q, num_q_heads, head_dim), (_, page_size, num_kv_heads, _) = batch.q.shape, batch.k.shape
-    num_reqs, width = batch.block_table.shape
-    desc = PlanDesc(
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        page_size=page_size,
-        dtype=batch.q.dtype.name.lower(),
-        max_num_reqs=_rounded(num_reqs),
-        max_total_q=_rounded(total_q),
-        max_kv_len=_rounded(width * page_size) if max_kv_len is None else max_kv_len,
-        sm_scale=sm_scale,
-        settings=settings,
+    shapes = batch.q.shape, batch.k.shape, batch.block_table.shape
+    if [len(shape) for shape in shapes] != _NDIMS:
+        raise _wrong_ndim(shapes)
+    (total_q, num_q_heads, head_dim), (_, page_size, num_kv_heads, _), (num_reqs, width) = shapes
+    key = _Key(
+        on or batch.home.context(),
+        (num_q_heads, num_kv_heads, head_dim, page_size),
+        (batch.q.dtype, Dtype.E4M3 if batch.k.dtype is Dtype.E4M3 else None),
+        (_rounded(num_reqs), _rounded(total_q), _rounded(width * page_size) if max_kv_len is None else max_kv_len),
+        sm_scale,
+        settings,
     )
-    return _plans.get(desc, on or batch.home.context())
+    return _plans.get(key)
 
 
 def stats() -> Stats:
@@ -128,19 +127,40 @@ def stats() -> Stats:
     return _plans.stats()
 
 
+class _Key(NamedTuple):
+    """What tells plans apart here: cheaper to make and to compare than a PlanDesc."""
+
+    on: context.Context
+    # num_q_heads, num_kv_heads, head_dim, page_size.
+    shape: tuple[int, int, int, int]
+    # Of q; of the cache, None: q's.
+    dtypes: tuple[Dtype, Dtype | None]
+    # max_num_reqs, max_total_q, max_kv_len.
+    limits: tuple[int, int, int]
+    sm_scale: float | None
+    settings: Settings | None
+
+    def plan(self) -> Plan:
+        dtype, kv_dtype = (of and of.name.lower() for of in self.dtypes)
+        desc = PlanDesc(*self.shape, dtype, *self.limits, kv_dtype, self.sm_scale, self.settings)
+        return Plan(desc, self.on)
+
+
 class _Plans:
     """The latest plans; those that fall out leave their statistics behind."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._plans: OrderedDict[tuple[PlanDesc, context.Context], Plan] = OrderedDict()
+        self._plans: OrderedDict[_Key, Plan] = OrderedDict()
         self._past = Stats()
 
-    def get(self, desc: PlanDesc, on: context.Context) -> Plan:
+    def get(self, key: _Key) -> Plan:
         with self._lock:
-            plan = self._plans.get((desc, on)) or Plan(desc, on)
-            self._plans[desc, on] = plan
-            self._plans.move_to_end((desc, on))
+            plan = self._plans.get(key)
+            if plan is not None:
+                self._plans.move_to_end(key)
+                return plan
+            plan = self._plans[key] = key.plan()
             if len(self._plans) > _MAX_PLANS:
                 self._past += self._plans.popitem(last=False)[1].stats()
             return plan
@@ -156,6 +176,12 @@ def _result(batch: Batch, what: tuple[str, tuple[int, ...], Dtype], q: Any, stre
     return made.like(q.words if isinstance(q, Bf16) else q) if batch.home.on_cpu else made
 
 
+def _wrong_ndim(shapes: tuple[tuple[int, ...], ...]) -> InvalidArgument:
+    three = zip(("q", "k_cache", "block_table"), shapes, _NDIMS, strict=True)
+    name, shape, ndim = next(one for one in three if len(one[1]) != one[2])
+    return invalid(E_SHAPE, name, f"{ndim} dimensions", len(shape))
+
+
 def _rounded(count: int) -> int:
     """The next power of two, within what a plan may hold."""
     return min(1 << max(count - 1, 0).bit_length(), 2**31 - 1) if count < 2**31 else count
@@ -168,5 +194,7 @@ def _forget() -> None:
 
 
 _MAX_PLANS = 64
+# Of q, k_cache and block_table.
+_NDIMS = [3, 4, 2]
 _plans = _Plans()
 os.register_at_fork(after_in_child=_forget)

@@ -112,9 +112,16 @@ class Array:
         return array.view(other.dtype) if self.dtype is Dtype.BF16 else array
 
 
-ITEM_BYTES = {Dtype.BF16: 2, Dtype.F16: 2, Dtype.F32: 4, Dtype.I32: 4, Dtype.U32: 4}
+ITEM_BYTES = {Dtype.BF16: 2, Dtype.F16: 2, Dtype.F32: 4, Dtype.I32: 4, Dtype.U32: 4, Dtype.E4M3: 1}
 
-# NumPy has no bf16 of its own; its words travel as unsigned integers.
-TYPESTR = {Dtype.BF16: "<u2", Dtype.F16: "<f2", Dtype.F32: "<f4", Dtype.I32: "<i4", Dtype.U32: "<u4"}
+# NumPy has no bf16 and no e4m3 of its own; their words travel as unsigned integers.
+TYPESTR = {
+    Dtype.BF16: "<u2",
+    Dtype.F16: "<f2",
+    Dtype.F32: "<f4",
+    Dtype.I32: "<i4",
+    Dtype.U32: "<u4",
+    Dtype.E4M3: "|u1",
+}
 
 _FORMAT = {Dtype.BF16: "H", Dtype.F16: "e", Dtype.F32: "f", Dtype.I32: "i", Dtype.U32: "I"}

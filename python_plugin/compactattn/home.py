@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import context
-from ._abi import DeviceKind, Dtype
+from ._abi import DeviceKind, Dtype, Tensor
 from .arrays import Array
 from .errors import E_DEVICE, E_NULL, E_STREAM, invalid
 from .tensors import View
@@ -27,15 +27,17 @@ class Home:
     torch: Any = None
 
     @classmethod
-    def of(cls, views: dict[str, View]) -> Home:
+    def of(cls, views: tuple[View, ...], names: tuple[str, ...]) -> Home:
         """The one device all of them lie on; InvalidArgument (E_DEVICE) naming the first that does not."""
-        (first, leader), *rest = views.items()
+        leader = views[0].tensor
         device = _device(leader)
-        for name, view in rest:
-            if _device(view) != device:
-                wanted = f"memory of {device}, as batch.{first}"
-                raise invalid(E_DEVICE, f"batch.{name}", wanted, _device(view))
-        return cls(device, _torch() if _is_torch(leader) else None)
+        kind, ordinal = leader.device_kind, leader.device_ordinal
+        for i, view in enumerate(views):
+            tensor = view.tensor
+            if tensor.device_kind != kind or tensor.device_ordinal != ordinal:
+                wanted = f"memory of {device}, as batch.{names[0]}"
+                raise invalid(E_DEVICE, f"batch.{names[i]}", wanted, _device(tensor))
+        return cls(device, _torch() if _is_torch(views[0]) else None)
 
     @property
     def on_cpu(self) -> bool:
@@ -96,9 +98,8 @@ class Home:
 CPU = Home()
 
 
-def _device(view: View) -> str:
-    tensor = view.tensor
-    return f"cuda:{tensor.device_ordinal}" if tensor.device_kind == DeviceKind.CUDA else "cpu"
+def _device(tensor: Tensor) -> str:
+    return "cpu" if tensor.device_kind == DeviceKind.CPU else f"cuda:{tensor.device_ordinal}"
 
 
 def _is_torch(view: View) -> bool:

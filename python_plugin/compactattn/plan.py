@@ -15,7 +15,7 @@ from .batch import Batch
 from .errors import E_DTYPE, E_VALUE, invalid
 from .selection import Selection, Summaries
 from .settings import Settings, int32, whole
-from .tensors import none, view
+from .tensors import view
 from .workspace import Borrowed, Scratch
 
 
@@ -34,6 +34,8 @@ class PlanDesc:
     max_num_reqs: int
     max_total_q: int
     max_kv_len: int
+    # Of the KV cache: None = dtype, or e4m3.
+    kv_dtype: str | None = None
     # None = 1 / sqrt(head_dim).
     sm_scale: float | None = None
     # None = mode compactattn.
@@ -56,7 +58,8 @@ class PlanDesc:
 
     def to_c(self) -> _abi.PlanDesc:
         """The C struct; it keeps alive what it points to."""
-        struct = _abi.PlanDesc(dtype=_dtype(self.dtype), sm_scale=self._sm_scale())
+        kv_dtype = 0 if self.kv_dtype is None else _dtype(self.kv_dtype, "kv_dtype", _KV_DTYPES)
+        struct = _abi.PlanDesc(dtype=_dtype(self.dtype), kv_dtype=kv_dtype, sm_scale=self._sm_scale())
         for name in _INTS:
             setattr(struct, name, int32(name, getattr(self, name)))
         struct.max_total_q = whole("max_total_q", self.max_total_q, 63)
@@ -191,8 +194,9 @@ class Plan:
         stream: int | None = None,
     ) -> _abi_step.ForwardArgs:
         """The C struct of a :meth:`forward`; the caller keeps every tensor alive for as long as it runs it."""
-        args = _abi_step.ForwardArgs(layer=int32("layer", layer), batch=ctypes.pointer(batch.struct))
-        args.out, args.lse = view("out", out, writable=True).tensor, none()
+        args = _abi_step.ForwardArgs()
+        args.layer, args.batch = int32("layer", layer), ctypes.pointer(batch.struct)
+        args.out = view("out", out, writable=True).tensor
         if lse is not None:
             args.lse = view("lse", lse, writable=True).tensor
         if settings is not None:
@@ -228,23 +232,18 @@ class Plan:
         return self._bytes[layer, settings]
 
 
-def _dtype(name: str) -> _abi.Dtype:
-    found = {"bf16": _abi.Dtype.BF16, "f16": _abi.Dtype.F16, "f32": _abi.Dtype.F32}.get(name)
+_DTYPES = {"bf16": _abi.Dtype.BF16, "f16": _abi.Dtype.F16, "f32": _abi.Dtype.F32}
+_KV_DTYPES = {**_DTYPES, "e4m3": _abi.Dtype.E4M3}
+
+
+def _dtype(name: str, what: str = "dtype", among: dict[str, _abi.Dtype] = _DTYPES) -> _abi.Dtype:
+    found = among.get(name)
     if found is None:
-        raise invalid(E_DTYPE, "dtype", "bf16, f16 or f32", repr(name))
+        *first, last = among
+        raise invalid(E_DTYPE, what, f"{', '.join(first)} or {last}", repr(name))
     return found
 
 
-_INTS = [
-    "num_q_heads",
-    "num_kv_heads",
-    "head_dim",
-    "page_size",
-    "max_num_reqs",
-    "num_layers",
-    "num_splits",
-    "rope_interleaved",
-    "sliding_window",
-    "attention_sinks",
-    "alibi",
-]
+# Of PlanDesc, as the C struct has them.
+_INTS = ["num_q_heads", "num_kv_heads", "head_dim", "page_size", "max_num_reqs", "num_layers", "num_splits"]
+_INTS += ["rope_interleaved", "sliding_window", "attention_sinks", "alibi"]

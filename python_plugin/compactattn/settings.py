@@ -128,9 +128,10 @@ def int32(name: str, value: object) -> int:
 
 def whole(name: str, value: object, bits: int) -> int:
     """``value`` if it is a whole number of at most ``bits`` bits and a sign."""
-    if not hasattr(value, "__index__") or not -(2**bits) <= value.__index__() < 2**bits:
+    number = value.__index__() if hasattr(value, "__index__") else None
+    if number is None or not -(1 << bits) <= number < 1 << bits:
         raise invalid(E_VALUE, name, f"a whole number of {bits} bits", value)
-    return int(value.__index__())
+    return int(number)
 
 
 def _number(name: str, value: object) -> float:
@@ -146,10 +147,10 @@ def _shortest(value: float) -> float:
 
 
 def _member(argument: str, enum: type[_E], name: object) -> _E:
-    names = [member.name.lower() for member in enum]
-    if not isinstance(name, str) or name.lower() not in names:
-        raise invalid(E_VALUE, argument, "|".join(names), repr(name))
-    return enum[name.upper()]
+    found = enum.__members__.get(name.upper()) if isinstance(name, str) else None
+    if found is None:
+        raise invalid(E_VALUE, argument, "|".join(member.name.lower() for member in enum), repr(name))
+    return found
 
 
 _ENUMS: dict[str, type[IntEnum]] = {

@@ -199,7 +199,7 @@ def combine(
     if lse is not None:
         views["lse"] = view("lse", lse, writable=True)
     args = _abi_step.CombineArgs(**{name: view.tensor for name, view in views.items()})
-    args.stream = Home.of({"out": views["out"]}).stream(stream)
+    args.stream = Home.of((views["out"],), ("out",)).stream(stream)
     call("compactattn_combine", plan.handle, byref(args))
 
 

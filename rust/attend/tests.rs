@@ -3,7 +3,7 @@
 use super::{Correction, Partials, attend};
 use crate::Parallel;
 use crate::combine::combine;
-use crate::fixture::{Lists, Paged, Request, Store, shape};
+use crate::fixture::{Lists, Paged, Request, Store, over_e4m3, shape};
 use crate::mask;
 use crate::plan::Layout;
 use crate::settings::{Scope, Selector, Settings};
@@ -200,10 +200,13 @@ fn full_lists_are_plain_attention_for_every_shape_and_dtype() {
         for (j, group) in [1, 3, 7].into_iter().enumerate() {
             let dtype = dtypes[(i + j) % 3];
             let page_size = [16, 64, 256][(i + 2 * j) % 3];
-            let paged = Paged::random(i as u64, shape(2, group, head_dim, page_size, dtype), &LENS);
-            let layout = paged.layout(settings(SCOPES[(i + j) % 4], [128, 16, 64, 1][i]));
-            let lists = Lists::random(1, &layout, &paged.batch(), 1.0);
-            plain(&paged, &layout, &lists.bits, false).check(&run(&paged, &layout, &lists, PLAIN), dtype);
+            let shape = shape(2, group, head_dim, page_size, dtype);
+            for shape in [shape, over_e4m3(shape)] {
+                let paged = Paged::random(i as u64, shape, &LENS);
+                let layout = paged.layout(settings(SCOPES[(i + j) % 4], [128, 16, 64, 1][i]));
+                let lists = Lists::random(1, &layout, &paged.batch(), 1.0);
+                plain(&paged, &layout, &lists.bits, false).check(&run(&paged, &layout, &lists, PLAIN), dtype);
+            }
         }
     }
 }
@@ -236,7 +239,9 @@ fn splits_agree_with_plain_attention_whatever_their_number() {
 #[test]
 fn means_stand_in_for_skipped_blocks_in_one_split_only() {
     for (splits, scope) in [(1, Scope::HEAD_CHUNK), (3, Scope { query_span: 128, heads_per_list: 0 })] {
-        let paged = Paged::random(9, shape(2, 3, 128, 64, Dtype::Bf16), &[(130, 1500), (20, 410), (9, 4)]);
+        let shape = shape(2, 3, 128, 64, Dtype::Bf16);
+        let shape = if splits == 1 { over_e4m3(shape) } else { shape };
+        let paged = Paged::random(9, shape, &[(130, 1500), (20, 410), (9, 4)]);
         let layout = paged.layout(settings(scope, 16));
         let batch = paged.batch();
         let lists = Lists::random(5, &layout, &batch, 0.3);
@@ -282,17 +287,20 @@ fn changed(paged: &Paged, layout: &Layout, bits: &[u32], change: impl Fn(&mut Re
 
 #[test]
 fn what_no_list_names_is_never_read() {
-    let paged = Paged::random(4, shape(1, 3, 64, 16, Dtype::F32), &[(40, 600)]);
-    let layout = paged.layout(settings(Scope::GROUP_CHUNK, 32));
-    let lists = Lists::random(5, &layout, &paged.batch(), 0.4);
-    let want = run(&paged, &layout, &lists, PLAIN);
-    let poisoned = changed(&paged, &layout, &lists.bits, |request| {
-        for t in (0..600).filter(|t| !mask::get(&lists.bits, t / 32)) {
-            request.k[t * 64..][..64].fill(f32::NAN);
-            request.v[t * 64..][..64].fill(f32::INFINITY);
-        }
-    });
-    assert_eq!(want.bits(), poisoned.bits());
+    let shape = shape(1, 3, 64, 16, Dtype::F32);
+    for shape in [shape, over_e4m3(shape)] {
+        let paged = Paged::random(4, shape, &[(40, 600)]);
+        let layout = paged.layout(settings(Scope::GROUP_CHUNK, 32));
+        let lists = Lists::random(5, &layout, &paged.batch(), 0.4);
+        let want = run(&paged, &layout, &lists, PLAIN);
+        let poisoned = changed(&paged, &layout, &lists.bits, |request| {
+            for t in (0..600).filter(|t| !mask::get(&lists.bits, t / 32)) {
+                request.k[t * 64..][..64].fill(f32::NAN);
+                request.v[t * 64..][..64].fill(if t % 2 == 0 { f32::NAN } else { f32::INFINITY });
+            }
+        });
+        assert_eq!(want.bits(), poisoned.bits());
+    }
 }
 
 #[test]

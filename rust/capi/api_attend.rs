@@ -85,7 +85,7 @@ unsafe fn forward_args(plan: &PlanObject, args: &compactattn_forward_args) -> Re
     };
     let outputs: Vec<View> = results.views().into_iter().chain(scratch.map(|scratch| scratch.view)).collect();
     check_apart(&outputs, &step.views())?;
-    check_apart(&step.refreshed(&layout), &step.batch.views)?;
+    check_apart(&step.refreshed(&layout), &step.batch.tensors())?;
     if let Some(cuda) = &plan.cuda {
         let place = Place { layer: plan.layer(args.layer)?, layout: &layout, stream: args.stream, scratch };
         return device::forward(cuda, &place, &step, &results);
@@ -144,7 +144,7 @@ impl StepViews {
     fn views(&self) -> Vec<View> {
         let summaries = self.summaries.map_or(Vec::new(), |summaries| summaries.views());
         let external = self.external.map_or(Vec::new(), |external| external.views());
-        [&self.batch.views[..], &summaries, &external].concat()
+        [&self.batch.tensors()[..], &summaries, &external].concat()
     }
 
     /// What this call writes of its summaries.
@@ -188,7 +188,7 @@ unsafe fn attend_args(plan: &PlanObject, args: &compactattn_attend_args) -> Resu
     };
     let outputs: Vec<View> = results.views().into_iter().chain(scratch.map(|scratch| scratch.view)).collect();
     let read = correction.as_ref().map_or(Vec::new(), CorrectionViews::views);
-    check_apart(&outputs, &[&views.views[..], &table.views, &read].concat())?;
+    check_apart(&outputs, &[&views.tensors()[..], &table.views, &read].concat())?;
     if let Some(cuda) = &plan.cuda {
         let place = Place { layer: plan.layer(args.layer)?, layout, stream: args.stream, scratch };
         let corrected = correction.map(|correction| (correction.lists, correction.summaries));

@@ -94,6 +94,6 @@ unsafe fn on_device(
     let views = unsafe { BatchViews::read(plan, layout, batch) }?;
     // SAFETY: this function's contract.
     let lists = unsafe { read_lists(plan, layout, lists) }?;
-    check_apart(&out.views, &[&views.views[..], &[lists]].concat())?;
+    check_apart(&out.views, &[&views.tensors()[..], &[lists]].concat())?;
     Ok((views, lists))
 }

@@ -85,9 +85,9 @@ pub unsafe extern "C" fn compactattn_select(
         let out = unsafe { SelectionViews::read(plan, layout, ["out", "out.scores", "out.masks"], out) }?;
         let scores = out.scores.ok_or_else(|| Error::new(Status::Null, "out.scores", "a tensor", "none"))?;
         let means = summaries.map_or(Vec::new(), |summaries| summaries.views());
-        check_apart(&out.views(), &[&views.views[..], &means].concat())?;
+        check_apart(&out.views(), &[&views.tensors()[..], &means].concat())?;
         let refreshed = summaries.map_or(Vec::new(), |summaries| summaries.refreshed());
-        check_apart(&refreshed, &views.views)?;
+        check_apart(&refreshed, &views.tensors())?;
         if let Some(cuda) = &plan.cuda {
             let place = Place::of_stage(plan, layer, layout, &views)?;
             return device::select(cuda, &place, &views, (summaries.as_ref(), &out));
@@ -137,7 +137,7 @@ pub unsafe extern "C" fn compactattn_union(
         from.check_one("selection")?;
         // SAFETY: this function's contract.
         let lists = unsafe { read_lists(plan, layout, lists) }?;
-        check_apart(&[lists], &[&views.views[..], &from.views()].concat())?;
+        check_apart(&[lists], &[&views.tensors()[..], &from.views()].concat())?;
         if let Some(cuda) = &plan.cuda {
             let place = Place::of_stage(plan, layer, layout, &views)?;
             let rows = device::unite(cuda, &place, &views, &from, &lists)?;
@@ -178,7 +178,7 @@ pub unsafe extern "C" fn compactattn_table_build(
             let views = unsafe { BatchViews::read(plan, layout, batch) }?;
             // SAFETY: this function's contract.
             let lists = unsafe { read_lists(plan, layout, lists) }?;
-            check_apart(&out.views, &[&views.views[..], &[lists]].concat())?;
+            check_apart(&out.views, &[&views.tensors()[..], &[lists]].concat())?;
             let place = Place::of_stage(plan, layer, layout, &views)?;
             return device::table(cuda, &place, &views, &lists, &out);
         }
@@ -231,7 +231,7 @@ pub(super) unsafe fn open_lists<'a>(
     let views = unsafe { BatchViews::read(plan, layout, batch) }?;
     // SAFETY: this function's contract.
     let lists = unsafe { read_lists(plan, layout, lists) }?;
-    check_apart(&out.views, &[&views.views[..], &[lists]].concat())?;
+    check_apart(&out.views, &[&views.tensors()[..], &[lists]].concat())?;
     // SAFETY: this function's contract; outputs lie apart.
     let batch = unsafe { views.open(plan, layer) }?;
     check_rows(&lists, list_rows(layout, &batch), "list rows of this batch")?;

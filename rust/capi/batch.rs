@@ -5,8 +5,9 @@ use std::ffi::c_void;
 use super::check::check;
 use super::objects::PlanObject;
 use super::read::input;
+use super::structs::compactattn_tensor;
 use super::structs_step::compactattn_batch;
-use super::tensor::{Device, Dim, View, Wanted};
+use super::tensor::{Device, Dim, View, Wanted, is_none};
 use super::views::q_like;
 use crate::batch::{Batch, BatchParts, BlockTable};
 use crate::error::{Error, Result, Status};
@@ -19,6 +20,8 @@ use crate::types::{Dtype, Shape};
 pub(super) struct BatchViews {
     /// q, k, v, cu_seqlens_q, seq_lens, block_table: what outputs must stay apart from.
     pub(super) views: [View; 6],
+    /// Scales of k and of v.
+    pub(super) scales: [Option<View>; 2],
     /// Query tokens.
     pub(super) total_q: usize,
     /// Pages of the pool.
@@ -53,8 +56,17 @@ impl BatchViews {
         let block_table = check(&c.block_table, &ints("batch.block_table", dims))?;
         check_box_ids(layout, k.shape[0])?;
         let views = [q, k, v, cu_seqlens_q, seq_lens, block_table];
+        let scales = [
+            scale("batch.k_scale", &c.k_scale, &layout.shape, device)?,
+            scale("batch.v_scale", &c.v_scale, &layout.shape, device)?,
+        ];
         let place = (c.stream, c.workspace, c.workspace_bytes);
-        Ok(Self { views, total_q: q.shape[0], num_pages: k.shape[0], place })
+        Ok(Self { views, scales, total_q: q.shape[0], num_pages: k.shape[0], place })
+    }
+
+    /// Every tensor of the batch.
+    pub(super) fn tensors(&self) -> Vec<View> {
+        self.views.into_iter().chain(self.scales.into_iter().flatten()).collect()
     }
 
     /// Whether there is nothing to compute.
@@ -77,9 +89,9 @@ impl BatchViews {
                 stride_head: q.stride[1],
             },
             // SAFETY: this function's contract.
-            k: unsafe { open_pool(k) },
+            k: unsafe { open_pool(k, self.scales[0]) },
             // SAFETY: this function's contract.
-            v: unsafe { open_pool(v) },
+            v: unsafe { open_pool(v, self.scales[1]) },
             // SAFETY: this function's contract; the dtype is i32.
             cu_seqlens_q: unsafe { cu_seqlens_q.slice() },
             // SAFETY: as above.
@@ -103,11 +115,13 @@ impl BatchViews {
 ///
 /// # Safety
 /// As [`BatchViews::open`].
-unsafe fn open_pool<'a>(view: &View) -> Pool<'a> {
+unsafe fn open_pool<'a>(view: &View, scales: Option<View>) -> Pool<'a> {
     let [stride_page, stride_token, stride_head, _] = view.stride;
     // SAFETY: this function's contract; the dtype is a floating-point one.
     let elements = unsafe { view.elements() };
-    Pool { elements, num_pages: view.shape[0], stride_page, stride_token, stride_head }
+    // SAFETY: this function's contract; the dtype is f32.
+    let scales = scales.map_or(&[][..], |scales| unsafe { scales.slice() });
+    Pool { elements, num_pages: view.shape[0], stride_page, stride_token, stride_head, scales }
 }
 
 /// K or V.
@@ -118,7 +132,26 @@ fn pool(name: &'static str, shape: &Shape, pages: Dim, device: Device) -> Wanted
         Dim::Is(shape.num_kv_heads, "num_kv_heads"),
         Dim::Is(shape.head_dim, "head_dim"),
     ];
-    Wanted::vectors(name, shape.dtype, dims, device)
+    Wanted::vectors(name, shape.kv_dtype, dims, device)
+}
+
+/// One scale or one for each KV head, of e4m3 pools only.
+fn scale(
+    name: &'static str,
+    from: &compactattn_tensor,
+    shape: &Shape,
+    device: Device,
+) -> Result<Option<View>> {
+    if is_none(from) {
+        return Ok(None);
+    }
+    if shape.kv_dtype != Dtype::E4m3 {
+        let wanted = format!("none, for a KV cache of {}", shape.kv_dtype.name());
+        return Err(Error::new(Status::Dtype, name, wanted, "a tensor"));
+    }
+    let one = from.ndim == 1 && from.shape[0] == 1;
+    let dim = if one { Dim::Any } else { Dim::Is(shape.num_kv_heads, "num_kv_heads; or 1") };
+    check(from, &Wanted::dense(name, Dtype::F32, vec![dim], device)).map(Some)
 }
 
 /// Every box of the pool must have an int32 id.

@@ -198,7 +198,7 @@ pub(super) fn with_call(
 
 /// The batch's addresses, all of them in this device's memory, its extents within the plan's limits.
 fn device_batch(plan: &Plan, layout: &Layout, batch: &BatchViews, others: &[View]) -> Result<DeviceBatch> {
-    for view in batch.views.iter().chain(others).filter(|view| view.len > 0) {
+    for view in batch.tensors().iter().chain(others).filter(|view| view.len > 0) {
         plan.context().check_memory(view.name, address(view))?;
     }
     let [q, k, v, cu_seqlens_q, seq_lens, block_table] = &batch.views;
@@ -214,8 +214,8 @@ fn device_batch(plan: &Plan, layout: &Layout, batch: &BatchViews, others: &[View
     }
     Ok(DeviceBatch {
         q: DeviceTokens { address: address(q), stride_token: q.stride[0], stride_head: q.stride[1] },
-        k: pool(k),
-        v: pool(v),
+        k: pool(k, batch.scales[0]),
+        v: pool(v, batch.scales[1]),
         cu_seqlens_q: address(cu_seqlens_q),
         seq_lens: address(seq_lens),
         block_table: address(block_table),
@@ -233,9 +233,11 @@ fn means(from: Option<&SummaryViews>) -> (u64, u64) {
     (from.map_or(0, |summaries| address(&summaries.k_mean)), v_mean.map_or(0, |v_mean| address(&v_mean)))
 }
 
-fn pool(view: &View) -> DevicePool {
+fn pool(view: &View, scales: Option<View>) -> DevicePool {
     let [stride_page, stride_token, stride_head, _] = view.stride;
-    DevicePool { address: address(view), stride_page, stride_token, stride_head }
+    let scale = scales.map_or(0, |scales| address(&scales));
+    let stride_scale = usize::from(scales.is_some_and(|scales| scales.shape[0] > 1));
+    DevicePool { address: address(view), stride_page, stride_token, stride_head, scale, stride_scale }
 }
 
 pub(super) fn output(results: &OutputViews) -> DeviceOutput {

@@ -83,6 +83,8 @@ fn batch(at: &impl Fn(u64) -> *mut std::ffi::c_void) -> compactattn_batch {
         stream: std::ptr::null_mut(),
         workspace: std::ptr::null_mut(),
         workspace_bytes: 0,
+        k_scale: NONE,
+        v_scale: NONE,
     }
 }
 

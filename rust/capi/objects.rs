@@ -133,6 +133,7 @@ mod tests {
             head_dim: 64,
             page_size: 16,
             dtype: Dtype::F32,
+            kv_dtype: Dtype::F32,
             sm_scale: 0.125,
         };
         let limits = Limits { max_num_reqs: 1, max_total_q: 1, max_kv_len: 1 };

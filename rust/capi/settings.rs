@@ -161,11 +161,11 @@ fn shape(desc: &compactattn_plan_desc) -> Result<Shape> {
     let dtype = float.ok_or_else(|| {
         Error::new(Status::Dtype, "desc.dtype", "bf16, f16 or f32", tensor::dtype_name(desc.dtype))
     })?;
-    if desc.kv_dtype != 0 && desc.kv_dtype != desc.dtype {
-        let wanted = format!("0 or {}, the dtype of q", dtype.name());
-        let got = tensor::dtype_name(desc.kv_dtype);
-        return Err(Error::new(Status::Dtype, "desc.kv_dtype", wanted, got));
-    }
+    let known = [dtype, Dtype::E4m3].into_iter().find(|&d| d as i32 == desc.kv_dtype);
+    let kv_dtype = known.or((desc.kv_dtype == 0).then_some(dtype)).ok_or_else(|| {
+        let wanted = format!("0, {} (the dtype of q) or e4m3", dtype.name());
+        Error::new(Status::Dtype, "desc.kv_dtype", wanted, tensor::dtype_name(desc.kv_dtype))
+    })?;
     let default_scale = 1.0 / (head_dim as f32).sqrt();
     let shape = Shape {
         num_q_heads: head_count("desc.num_q_heads", desc.num_q_heads)?,
@@ -173,6 +173,7 @@ fn shape(desc: &compactattn_plan_desc) -> Result<Shape> {
         head_dim,
         page_size: count("desc.page_size", desc.page_size)?,
         dtype,
+        kv_dtype,
         sm_scale: if desc.sm_scale == 0.0 { default_scale } else { desc.sm_scale },
     };
     shape.check()?;

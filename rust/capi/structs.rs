@@ -16,6 +16,9 @@ pub enum compactattn_dtype {
     COMPACTATTN_DTYPE_I32 = 4,
     /// 32-bit words: bit masks.
     COMPACTATTN_DTYPE_U32 = 5,
+    /// 8-bit floats of 4 exponent and 3 mantissa bits, bias 7, finite but for one NaN of each sign ("e4m3fn"): k and v
+    /// only.
+    COMPACTATTN_DTYPE_E4M3 = 6,
 }
 
 /// Where memory lies.
@@ -227,7 +230,7 @@ pub struct compactattn_plan_desc {
     pub page_size: i32,
     /// Type of q and out: bf16, f16 or (CPU) f32.
     pub dtype: i32,
-    /// Type of the KV cache; 0 = dtype. No other type is offered yet.
+    /// Type of the KV cache: dtype, or e4m3 (CUDA: head_dim 64 or 128); 0 = dtype.
     pub kv_dtype: i32,
     /// Factor on q.k before the exponential; 0 = 1/sqrt(head_dim).
     pub sm_scale: f32,

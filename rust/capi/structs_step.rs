@@ -34,6 +34,11 @@ pub struct compactattn_batch {
     pub workspace: *mut c_void,
     /// Bytes of workspace.
     pub workspace_bytes: i64,
+    /// Of an e4m3 cache: what stored keys are multiplied by, [1] or [num_kv_heads] f32, finite and > 0; none = 1. In the
+    /// context's memory, read when the step runs: of a CUDA context on the device, where values are not checked.
+    pub k_scale: compactattn_tensor,
+    /// As k_scale, of values.
+    pub v_scale: compactattn_tensor,
 }
 
 /// Mean key (and value) of every whole block, kept by the caller beside the pool.
@@ -260,7 +265,7 @@ pub struct compactattn_stats {
 
 const _: () = {
     use std::mem::offset_of;
-    assert!(size_of::<compactattn_batch>() == 608 && offset_of!(compactattn_batch, block_table) == 488);
+    assert!(size_of::<compactattn_batch>() == 800 && offset_of!(compactattn_batch, block_table) == 488);
     assert!(size_of::<compactattn_summaries>() == 296 && size_of::<compactattn_selection>() == 200);
     assert!(size_of::<compactattn_table>() == 296 && size_of::<compactattn_padded>() == 296);
     assert!(size_of::<compactattn_csr>() == 296 && size_of::<compactattn_combine_args>() == 592);

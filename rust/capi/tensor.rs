@@ -162,12 +162,14 @@ impl View {
             Dtype::Bf16 => Elements::Bf16(unsafe { self.slice::<bf16>() }),
             // SAFETY: as above.
             Dtype::F16 => Elements::F16(unsafe { self.slice::<f16>() }),
+            // SAFETY: as above.
+            Dtype::E4m3 => Elements::E4m3(unsafe { self.slice::<u8>() }),
             // SAFETY: as above; the callers ask for floating-point views only, integers have f32's size.
             _ => Elements::F32(unsafe { self.slice::<f32>() }),
         }
     }
 
-    /// Floating-point elements to write.
+    /// Floating-point elements to write, of 16 or 32 bits: no result is e4m3.
     ///
     /// # Safety
     /// As [`View::slice_mut`].
@@ -203,7 +205,7 @@ pub(super) unsafe fn array<'a, T>(data: *const T, len: usize) -> &'a [T] {
 
 /// The name of a dtype number, known or not.
 pub(super) fn dtype_name(dtype: i32) -> String {
-    let known = [Dtype::Bf16, Dtype::F16, Dtype::F32, Dtype::I32, Dtype::U32];
+    let known = [Dtype::Bf16, Dtype::F16, Dtype::F32, Dtype::I32, Dtype::U32, Dtype::E4m3];
     let found = known.into_iter().find(|&known| known as i32 == dtype);
     found.map_or_else(|| format!("unknown dtype {dtype}"), |known| known.name().to_owned())
 }

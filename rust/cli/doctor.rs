@@ -1,9 +1,10 @@
 //! `doctor`: what this build and machine can do, which settings are in force, and whether the arithmetic is right.
 //!
-//! Exit code 0: all is well, with or without a GPU. 1: a self-test failed. 2: the settings cannot be understood.
+//! Exit code 0: all is well, with or without a GPU, whatever engines there are. 1: a self-test failed, or Python cannot
+//! load the library. 2: the settings cannot be understood.
 
-use std::io::Write;
-use std::path::Path;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -15,7 +16,7 @@ use serde_json::{Map, Value, json};
 
 use crate::gpu::{self, Gpu};
 use crate::selftest::{self, SelfTest};
-use crate::{Failure, host};
+use crate::{Failure, doctor_python, host};
 
 /// Options of `doctor`.
 #[derive(Debug, clap::Args)]
@@ -23,6 +24,9 @@ pub(crate) struct Args {
     /// One JSON object instead of text.
     #[arg(long)]
     json: bool,
+    /// The Python whose packages and engines are looked at; default: the one beside this program.
+    #[arg(long, value_name = "PROGRAM")]
+    python: Option<PathBuf>,
 }
 
 /// Prints everything there is to know before reporting a problem.
@@ -35,12 +39,14 @@ pub(crate) fn run(args: &Args, out: &mut impl Write) -> std::result::Result<Exit
     let test = selftest::run();
     let gpu_test = gpu.as_ref().ok().map(|context| selftest::run_on(&Gpu::on(Arc::clone(context))));
     let passed = |test: &Result<SelfTest>| test.as_ref().is_ok_and(SelfTest::passed);
+    let python = doctor_python::sections(args.python.as_deref());
+    let library_fails = python[0].1["library"].as_str().is_some_and(|text| text.starts_with("error"));
     let code = match config {
         Err(_) => 2,
-        Ok(_) if passed(&test) && gpu_test.as_ref().is_none_or(passed) => 0,
+        Ok(_) if passed(&test) && gpu_test.as_ref().is_none_or(passed) && !library_fails => 0,
         Ok(_) => 1,
     };
-    let sections = [
+    let mut sections = vec![
         ("build", build()),
         ("cpu", cpu()),
         ("cuda", cuda(gpu.as_deref())),
@@ -51,18 +57,23 @@ pub(crate) fn run(args: &Args, out: &mut impl Write) -> std::result::Result<Exit
             gpu_test.as_ref().map_or_else(|| json!({ "result": "not run: no GPU" }), self_test),
         ),
     ];
-    if args.json {
+    sections.extend(python);
+    print(args.json, sections, out)?;
+    Ok(ExitCode::from(code))
+}
+
+fn print(as_json: bool, sections: Vec<(&str, Value)>, out: &mut impl Write) -> io::Result<()> {
+    if as_json {
         let all: Map<_, _> = sections.into_iter().map(|(name, fields)| (name.to_owned(), fields)).collect();
-        writeln!(out, "{:#}", Value::Object(all))?;
-    } else {
-        for (name, fields) in sections {
-            writeln!(out, "{name}")?;
-            for (key, value) in fields.as_object().into_iter().flatten() {
-                writeln!(out, "  {key}: {}", plain(value))?;
-            }
+        return writeln!(out, "{:#}", Value::Object(all));
+    }
+    for (name, fields) in sections {
+        writeln!(out, "{name}")?;
+        for (key, value) in fields.as_object().into_iter().flatten() {
+            writeln!(out, "  {key}: {}", plain(value))?;
         }
     }
-    Ok(ExitCode::from(code))
+    Ok(())
 }
 
 fn build() -> Value {

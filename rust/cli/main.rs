@@ -7,7 +7,9 @@ mod calibrate;
 mod contender;
 mod demo;
 mod doctor;
+mod doctor_python;
 
+mod exporter;
 mod extract;
 mod forward;
 mod gpu;
@@ -24,6 +26,8 @@ mod plot_union;
 
 mod pool;
 mod prefill;
+mod prometheus;
+mod record;
 mod report;
 mod selftest;
 mod stages;
@@ -32,12 +36,14 @@ mod summary;
 mod sweep;
 mod synthetic;
 mod trace;
+mod view;
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use compactattn::{Error, Status};
+use tracing_subscriber::fmt::format::FmtSpan;
 
 /// Chunked-prefill attention that reads only the KV pages that matter.
 #[derive(Debug, Parser)]
@@ -59,6 +65,8 @@ enum Command {
     Attend(attend::Args),
     /// What the union over heads and queries costs, layer by layer and head by head.
     Inspect(inspect::Args),
+    /// A prefill as a web page: tables, what each list read and left out, stage times; density by layer in the terminal.
+    View(view::Args),
     /// Pages that each way of choosing them needs for the error of the published union.
     Sweep(pages::Args),
     /// Find settings layer by layer for a target error or density; writes a file for COMPACTATTN_CONFIG.
@@ -95,6 +103,7 @@ fn run(command: &Command, out: &mut impl Write) -> std::result::Result<ExitCode,
         Command::Demo(args) => demo::run(args, out)?,
         Command::Attend(args) => attend::run(args, out)?,
         Command::Inspect(args) => inspect::run(args, out)?,
+        Command::View(args) => view::run(args, out)?,
         Command::Calibrate(args) => calibrate::run(args, out)?,
         Command::Sweep(args) => pages::run(args, out)?,
         Command::Extract(args) => extract::run(args, out)?,
@@ -165,5 +174,9 @@ fn log_to_stderr(verbose: u8) {
         1 => tracing::Level::DEBUG,
         _ => tracing::Level::TRACE,
     };
-    tracing_subscriber::fmt().with_max_level(level).with_writer(io::stderr).init();
+    // At the finest level each stage says how long it took.
+    let spans = if level == tracing::Level::TRACE { FmtSpan::CLOSE } else { FmtSpan::NONE };
+    let colours = io::stderr().is_terminal();
+    let log = tracing_subscriber::fmt().with_max_level(level).with_span_events(spans).with_ansi(colours);
+    log.with_writer(io::stderr).init();
 }

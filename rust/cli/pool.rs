@@ -73,6 +73,7 @@ impl PagedKv {
     fn view(&self, first: usize) -> Pool<'_> {
         let (stride_token, stride_head) = self.strides();
         Pool {
+            scales: &[],
             elements: self.data.elements(first),
             num_pages: self.num_pages,
             stride_page: 2 * Self::half_page(&self.shape),

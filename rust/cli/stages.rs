@@ -98,6 +98,24 @@ pub(crate) fn unite_masks(prefill: &Prefill, layout: &Layout, masks: &[u32]) -> 
 /// # Errors
 /// Those of [`Prefill::batch`] and [`Sizes::of`].
 pub(crate) fn attend(prefill: &Prefill, layout: &Layout, lists: &[u32]) -> Result<Timed<Vec<f32>>> {
+    let Attended { out, ms } = attend_apart(prefill, layout, lists)?;
+    Ok(Timed { value: out, ms: ms.iter().sum() })
+}
+
+/// What [`attend`] makes.
+#[derive(Clone, Debug)]
+pub(crate) struct Attended {
+    /// `[total_q, num_q_heads, head_dim]`.
+    pub(crate) out: Vec<f32>,
+    /// Of table, attend and combine.
+    pub(crate) ms: [f64; 3],
+}
+
+/// [`attend`], with the time of each stage.
+///
+/// # Errors
+/// As [`attend`].
+pub(crate) fn attend_apart(prefill: &Prefill, layout: &Layout, lists: &[u32]) -> Result<Attended> {
     let (batch, sizes) = (prefill.batch()?, Sizes::of(layout, 1)?);
     let shape = layout.shape;
     let rows = batch.total_q() * shape.num_q_heads;
@@ -108,18 +126,24 @@ pub(crate) fn attend(prefill: &Prefill, layout: &Layout, lists: &[u32]) -> Resul
     let summaries = prefill.summaries(layout.settings.block_size);
     let corrected = summaries.filter(|_| layout.settings.mean_correction);
     let correction = corrected.map(|summaries| Correction::new(lists, summaries)).transpose()?;
-    timed(|| {
+    let tabled = timed(|| {
         let mut table = TableMut { counts: &mut counts, stream_lens: &mut stream_lens, boxes: &mut boxes };
-        table::build(layout, &batch, lists, &mut table);
+        Ok(table::build(layout, &batch, lists, &mut table))
+    })?;
+    let mut partials = Partials { splits: 1, out: &mut partial, lse: &mut lse };
+    let attended = timed(|| {
         let table = Table { counts: &counts, stream_lens: &stream_lens, boxes: &boxes };
-        let mut partials = Partials { splits: 1, out: &mut partial, lse: &mut lse };
         attend::attend(layout, &batch, &table, correction.as_ref(), &mut partials, prefill.parallel);
+        Ok(())
+    })?;
+    let combined = timed(|| {
         let mut tokens = TokensMut {
             elements: ElementsMut::F32(&mut out),
             stride_token: shape.num_q_heads * shape.head_dim,
             stride_head: shape.head_dim,
         };
         combine::combine(layout, &batch, &partials, &mut tokens, None, prefill.parallel);
-        Ok(out)
-    })
+        Ok(())
+    })?;
+    Ok(Attended { out, ms: [tabled.ms, attended.ms, combined.ms] })
 }

@@ -1,24 +1,40 @@
 //! `stats`: what serving processes have counted, from the files that their setting `counters_file` names.
 //!
-//! An engine writes such a file at most once a second and replaces it whole, so that it may be read at any time.
+//! An engine writes such a file at most once a second and replaces it whole, so that it may be read at any time. In
+//! `/dev/shm` that is shared memory; on the GPU's side counters are copied into memory that the host reads, and no one waits.
 
 use std::io::Write;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use compactattn::{Error, Result, Status};
 use serde_json::{Map, Value};
 
-use crate::Outcome;
+use crate::{Outcome, exporter, prometheus};
 
 /// Options of `stats`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Counters of one process each.
+    /// Counters of one process each, or a folder of such files.
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     /// Prometheus text format, for a textfile collector.
-    #[arg(long)]
+    #[arg(long, visible_alias = "prom", group = "form")]
     prometheus: bool,
+    /// A JSON array, one object a process.
+    #[arg(long, group = "form")]
+    json: bool,
+    /// Again each so many seconds, until interrupted.
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = seconds)]
+    watch: Option<Duration>,
+    /// With --watch: so many times.
+    #[arg(long, value_name = "N", requires = "watch")]
+    times: Option<u64>,
+    /// Answer GET /metrics at this address, until interrupted: an exporter for Prometheus.
+    #[arg(long, value_name = "ADDRESS:PORT", conflicts_with_all = ["watch", "form"])]
+    serve: Option<SocketAddr>,
 }
 
 /// Prints all files' counters.
@@ -26,14 +42,71 @@ pub(crate) struct Args {
 /// # Errors
 /// [`Status::Io`] for a file that cannot be read, [`Status::Config`] for one without counters; those of `out`.
 pub(crate) fn run(args: &Args, out: &mut impl Write) -> Outcome {
-    let all = args.files.iter().map(|path| read(path)).collect::<Result<Vec<_>>>()?;
-    let text =
-        if args.prometheus { prometheus(&all) } else { all.iter().map(plain).collect::<Vec<_>>().join("\n") };
-    out.write_all(text.as_bytes())?;
+    if let Some(address) = args.serve {
+        return exporter::serve(address, &args.files, out);
+    }
+    let Some(pause) = args.watch else {
+        return show(args, &read_all(&args.files)?, out);
+    };
+    for time in 0..args.times.unwrap_or(u64::MAX) {
+        if time > 0 {
+            thread::sleep(pause);
+        }
+        if !args.prometheus && !args.json {
+            out.write_all(CLEAR)?;
+        }
+        show(args, &read_all(&args.files)?, out)?;
+        out.flush()?;
+    }
     Ok(())
 }
 
-fn read(path: &Path) -> Result<Map<String, Value>> {
+fn show(args: &Args, all: &[Counters], out: &mut impl Write) -> Outcome {
+    let text = match (args.prometheus, args.json) {
+        (true, _) => prometheus::text(all),
+        (_, true) => format!("{}\n", Value::from_iter(all.iter().cloned().map(Value::Object))),
+        _ => all.iter().map(plain).collect::<Vec<_>>().join("\n"),
+    };
+    Ok(out.write_all(text.as_bytes())?)
+}
+
+/// One process's counters, as its file holds them.
+pub(crate) type Counters = Map<String, Value>;
+
+/// All files, and those that folders hold now: processes come and go.
+///
+/// # Errors
+/// As [`run`]; not for a file of a folder that is gone when it is read.
+pub(crate) fn read_all(paths: &[PathBuf]) -> Result<Vec<Counters>> {
+    let mut all = Vec::new();
+    for path in paths {
+        match std::fs::read_dir(path) {
+            Ok(entries) => {
+                let mut files: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+                files.retain(|file| file.extension().is_some_and(|kind| kind == "json"));
+                files.sort();
+                let found = files.iter().map(|file| read(file));
+                all.extend(found.filter(|read| !is_gone(read)).collect::<Result<Vec<_>>>()?);
+            }
+            Err(_) => all.push(read(path)?),
+        }
+    }
+    Ok(all)
+}
+
+fn is_gone(read: &Result<Counters>) -> bool {
+    read.as_ref().is_err_and(|error| error.status() == Status::Io)
+}
+
+fn seconds(text: &str) -> std::result::Result<Duration, String> {
+    let number = text.parse().ok().and_then(|x: f64| Duration::try_from_secs_f64(x).ok());
+    number.filter(|pause| !pause.is_zero()).ok_or_else(|| format!("wanted seconds, got {text:?}"))
+}
+
+/// Cursor to the top, screen erased.
+const CLEAR: &[u8] = b"\x1b[H\x1b[2J";
+
+fn read(path: &Path) -> Result<Counters> {
     let text = std::fs::read_to_string(path).map_err(|e| {
         Error::new(
             Status::Io,
@@ -49,7 +122,7 @@ fn read(path: &Path) -> Result<Map<String, Value>> {
 }
 
 /// One process in words: a line a counter, reasons and plans on lines of their own.
-fn plain(counters: &Map<String, Value>) -> String {
+fn plain(counters: &Counters) -> String {
     let mut lines = Vec::new();
     for (name, value) in counters {
         match value {
@@ -74,66 +147,6 @@ fn fields(plan: &Value) -> String {
     shown.collect::<Vec<_>>().join(", ").replace("null", "none yet")
 }
 
-/// Every metric once with its help and type, then its samples of all processes.
-fn prometheus(all: &[Map<String, Value>]) -> String {
-    let mut text = String::new();
-    for (name, key, help) in METRICS {
-        let kind = if name.ends_with("_total") { "counter" } else { "gauge" };
-        text += &format!("# HELP {name} {help}\n# TYPE {name} {kind}\n");
-        for counters in all {
-            let pid = format!("pid=\"{}\"", counters.get("pid").unwrap_or(&Value::Null));
-            for (labels, value) in samples(counters, key) {
-                text += &format!("{name}{{{pid}{labels}}} {value}\n");
-            }
-        }
-    }
-    text
-}
-
-/// Labels (each with a comma before it) and value: of a number, of each reason, or (`plans.field`) of each plan.
-fn samples(counters: &Map<String, Value>, key: &str) -> Vec<(String, Value)> {
-    if let Some(field) = key.strip_prefix("plans.") {
-        let plans = counters.get("plans").and_then(Value::as_array).into_iter().flatten().enumerate();
-        // A plan that has selected nothing yet has no density.
-        let known = plans.filter(|(_, plan)| plan[field].is_number());
-        return known
-            .map(|(i, plan)| {
-                (format!(",plan=\"{i}\",page_size=\"{}\"", plan["page_size"]), plan[field].clone())
-            })
-            .collect();
-    }
-    match counters.get(key) {
-        Some(Value::Object(reasons)) => reasons
-            .iter()
-            .map(|(reason, count)| (format!(",reason=\"{}\"", escaped(reason)), count.clone()))
-            .collect(),
-        Some(count) => vec![(String::new(), count.clone())],
-        None => Vec::new(),
-    }
-}
-
-/// As the text format wants label values.
-fn escaped(label: &str) -> String {
-    label.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
-}
-
-/// Metric, its place in the file, help.
-const METRICS: [(&str, &str, &str); 9] = [
-    ("compactattn_steps_total", "steps", "Steps with a chunk that is long enough to be looked at."),
-    ("compactattn_split_steps_total", "split_steps", "Steps of which some request was served here."),
-    ("compactattn_requests_total", "our_requests", "Requests of steps that were served here."),
-    ("compactattn_tokens_total", "our_tokens", "Query tokens that were served here."),
-    ("compactattn_left_to_engine_total", "left_to_engine", "Requests that policy left to the engine."),
-    ("compactattn_fallbacks_total", "fallbacks", "Steps and layers that fell back to dense attention."),
-    ("compactattn_density", "plans.density", "Share of past blocks that sparse lists have read."),
-    ("compactattn_dense_lists_total", "plans.dense", "Lists that were dense by policy."),
-    (
-        "compactattn_refused_total",
-        "plans.refused",
-        "Requests whose table or lengths were refused on the device.",
-    ),
-];
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -142,26 +155,6 @@ mod tests {
         "left_to_engine": {"decode": 17}, "fallbacks": {"layer: \"odd\"": 4},
         "plans": [{"page_size": 16, "density": 0.25, "refused": 1, "dense": 896},
                   {"page_size": 64, "density": null, "refused": 0, "dense": 0}]}"#;
-
-    #[test]
-    fn each_counter_of_each_process_is_a_sample_under_one_heading() {
-        let one: Map<String, Value> = serde_json::from_str(FILE).unwrap();
-        let mut other = one.clone();
-        other.insert("pid".to_owned(), Value::from(8));
-        let text = prometheus(&[one, other]);
-        for line in [
-            "# TYPE compactattn_split_steps_total counter",
-            "compactattn_split_steps_total{pid=\"7\"} 12",
-            "compactattn_split_steps_total{pid=\"8\"} 12",
-            "compactattn_left_to_engine_total{pid=\"7\",reason=\"decode\"} 17",
-            "compactattn_fallbacks_total{pid=\"7\",reason=\"layer: \\\"odd\\\"\"} 4",
-            "compactattn_density{pid=\"7\",plan=\"0\",page_size=\"16\"} 0.25",
-            "compactattn_refused_total{pid=\"8\",plan=\"1\",page_size=\"64\"} 0",
-        ] {
-            assert_eq!(text.lines().filter(|found| *found == line).count(), 1, "{line} in\n{text}");
-        }
-        assert!(!text.contains("null"), "{text}");
-    }
 
     #[test]
     fn words_name_the_process_reasons_and_plans() {
@@ -178,5 +171,20 @@ mod tests {
         assert_eq!(read(&path).unwrap_err().status(), Status::Config);
         std::fs::remove_file(&path).unwrap();
         assert_eq!(read(&path).unwrap_err().status(), Status::Io);
+    }
+
+    #[test]
+    fn a_folder_is_all_its_counters_and_nothing_else() {
+        let folder = std::env::temp_dir().join(format!("compactattn_stats_folder_{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        for (name, text) in [("8.json", FILE), ("7.json", FILE), ("7.json.99.tmp", "{")] {
+            std::fs::write(folder.join(name), text).unwrap();
+        }
+        let paths = [folder.clone()];
+        assert_eq!(read_all(&paths).unwrap().len(), 2);
+        std::fs::write(folder.join("9.json"), "{}").unwrap();
+        assert_eq!(read_all(&paths).unwrap_err().status(), Status::Config);
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(read_all(&paths).unwrap_err().status(), Status::Io);
     }
 }

@@ -112,6 +112,7 @@ impl Trace {
             head_dim,
             page_size,
             dtype: layer.q.data.dtype(),
+            kv_dtype: layer.q.data.dtype(),
             sm_scale: sm_scale.or(stored).unwrap_or(1.0 / (head_dim as f32).sqrt()),
         };
         shape.check()?;

@@ -1,4 +1,4 @@
-//! attend and combine: which kernel serves a shape, and how it is launched.
+//! attend, which combines what it cuts: which kernel serves a shape, and how it is launched.
 
 use super::batch::{DeviceBatch, DevicePool, DeviceTokens, int32};
 use super::context::Context;
@@ -25,15 +25,13 @@ pub struct DeviceOutput {
     pub lse_stride_token: usize,
 }
 
-/// One attend kernel and its combine.
+/// One attend kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Kernel {
     /// As exported by its image.
     pub(crate) name: &'static str,
     /// The same with mean correction.
     pub(crate) corrected: &'static str,
-    /// Its combine.
-    pub(crate) combine: &'static str,
     threads: u32,
     shared_bytes: u32,
     /// The same in images for other GPUs than 9.0.
@@ -50,14 +48,25 @@ impl Kernel {
     /// # Errors
     /// [`Status::Unsupported`] for a dtype without one.
     pub(crate) fn choose(context: &Context, layout: &Layout) -> Result<Self> {
-        let key = (layout.shape.dtype, layout.shape.head_dim);
-        let found = KERNELS.iter().find(|(dtype, head_dim, kernel)| {
+        let shape = &layout.shape;
+        let key = (shape.dtype, shape.kv_dtype, shape.head_dim);
+        let found = KERNELS.iter().find(|(of, kernel)| {
             let fits = kernel.map_tokens == 0 || layout.geometry.box_tokens() >= MIN_MAP_TOKENS;
-            (*dtype, *head_dim) == key && fits && context.kernels().has(kernel.name)
+            *of == key && fits && context.kernels().has(kernel.name)
         });
-        found.map(|(_, _, kernel)| *kernel).ok_or_else(|| {
-            let got = format!("{} with head_dim {}", key.0.name(), key.1);
-            Error::new(Status::Unsupported, "dtype on CUDA", "bf16 or f16", got)
+        found.map(|(_, kernel)| *kernel).ok_or_else(|| {
+            let is_16_bit = matches!(shape.dtype, Dtype::Bf16 | Dtype::F16);
+            let got = format!("{} with head_dim {}", shape.kv_dtype.name(), shape.head_dim);
+            match shape.kv_dtype {
+                Dtype::E4m3 if is_16_bit => {
+                    let wanted = "head_dim 64 or 128, for a cache of e4m3";
+                    Error::new(Status::Unsupported, "kv_dtype on CUDA", wanted, got)
+                }
+                _ => {
+                    let got = format!("{} with head_dim {}", shape.dtype.name(), shape.head_dim);
+                    Error::new(Status::Unsupported, "dtype on CUDA", "bf16 or f16", got)
+                }
+            }
         })
     }
 
@@ -79,7 +88,7 @@ impl Kernel {
         if is_hopper { self.shared_bytes } else { self.small_shared_bytes }
     }
 
-    /// Launches attend over the lists in `scratch`, and combine.
+    /// Launches attend over the lists in `scratch`.
     ///
     /// # Errors
     /// Those of the driver.
@@ -92,9 +101,7 @@ impl Kernel {
         let maps = if self.map_tokens > 0 { call.maps(context, self.map_tokens)? } else { Vec::new() };
         let name = if call.means.is_some() { self.corrected } else { self.name };
         let args = maps.iter().map(Arg::of).chain([Arg::of(&params)]).chain(call.means.map(Arg::of));
-        kernels.launch(stream, name, grid, &args.collect::<Vec<_>>())?;
-        let grid = Grid { blocks: [num_ctas - 1, 8, 1], threads: 256, shared_bytes: 0 };
-        kernels.launch(stream, self.combine, grid, &[Arg::of(&params)])
+        kernels.launch(stream, name, grid, &args.collect::<Vec<_>>())
     }
 }
 
@@ -105,7 +112,7 @@ pub(crate) struct Call<'a> {
     pub(crate) layout: &'a Layout,
     /// Queries and pools.
     pub(crate) batch: &'a DeviceBatch,
-    /// Lists, items, cuts, room for pieces.
+    /// Lists, items, pieces, room for parts.
     pub(crate) scratch: &'a Scratch,
     /// Results.
     pub(crate) output: &'a DeviceOutput,
@@ -123,7 +130,7 @@ impl Call<'_> {
                 pieces: stages.pieces,
                 piece_starts: stages.piece_starts,
                 boxes: stages.boxes,
-                cuts: stages.cuts,
+                arrivals: stages.arrivals,
                 num_ctas: stages.num_ctas,
                 max_boxes: int32(self.layout.max_boxes()),
                 heads_per_list: int32(self.layout.heads_per_list()),
@@ -192,7 +199,7 @@ pub(crate) fn pool_map(
     max_tokens: usize,
 ) -> Result<TensorMap> {
     let shape = &layout.shape;
-    let rows = tile(layout.geometry.box_tokens().min(max_tokens));
+    let rows = tile(copied_tokens(layout.geometry.box_tokens().min(max_tokens)));
     let dims = [
         Dim { size: MAP_COLUMNS, stride: 1, tile: tile(MAP_COLUMNS) },
         Dim { size: shape.page_size, stride: pool.stride_token, tile: rows },
@@ -216,6 +223,11 @@ fn encode<const N: usize>(
     tensor_map::encode(context.device().driver(), dtype, address, &sizes, &strides[1..], &boxes)
 }
 
+/// Tokens of one copy; its twin in cuda/ptx/tma.cuh says why.
+const fn copied_tokens(box_tokens: usize) -> usize {
+    if box_tokens == 32 { 16 } else { box_tokens }
+}
+
 fn tile(x: usize) -> u32 {
     u32::try_from(x).unwrap_or(u32::MAX)
 }
@@ -237,203 +249,67 @@ const CTA_SHARED_BYTES: u32 = 1024;
 /// What cuda/plan/work.cu cuts for.
 const MAX_CTAS: usize = 1024;
 
-/// Every attend kernel, the best first for each (dtype, head_dim).
-static KERNELS: &[(Dtype, usize, Kernel)] = &[
-    (
-        Dtype::Bf16,
-        64,
-        sm90(
-            [
-                "compactattn_attend_sm90_bf16_d64",
-                "compactattn_attend_sm90_bf16_d64_means",
-                "compactattn_combine_bf16_d64",
-            ],
-            214_016,
-            128,
-        ),
-    ),
-    (
-        Dtype::Bf16,
-        128,
-        sm90(
-            [
-                "compactattn_attend_sm90_bf16_d128",
-                "compactattn_attend_sm90_bf16_d128_means",
-                "compactattn_combine_bf16_d128",
-            ],
-            230_400,
-            128,
-        ),
-    ),
-    (
-        Dtype::Bf16,
-        256,
-        sm90(
-            [
-                "compactattn_attend_sm90_bf16_d256",
-                "compactattn_attend_sm90_bf16_d256_means",
-                "compactattn_combine_bf16_d256",
-            ],
-            230_400,
-            64,
-        ),
-    ),
-    (
-        Dtype::F16,
-        64,
-        sm90(
-            [
-                "compactattn_attend_sm90_fp16_d64",
-                "compactattn_attend_sm90_fp16_d64_means",
-                "compactattn_combine_fp16_d64",
-            ],
-            214_016,
-            128,
-        ),
-    ),
-    (
-        Dtype::F16,
-        128,
-        sm90(
-            [
-                "compactattn_attend_sm90_fp16_d128",
-                "compactattn_attend_sm90_fp16_d128_means",
-                "compactattn_combine_fp16_d128",
-            ],
-            230_400,
-            128,
-        ),
-    ),
-    (
-        Dtype::F16,
-        256,
-        sm90(
-            [
-                "compactattn_attend_sm90_fp16_d256",
-                "compactattn_attend_sm90_fp16_d256_means",
-                "compactattn_combine_fp16_d256",
-            ],
-            230_400,
-            64,
-        ),
-    ),
-    (
-        Dtype::Bf16,
-        64,
-        sm80(
-            [
-                "compactattn_attend_sm80_bf16_d64",
-                "compactattn_attend_sm80_bf16_d64_means",
-                "compactattn_combine_bf16_d64",
-            ],
-            D64,
-        ),
-    ),
-    (
-        Dtype::Bf16,
-        96,
-        sm80(
-            [
-                "compactattn_attend_sm80_bf16_d96",
-                "compactattn_attend_sm80_bf16_d96_means",
-                "compactattn_combine_bf16_d96",
-            ],
-            D96,
-        ),
-    ),
-    (
-        Dtype::Bf16,
-        128,
-        sm80(
-            [
-                "compactattn_attend_sm80_bf16_d128",
-                "compactattn_attend_sm80_bf16_d128_means",
-                "compactattn_combine_bf16_d128",
-            ],
-            D128,
-        ),
-    ),
-    (
-        Dtype::Bf16,
-        256,
-        sm80(
-            [
-                "compactattn_attend_sm80_bf16_d256",
-                "compactattn_attend_sm80_bf16_d256_means",
-                "compactattn_combine_bf16_d256",
-            ],
-            D256,
-        ),
-    ),
-    (
-        Dtype::F16,
-        64,
-        sm80(
-            [
-                "compactattn_attend_sm80_fp16_d64",
-                "compactattn_attend_sm80_fp16_d64_means",
-                "compactattn_combine_fp16_d64",
-            ],
-            D64,
-        ),
-    ),
-    (
-        Dtype::F16,
-        96,
-        sm80(
-            [
-                "compactattn_attend_sm80_fp16_d96",
-                "compactattn_attend_sm80_fp16_d96_means",
-                "compactattn_combine_fp16_d96",
-            ],
-            D96,
-        ),
-    ),
-    (
-        Dtype::F16,
-        128,
-        sm80(
-            [
-                "compactattn_attend_sm80_fp16_d128",
-                "compactattn_attend_sm80_fp16_d128_means",
-                "compactattn_combine_fp16_d128",
-            ],
-            D128,
-        ),
-    ),
-    (
-        Dtype::F16,
-        256,
-        sm80(
-            [
-                "compactattn_attend_sm80_fp16_d256",
-                "compactattn_attend_sm80_fp16_d256_means",
-                "compactattn_combine_fp16_d256",
-            ],
-            D256,
-        ),
-    ),
+/// (type of q, type of the cache, `head_dim`).
+type Key = (Dtype, Dtype, usize);
+
+/// A kernel by its family, the types in its name and its `head_dim`; `$how` makes the rest of it.
+macro_rules! kernel {
+    ($family:literal, $dtype:ident, $kv:ident, $types:literal, $dim:literal, $how:expr) => {
+        (
+            (Dtype::$dtype, Dtype::$kv, $dim),
+            $how.named([
+                concat!("compactattn_attend_", $family, "_", $types, "_d", $dim),
+                concat!("compactattn_attend_", $family, "_", $types, "_d", $dim, "_means"),
+            ]),
+        )
+    };
+}
+
+/// Every attend kernel, the best first for each key.
+static KERNELS: &[(Key, Kernel)] = &[
+    kernel!("sm90", Bf16, Bf16, "bf16", 64, sm90(214_016, 128)),
+    kernel!("sm90", Bf16, Bf16, "bf16", 128, sm90(230_400, 128)),
+    kernel!("sm90", Bf16, Bf16, "bf16", 256, sm90(230_400, 64)),
+    kernel!("sm90", F16, F16, "fp16", 64, sm90(214_016, 128)),
+    kernel!("sm90", F16, F16, "fp16", 128, sm90(230_400, 128)),
+    kernel!("sm90", F16, F16, "fp16", 256, sm90(230_400, 64)),
+    kernel!("sm80", Bf16, Bf16, "bf16", 64, sm80(D64)),
+    kernel!("sm80", Bf16, Bf16, "bf16", 96, sm80(D96)),
+    kernel!("sm80", Bf16, Bf16, "bf16", 128, sm80(D128)),
+    kernel!("sm80", Bf16, Bf16, "bf16", 256, sm80(D256)),
+    kernel!("sm80", F16, F16, "fp16", 64, sm80(D64)),
+    kernel!("sm80", F16, F16, "fp16", 96, sm80(D96)),
+    kernel!("sm80", F16, F16, "fp16", 128, sm80(D128)),
+    kernel!("sm80", F16, F16, "fp16", 256, sm80(D256)),
+    kernel!("sm80", Bf16, E4m3, "bf16_e4m3", 64, sm80(D64)),
+    kernel!("sm80", Bf16, E4m3, "bf16_e4m3", 128, sm80(D128)),
+    kernel!("sm80", F16, E4m3, "fp16_e4m3", 64, sm80(D64)),
+    kernel!("sm80", F16, E4m3, "fp16_e4m3", 128, sm80(D128)),
 ];
 
 /// As cuda/attend/sm90/traits.h says; `map_tokens` are those of a tile.
-const fn sm90(names: [&'static str; 3], shared_bytes: u32, map_tokens: usize) -> Kernel {
-    let [name, corrected, combine] = names;
-    Kernel {
-        name,
-        corrected,
-        combine,
-        threads: 384,
-        shared_bytes,
-        small_shared_bytes: shared_bytes,
-        ctas_per_sm: 1,
-        map_tokens,
-    }
+const fn sm90(shared_bytes: u32, map_tokens: usize) -> Unnamed {
+    let tile = Tile { threads: 384, shared_bytes, small_shared_bytes: shared_bytes, ctas_per_sm: 1 };
+    Unnamed { tile, map_tokens }
 }
 
-const fn sm80(names: [&'static str; 3], tile: Tile) -> Kernel {
-    let [name, corrected, combine] = names;
-    let Tile { threads, shared_bytes, small_shared_bytes, ctas_per_sm } = tile;
-    Kernel { name, corrected, combine, threads, shared_bytes, small_shared_bytes, ctas_per_sm, map_tokens: 0 }
+const fn sm80(tile: Tile) -> Unnamed {
+    Unnamed { tile, map_tokens: 0 }
+}
+
+/// All of a [`Kernel`] but its names.
+struct Unnamed {
+    tile: Tile,
+    map_tokens: usize,
+}
+
+impl Unnamed {
+    const fn named(self, names: [&'static str; 2]) -> Kernel {
+        let [name, corrected] = names;
+        let Tile { threads, shared_bytes, small_shared_bytes, ctas_per_sm } = self.tile;
+        let map_tokens = self.map_tokens;
+        Kernel { name, corrected, threads, shared_bytes, small_shared_bytes, ctas_per_sm, map_tokens }
+    }
 }
 
 /// What cuda/attend/sm80/traits.h says of one head_dim: of the image for 9.0, which buffers K and V twice, and of the
@@ -454,11 +330,13 @@ const D256: Tile = Tile { threads: 256, shared_bytes: 202_752, small_shared_byte
 /// Threads, shared memory and CTAs an SM of every sm_80 kernel, of the image for 9.0 or the others.
 #[cfg(test)]
 pub(super) fn sm80_tiles(is_hopper: bool) -> Vec<(Dtype, usize, [usize; 3])> {
-    let tile = |(dtype, head_dim, kernel): &(Dtype, usize, Kernel)| {
+    let tile = |&((dtype, _, head_dim), ref kernel): &(Key, Kernel)| {
         let bytes = if is_hopper { kernel.shared_bytes } else { kernel.small_shared_bytes };
-        (*dtype, *head_dim, [kernel.threads as usize, bytes as usize, kernel.ctas_per_sm])
+        (dtype, head_dim, [kernel.threads as usize, bytes as usize, kernel.ctas_per_sm])
     };
-    KERNELS.iter().filter(|(_, _, kernel)| kernel.map_tokens == 0).map(tile).collect()
+    // Those over e4m3 have the same.
+    let own = KERNELS.iter().filter(|((dtype, kv_dtype, _), _)| dtype == kv_dtype);
+    own.filter(|(_, kernel)| kernel.map_tokens == 0).map(tile).collect()
 }
 
 #[cfg(test)]
@@ -469,14 +347,17 @@ mod tests {
     /// each (dtype, `head_dim`) has.
     #[test]
     fn kernels_are_what_their_names_say_best_first() {
-        for &(dtype, head_dim, kernel) in KERNELS {
+        for &(key, kernel) in KERNELS {
+            let (dtype, kv_dtype, head_dim) = key;
             let element = if dtype == Dtype::Bf16 { "bf16" } else { "fp16" };
-            let suffix = format!("_{element}_d{head_dim}");
-            assert!(kernel.name.ends_with(&suffix) && kernel.combine.ends_with(&suffix), "{}", kernel.name);
+            let cache = if kv_dtype == Dtype::E4m3 { "_e4m3" } else { "" };
+            let suffix = format!("_{element}{cache}_d{head_dim}");
+            assert!(kernel.name.ends_with(&suffix), "{}", kernel.name);
+            assert!(kv_dtype == dtype || kv_dtype == Dtype::E4m3, "{}", kernel.name);
             assert_eq!(kernel.corrected, format!("{}_means", kernel.name));
             assert_eq!(kernel.map_tokens > 0, kernel.name.contains("sm90"), "{}", kernel.name);
-            let same = KERNELS.iter().filter(|entry| (entry.0, entry.1) == (dtype, head_dim));
-            let by_maps: Vec<bool> = same.map(|entry| entry.2.map_tokens > 0).collect();
+            let same = KERNELS.iter().filter(|(of, _)| *of == key);
+            let by_maps: Vec<bool> = same.map(|(_, kernel)| kernel.map_tokens > 0).collect();
             assert!(by_maps == [false] || by_maps == [true, false], "{suffix}: {by_maps:?}");
         }
     }

@@ -25,6 +25,10 @@ pub struct DevicePool {
     pub stride_token: usize,
     /// Elements.
     pub stride_head: usize,
+    /// Of an e4m3 pool: what stored values are multiplied by, f32; 0 = nothing.
+    pub scale: u64,
+    /// From a KV head's scale to the next, 0 or 1: one for all, or one for each.
+    pub stride_scale: usize,
 }
 
 /// One step's requests, in device memory.
@@ -77,6 +81,10 @@ impl DeviceBatch {
             num_reqs: int32(self.num_reqs),
             total_q: int32(self.total_q),
             num_pages: int32(self.num_pages),
+            k_scale: self.k.scale,
+            v_scale: self.v.scale,
+            k_scale_stride: int32(self.k.stride_scale),
+            v_scale_stride: int32(self.v.stride_scale),
         }
     }
 }

@@ -99,23 +99,29 @@ pub(crate) fn fatbin(contents: &str) -> &'static [u8] {
 pub(crate) fn context(fake: &Fake) -> Arc<Context> {
     let device = Device::open_on(fake.driver(), 0).unwrap();
     let arch = if device.properties().capability == (9, 0) { "sm_90a" } else { "sm_80" };
-    let maps = (arch == "sm_90a").then_some(["128,128,128,272", "128,128,128,128,128,272,72"]);
+    let maps = (arch == "sm_90a").then_some(["128,128,128,296", "128,128,128,128,128,296,72"]);
     let mut kernels: Vec<(String, &str)> = ALONE.map(|(name, params)| (name.to_owned(), params)).to_vec();
     for dtype in ["bf16", "fp16"] {
         kernels.extend(TYPED.map(|(name, params)| (format!("{name}_{dtype}"), params)));
+        let over_e4m3 = ["cells_read", "cells_read_candidates", "cells_pool"];
+        kernels.extend(over_e4m3.map(|name| (format!("{name}_{dtype}_e4m3"), "480,4")));
         if let Some([params, corrected]) = maps {
             kernels.push((format!("attend_sm90_{dtype}_d128"), params));
             kernels.push((format!("attend_sm90_{dtype}_d128_means"), corrected));
         }
         for dim in [64, 128].iter().filter(|_| maps.is_some()) {
-            kernels.push((format!("flashprefill_sm90_{dtype}_d{dim}"), "456"));
+            kernels.push((format!("flashprefill_sm90_{dtype}_d{dim}"), "480"));
         }
         let cells = ["cells_read", "cells_read_candidates"];
-        let cells = cells.map(|name| (format!("{name}_sm90_{dtype}_d128"), "128,456,4"));
+        let cells = cells.map(|name| (format!("{name}_sm90_{dtype}_d128"), "128,480,4"));
         kernels.extend(cells.into_iter().filter(|_| maps.is_some()));
         for dim in [64, 96, 128, 256] {
-            kernels.extend(["attend_sm80", "combine"].map(|name| (format!("{name}_{dtype}_d{dim}"), "272")));
-            kernels.push((format!("attend_sm80_{dtype}_d{dim}_means"), "272,72"));
+            kernels.push((format!("attend_sm80_{dtype}_d{dim}"), "296"));
+            kernels.push((format!("attend_sm80_{dtype}_d{dim}_means"), "296,72"));
+        }
+        for dim in [64, 128] {
+            kernels.push((format!("attend_sm80_{dtype}_e4m3_d{dim}"), "296"));
+            kernels.push((format!("attend_sm80_{dtype}_e4m3_d{dim}_means"), "296,72"));
         }
     }
     let described = kernels.iter().map(|(name, params)| format!(" compactattn_{name}:{params};"));
@@ -125,36 +131,37 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
     Arc::new(Context::on(device, &[image]).unwrap())
 }
 
-/// Kernels with the bytes of their parameters: `Step` 456, `GateParams` 56, `AttendParams` 272, `Means` 72, maps 128.
-const ALONE: [(&str, &str); 14] = [
-    ("plan_spans", "456"),
-    ("keep_rows", "456"),
-    ("union_table", "456,4"),
-    ("table", "456"),
-    ("export_padded", "456,32"),
-    ("export_counts", "456,32"),
+/// Kernels with the bytes of their parameters: `Step` 480, `GateParams` 56, `AttendParams` 296, `Means` 72, maps 128.
+const ALONE: [(&str, &str); 15] = [
+    ("plan_spans", "480"),
+    ("keep_rows", "480"),
+    ("union_table", "480,4"),
+    ("table", "480"),
+    ("export_padded", "480,32"),
+    ("export_counts", "480,32"),
     ("export_starts", "32"),
-    ("export_csr", "456,32"),
-    ("plan_work", "456"),
-    ("fill_scores", "456,4"),
-    ("cells_mass", "456,4"),
-    ("two_level_mass", "456,4"),
-    ("two_level_candidates", "456"),
-    ("flashprefill_relate", "456"),
+    ("export_csr", "480,32"),
+    ("plan_work", "480"),
+    ("fill_scores", "480,4"),
+    ("cells_mass", "480,4"),
+    ("two_level_mass", "480,4"),
+    ("two_level_candidates", "480"),
+    ("flashprefill_relate", "480"),
+    ("summaries_e4m3", "480,8,8,8,4,4"),
 ];
 /// One for each 16-bit type.
 const TYPED: [(&str, &str); 11] = [
-    ("cells_read", "456,4"),
-    ("cells_read_candidates", "456,4"),
-    ("cells_pool", "456,4"),
-    ("flashprefill", "456"),
-    ("xattention", "456"),
-    ("xattention_mass", "456"),
-    ("attn_gate_keys", "456,56"),
-    ("attn_gate", "456,56"),
-    ("summaries", "456,8,8,8,4,4"),
+    ("cells_read", "480,4"),
+    ("cells_read_candidates", "480,4"),
+    ("cells_pool", "480,4"),
+    ("flashprefill", "480"),
+    ("xattention", "480"),
+    ("xattention_mass", "480"),
+    ("attn_gate_keys", "480,56"),
+    ("attn_gate", "480,56"),
+    ("summaries", "480,8,8,8,4,4"),
     ("merge", "136"),
-    ("plan_work_means", "456,72"),
+    ("plan_work_means", "480,72"),
 ];
 
 /// A file of its own for each copy, because the loader opens one file only once; it stays open, so that its name

@@ -285,6 +285,7 @@ fn overlaps(name: &str) -> bool {
     let name = name.strip_suffix("_means").unwrap_or(name);
     let name =
         name.rsplit_once("_d").filter(|(_, dim)| dim.parse::<u32>().is_ok()).map_or(name, |(name, _)| name);
+    let name = name.strip_suffix("_e4m3").unwrap_or(name);
     let name = ["_bf16", "_fp16"].iter().find_map(|dtype| name.strip_suffix(dtype)).unwrap_or(name);
     OVERLAPPING.contains(&name)
 }
@@ -313,7 +314,7 @@ fn check_image(image: &Image) -> Result<()> {
 
 /// Kernels that wait for themselves, without the dtype and head_dim that follow. Never the first of a step: what the
 /// caller put on the stream before it need not be done when the kernel before the step's is.
-const OVERLAPPING: [&str; 22] = [
+const OVERLAPPING: [&str; 21] = [
     "attend_sm80",
     "attend_sm90",
     "attn_gate",
@@ -322,7 +323,6 @@ const OVERLAPPING: [&str; 22] = [
     "cells_pool",
     "cells_read",
     "cells_read_candidates",
-    "combine",
     "fill_scores",
     "flashprefill",
     "flashprefill_relate",

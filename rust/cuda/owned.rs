@@ -212,7 +212,11 @@ fn upload_batch(context: &Context, batch: &Batch, inputs: &mut Vec<DeviceBuffer>
     let mut pools = context.alloc(places.len)?;
     pools.upload(places.k, k)?;
     pools.upload(places.v, v)?;
-    let pool = |pool: &Pool, at: usize| DevicePool {
+    let k_scale = keep_scales(context, batch.k(), inputs)?;
+    let v_scale = keep_scales(context, batch.v(), inputs)?;
+    let pool = |pool: &Pool, at: usize, scale: u64| DevicePool {
+        scale,
+        stride_scale: usize::from(pool.scales.len() > 1),
         address: pools.address() + at as u64,
         stride_page: pool.stride_page,
         stride_token: pool.stride_token,
@@ -224,8 +228,8 @@ fn upload_batch(context: &Context, batch: &Batch, inputs: &mut Vec<DeviceBuffer>
             stride_token: q.stride_token,
             stride_head: q.stride_head,
         },
-        k: pool(batch.k(), places.k),
-        v: pool(batch.v(), places.v),
+        k: pool(batch.k(), places.k, k_scale),
+        v: pool(batch.v(), places.v, v_scale),
         cu_seqlens_q: keep(context, batch.cu_seqlens_q(), inputs)?,
         seq_lens: keep(context, batch.seq_lens(), inputs)?,
         block_table: keep(context, table.entries, inputs)?,
@@ -304,27 +308,35 @@ fn bytes<'a>(elements: &Elements<'a>) -> &'a [u8] {
         Elements::Bf16(x) => bytemuck::cast_slice(x),
         Elements::F16(x) => bytemuck::cast_slice(x),
         Elements::F32(x) => bytemuck::cast_slice(x),
+        Elements::E4m3(x) => x,
     }
+}
+
+/// A pool's scales; 0 where it has none.
+fn keep_scales(context: &Context, pool: &Pool, inputs: &mut Vec<DeviceBuffer>) -> Result<u64> {
+    if pool.scales.is_empty() { Ok(0) } else { keep(context, pool.scales, inputs) }
 }
 
 /// Kernels move 16 bytes at a time.
 fn check_strides(batch: &Batch) -> Result<()> {
     let (shape, q) = (batch.shape(), batch.q());
     let of = |name, pool: &Pool| {
+        let bytes = |stride: usize| stride * shape.kv_dtype.size_bytes();
         [
-            (name, pool.num_pages, pool.stride_page),
-            (name, shape.page_size, pool.stride_token),
-            (name, shape.num_kv_heads, pool.stride_head),
+            (name, pool.num_pages, bytes(pool.stride_page)),
+            (name, shape.page_size, bytes(pool.stride_token)),
+            (name, shape.num_kv_heads, bytes(pool.stride_head)),
         ]
     };
-    let queries = [("q", batch.total_q(), q.stride_token), ("q", shape.num_q_heads, q.stride_head)];
+    let size = shape.dtype.size_bytes();
+    let queries =
+        [("q", batch.total_q(), q.stride_token * size), ("q", shape.num_q_heads, q.stride_head * size)];
     let all = queries.into_iter().chain(of("k", batch.k())).chain(of("v", batch.v()));
-    let wrong = all
-        .filter(|&(_, count, _)| count > 1)
-        .find(|(_, _, stride)| !(stride * shape.dtype.size_bytes()).is_multiple_of(VECTOR_BYTES));
-    wrong.map_or(Ok(()), |(name, _, stride)| {
+    let wrong =
+        all.filter(|&(_, count, _)| count > 1).find(|(_, _, bytes)| !bytes.is_multiple_of(VECTOR_BYTES));
+    wrong.map_or(Ok(()), |(name, _, bytes)| {
         let wanted = format!("strides of a multiple of {VECTOR_BYTES} bytes");
-        Err(Error::new(Status::Align, name, wanted, format!("{stride} elements")))
+        Err(Error::new(Status::Align, name, wanted, format!("{bytes} bytes")))
     })
 }
 

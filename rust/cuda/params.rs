@@ -24,6 +24,10 @@ pub(crate) struct Batch {
     pub(crate) num_reqs: i32,
     pub(crate) total_q: i32,
     pub(crate) num_pages: i32,
+    pub(crate) k_scale: u64,
+    pub(crate) v_scale: u64,
+    pub(crate) k_scale_stride: i32,
+    pub(crate) v_scale_stride: i32,
 }
 
 /// How a layer cuts a step.
@@ -90,7 +94,7 @@ pub(crate) struct Stages {
     pub(crate) stream_lens: u64,
     pub(crate) boxes: u64,
     pub(crate) items: u64,
-    pub(crate) cuts: u64,
+    pub(crate) arrivals: u64,
     pub(crate) pieces: u64,
     pub(crate) piece_starts: u64,
     pub(crate) costs: u64,
@@ -123,14 +127,14 @@ pub(crate) struct Work {
     pub(crate) pieces: u64,
     pub(crate) piece_starts: u64,
     pub(crate) boxes: u64,
-    pub(crate) cuts: u64,
+    pub(crate) arrivals: u64,
     pub(crate) num_ctas: i32,
     pub(crate) max_boxes: i32,
     pub(crate) heads_per_list: i32,
     pub(crate) log2_box_tokens: i32,
 }
 
-/// Where attend and combine write.
+/// Where attend writes.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub(crate) struct Results {
@@ -185,8 +189,8 @@ pub(crate) const SPAN_BYTES: usize = 48;
 pub(crate) const ITEM_BYTES: usize = 32;
 /// Bytes of one `Piece`.
 pub(crate) const PIECE_BYTES: usize = 16;
-/// Bytes of one `Cut`.
-pub(crate) const CUT_BYTES: usize = 8;
+/// Counters of arrivals where two CTAs' shares meet (cuda/params.h, `kArrivals`).
+pub(crate) const ARRIVALS: usize = 8;
 /// Numbers of one `Stats`.
 pub(crate) const STATS_WORDS: usize = 8;
 /// Query rows of a tile.
@@ -196,9 +200,9 @@ pub(crate) const TILE_TOKENS: usize = 128;
 
 // What cuda/params.h asserts on its side.
 const _: () = {
-    assert!(size_of::<Batch>() == 136 && size_of::<Layout>() == 64 && size_of::<Settings>() == 80);
-    assert!(size_of::<Stages>() == 176 && size_of::<Step>() == 456);
-    assert!(size_of::<Work>() == 56 && size_of::<Results>() == 64 && size_of::<AttendParams>() == 272);
+    assert!(size_of::<Batch>() == 160 && size_of::<Layout>() == 64 && size_of::<Settings>() == 80);
+    assert!(size_of::<Stages>() == 176 && size_of::<Step>() == 480);
+    assert!(size_of::<Work>() == 56 && size_of::<Results>() == 64 && size_of::<AttendParams>() == 296);
     assert!(size_of::<Means>() == 72);
-    assert!(std::mem::offset_of!(Step, stages) == 280 && std::mem::offset_of!(AttendParams, batch) == 120);
+    assert!(std::mem::offset_of!(Step, stages) == 304 && std::mem::offset_of!(AttendParams, batch) == 120);
 };

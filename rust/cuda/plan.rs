@@ -143,7 +143,7 @@ impl Plan {
         }
     }
 
-    /// batch → plan → select → union → table → plan → attend → combine.
+    /// batch → plan → select → union → table → plan → attend and combine.
     ///
     /// # Errors
     /// [`Status::Null`] for summaries that the selector needs, or the driver's.
@@ -258,7 +258,7 @@ impl Plan {
         let stream = unsafe { self.context.stream(call.stream) }?;
         let entered = self.context.enter()?;
         let step = step::step(call.layout, call.batch, &Scratch::at(0, call.layout, 1, 0)?);
-        summaries::update(&self.context, stream, &step, (which, means), call.layout.shape.dtype)?;
+        summaries::update(&self.context, stream, &step, (which, means), call.layout.shape.kv_dtype)?;
         drop(entered);
         Ok(())
     }
@@ -460,6 +460,11 @@ fn check_layer(context: &Context, layout: &Layout, gate: Option<GateShape>) -> R
     }
     if settings.selector == Selector::Quoka {
         let wanted = "another selector on CUDA";
+        return Err(Error::new(Status::Unsupported, "selector", wanted, settings.selector.name()));
+    }
+    let reads_stored_keys = matches!(settings.selector, Selector::XAttention | Selector::AttnGate);
+    if layout.shape.kv_dtype == Dtype::E4m3 && reads_stored_keys {
+        let wanted = "another selector on CUDA, for a cache of e4m3";
         return Err(Error::new(Status::Unsupported, "selector", wanted, settings.selector.name()));
     }
     shared::check(context, layout, gate)

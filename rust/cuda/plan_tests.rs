@@ -56,6 +56,32 @@ fn assert_launches(selector: Selector, dtype: Dtype, head_dim: usize) {
 }
 
 #[test]
+fn over_e4m3_keys_and_values_are_read_by_kernels_of_its_own() {
+    for (selector, dtype, head_dim) in
+        [(Selector::SampledExact, Dtype::Bf16, 128), (Selector::TwoLevel, Dtype::F16, 64)]
+    {
+        let world = World::new("", over_e4m3(Settings::of(selector), dtype, head_dim)).unwrap();
+        let launches = world.run(world.stream()).unwrap();
+        let reads =
+            |line: &&String| ["_cells_read", "_cells_pool", "_attend_"].iter().any(|x| line.contains(x));
+        let reading: Vec<&String> = launches.iter().filter(reads).collect();
+        let own = if dtype == Dtype::Bf16 { "_bf16_e4m3" } else { "_fp16_e4m3" };
+        assert!(reading.len() >= 2 && reading.iter().all(|line| line.contains(own)), "{launches:?}");
+    }
+    let wide = over_e4m3(Settings::of(Selector::Dense), Dtype::Bf16, 96);
+    assert_unsupported(World::new("", wide), &["kv_dtype on CUDA", "head_dim 64 or 128"]);
+    for selector in [Selector::XAttention, Selector::AttnGate] {
+        let desc = over_e4m3(Settings::of(selector), Dtype::Bf16, 128);
+        assert_unsupported(World::new("", desc), &["selector", "for a cache of e4m3", selector.name()]);
+    }
+}
+
+fn over_e4m3(settings: Settings, dtype: Dtype, head_dim: usize) -> PlanDesc {
+    let desc = desc(settings, dtype, head_dim);
+    PlanDesc { shape: fixture::over_e4m3(desc.shape), ..desc }
+}
+
+#[test]
 fn a_call_runs_on_the_legacy_stream_and_on_one_that_is_captured() {
     for selector in [Selector::Dense, Selector::TwoLevel, Selector::AttnGate] {
         let world = World::new("", desc(Settings::of(selector), Dtype::Bf16, 128)).unwrap();
@@ -185,8 +211,8 @@ fn mean_correction_has_kernels_and_room_of_its_own() {
             _ => name,
         });
         assert_eq!(names(&world), expected.collect::<Vec<_>>());
-        // Blocks of 128: a row of 16384 tokens has 128 means, of 2 bytes an element.
-        let rows = 2 * LIMITS.max_num_reqs * KV_HEADS * 128 * head_dim * 2;
+        // A mean for each block of a row of 16384 tokens, of 2 bytes an element.
+        let rows = 2 * LIMITS.max_num_reqs * KV_HEADS * (16384 / corrected.block_size) * head_dim * 2;
         assert_eq!(world.workspace.len_bytes(), plain.workspace.len_bytes() + rows);
     }
 }
@@ -284,7 +310,7 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
     };
     let keeping: &[&str] = if layout.settings.keep_at == KeepAt::Row { &["keep_rows"] } else { &[] };
     let attend = if dim == 128 { "attend_sm90_T_d128" } else { &format!("attend_sm80_T_d{dim}") };
-    let last = ["union_table", "plan_work", attend, &format!("combine_T_d{dim}")];
+    let last = ["union_table", "plan_work", attend];
     let all = [&["plan_spans"], scoring, keeping, &last].concat();
     let full = |name: &&str| match *name {
         "cells_read_T" | "cells_read_candidates_T" if dim == 128 => name.replace("_T", "_sm90_T_d128"),
@@ -310,6 +336,8 @@ fn batch(layout: &Layout) -> DeviceBatch {
         stride_page: 16 * token,
         stride_token: token,
         stride_head: shape.head_dim,
+        scale: 0,
+        stride_scale: 0,
     };
     DeviceBatch {
         q: tokens(layout),

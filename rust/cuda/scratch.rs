@@ -2,7 +2,7 @@
 
 use super::batch::int32;
 use super::params::{
-    COUNTERS_BYTES, CUT_BYTES, ITEM_BYTES, PIECE_BYTES, REQUEST_BYTES, SPAN_BYTES, Stages, TILE_ROWS,
+    ARRIVALS, COUNTERS_BYTES, ITEM_BYTES, PIECE_BYTES, REQUEST_BYTES, SPAN_BYTES, Stages, TILE_ROWS,
     TILE_TOKENS,
 };
 use crate::error::{Error, Result, Status};
@@ -74,7 +74,7 @@ impl Scratch {
         stages.stream_lens = cursor.take(&[rows, 4])?;
         stages.boxes = cursor.take(&[rows, layout.max_boxes(), 4])?;
         stages.items = cursor.take(&[items, ITEM_BYTES])?;
-        stages.cuts = cursor.take(&[num_ctas + 1, CUT_BYTES])?;
+        stages.arrivals = cursor.take(&[num_ctas + 1, ARRIVALS, 4])?;
         stages.pieces = cursor.take(&[items + num_ctas, PIECE_BYTES])?;
         stages.piece_starts = cursor.take(&[num_ctas + 1, 4])?;
         stages.costs = cursor.take(&[items + 1, 4])?;
@@ -142,6 +142,7 @@ mod tests {
             head_dim: 128,
             page_size: 16,
             dtype: Dtype::Bf16,
+            kv_dtype: Dtype::Bf16,
             sm_scale: 0.088,
         };
         Layout::new(shape, Settings::of(selector), limits).unwrap()
@@ -154,7 +155,7 @@ mod tests {
             let small = Scratch::at(0, &layout(selector, limits), 132, 1000).unwrap();
             let s = small.stages;
             let ends =
-                [s.requests, s.list_spans, s.select_spans, s.lists, s.counts, s.boxes, s.items, s.cuts];
+                [s.requests, s.list_spans, s.select_spans, s.lists, s.counts, s.boxes, s.items, s.arrivals];
             assert!(ends.windows(2).all(|w| w[0] < w[1] && w[1] % 256 == 0), "{ends:?}");
             assert!(small.partials.lse + 2 * 132 * 128 * 4 <= small.bytes as u64);
             for more in [

@@ -11,7 +11,7 @@ use super::stream::Stream;
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::settings::Selector;
-use crate::types::Dtype;
+use crate::types::{Dtype, Shape};
 
 /// 4-byte elements of scratch that select and union need for the largest step; `gate_len` is
 /// [`DeviceGate::len`] of the layer's gate.
@@ -160,8 +160,8 @@ impl Scoring<'_> {
             return self.cells_read_sm90(tile, kernel.names[which as usize], kernel.map_tokens);
         }
         let per_sm = u32::try_from(3 * self.context.num_sms()).unwrap_or(u32::MAX);
-        let [bf16, fp16] = READ[which as usize];
-        self.cells(self.of_dtype(bf16, fp16), per_sm.div_ceil(self.kv_heads()), tile)
+        let name = cells_name(&READ[which as usize], &self.layout.shape);
+        self.cells(name, per_sm.div_ceil(self.kv_heads()), tile)
     }
 
     /// The same by the copy engine; CTAs share the work evenly, whatever their number.
@@ -181,7 +181,7 @@ impl Scoring<'_> {
     fn cells_pool(&self, tile: i32) -> Result<()> {
         let tails = self.longest_span().div_ceil(128) + 1;
         let tails = u32::try_from(tails).unwrap_or(u32::MAX);
-        let name = self.of_dtype("compactattn_cells_pool_bf16", "compactattn_cells_pool_fp16");
+        let name = cells_name(&POOL, &self.layout.shape);
         self.cells(name, self.blocks().div_ceil(64) + tails, tile)
     }
 
@@ -193,7 +193,7 @@ impl Scoring<'_> {
 
     /// Scores of one tile's cells, added to those of the tiles before it.
     fn mass(&self, tile: i32, name: &'static str) -> Result<()> {
-        let blocks = [self.step.layout.num_q_heads.cast_unsigned(), self.selects(), 1];
+        let blocks = [MASS_CTAS * self.step.layout.num_q_heads.cast_unsigned(), self.selects(), 1];
         let grid = Grid { blocks, threads: 1024, shared_bytes: 0 };
         self.launch(name, grid, &[Arg::of(self.step), Arg::of(&tile)])
     }
@@ -257,6 +257,9 @@ fn product(factors: &[usize]) -> Result<usize> {
     all.ok_or_else(|| Error::new(Status::Overflow, "limits", "buffers within 63 bits", "more"))
 }
 
+/// CTAs of cells_mass.cu for each (select span, query head).
+const MASS_CTAS: u32 = 4;
+
 const FLASHPREFILL_SM90: [(Dtype, u32, &str); 4] = [
     (Dtype::Bf16, 64, "compactattn_flashprefill_sm90_bf16_d64"),
     (Dtype::Bf16, 128, "compactattn_flashprefill_sm90_bf16_d128"),
@@ -273,11 +276,31 @@ pub(crate) enum Read {
     Candidates,
 }
 
-/// By [`Read`], then bf16 and f16.
-pub(crate) const READ: [[&str; 2]; 2] = [
-    ["compactattn_cells_read_bf16", "compactattn_cells_read_fp16"],
-    ["compactattn_cells_read_candidates_bf16", "compactattn_cells_read_candidates_fp16"],
-];
+/// A kernel of cells for bf16 and f16 caches, and for e4m3 ones under queries of either.
+pub(crate) type ByCache = [&'static str; 4];
+
+macro_rules! by_cache {
+    ($name:literal) => {
+        [
+            concat!($name, "_bf16"),
+            concat!($name, "_fp16"),
+            concat!($name, "_bf16_e4m3"),
+            concat!($name, "_fp16_e4m3"),
+        ]
+    };
+}
+
+/// By [`Read`].
+pub(crate) const READ: [ByCache; 2] =
+    [by_cache!("compactattn_cells_read"), by_cache!("compactattn_cells_read_candidates")];
+/// By mean keys.
+pub(crate) const POOL: ByCache = by_cache!("compactattn_cells_pool");
+
+/// The one for the shape.
+pub(crate) fn cells_name(names: &ByCache, shape: &Shape) -> &'static str {
+    let over_e4m3 = if shape.kv_dtype == Dtype::E4m3 { 2 } else { 0 };
+    names[over_e4m3 + usize::from(shape.dtype != Dtype::Bf16)]
+}
 
 /// Exact cells on Hopper (cuda/select/sm90).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -291,7 +314,8 @@ pub(crate) struct Sm90 {
 impl Sm90 {
     /// The kernels for the layer, where this GPU has them.
     pub(crate) fn choose(context: &Context, layout: &Layout) -> Option<Self> {
-        let key = (layout.shape.dtype, layout.shape.head_dim);
+        // None of them takes e4m3.
+        let key = (layout.shape.kv_dtype, layout.shape.head_dim);
         let found = SM90.iter().find(|(dtype, head_dim, _)| (*dtype, *head_dim) == key);
         found.map(|(_, _, kernels)| *kernels).filter(|kernels| context.kernels().has(kernels.names[0]))
     }

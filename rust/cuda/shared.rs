@@ -3,7 +3,7 @@
 
 use super::attend::Kernel;
 use super::context::Context;
-use super::select::{READ, Read, Sm90};
+use super::select::{POOL, READ, Read, Sm90, cells_name};
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::settings::{KeepAt, Selector};
@@ -96,9 +96,9 @@ fn scoring(
     let dim = narrow(layout.shape.head_dim);
     let read = |which| match Sm90::choose(context, layout) {
         Some(kernels) => (kernels.names[which as usize], cells_sm90(dim)),
-        None => (of(READ[which as usize]), cells(dim)),
+        None => (cells_name(&READ[which as usize], &layout.shape), cells(dim)),
     };
-    let pool = (of(["compactattn_cells_pool_bf16", "compactattn_cells_pool_fp16"]), cells(dim));
+    let pool = (cells_name(&POOL, &layout.shape), cells(dim));
     match layout.settings.selector {
         Selector::SampledExact | Selector::Oracle => [Some(read(Read::Every)), None],
         Selector::PooledMass => [Some(pool), None],

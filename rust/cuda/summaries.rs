@@ -28,10 +28,13 @@ pub(crate) fn update(
     stream: Stream,
     step: &Step,
     (which, means): (Which, MeansAt),
-    dtype: Dtype,
+    kv_dtype: Dtype,
 ) -> Result<()> {
     let kv_heads = step.layout.num_kv_heads.cast_unsigned();
+    // Keys, values and seals of a block are written by a CTA each.
+    let parts = 1 + i32::from(means.v != 0) + i32::from(means.seals != 0);
     let completed = (step.batch.total_q >> step.layout.log2_block_tokens) + step.batch.num_reqs;
+    let writers = completed.saturating_mul(parts).cast_unsigned();
     // CTAs share the blocks evenly, whatever their number.
     let share = u32::try_from(8 * context.num_sms()).unwrap_or(u32::MAX).div_ceil(kv_heads);
     let (writers, checkers) = match which {
@@ -39,12 +42,16 @@ pub(crate) fn update(
             let blocks = u64::from(step.layout.max_blocks.cast_unsigned())
                 * u64::from(step.batch.num_reqs.cast_unsigned());
             let runs = u32::try_from(blocks.div_ceil(CHECKED_RUN)).unwrap_or(u32::MAX);
-            (completed.cast_unsigned(), runs.clamp(1, share))
+            (writers, runs.clamp(1, share))
         }
-        Which::Completed => (completed.cast_unsigned(), 0),
+        Which::Completed => (writers, 0),
         Which::All => (share, 0),
     };
-    let name = if dtype == Dtype::Bf16 { "compactattn_summaries_bf16" } else { "compactattn_summaries_fp16" };
+    let name = match kv_dtype {
+        Dtype::Bf16 => "compactattn_summaries_bf16",
+        Dtype::E4m3 => "compactattn_summaries_e4m3",
+        _ => "compactattn_summaries_fp16",
+    };
     let grid = Grid { blocks: [writers + checkers, kv_heads, 1], threads: 128, shared_bytes: 0 };
     let (all, writers) = (i32::from(which == Which::All), writers.cast_signed());
     let MeansAt { k, v, seals } = means;

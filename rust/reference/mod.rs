@@ -48,8 +48,9 @@ impl Request {
         let cached = |pool: &crate::tensor::Pool, head: usize, token: usize| {
             let mut x = vec![0.0_f32; shape.head_dim];
             let (page, row) = slot(token);
-            pool.load(page, row, head, &mut x);
-            widen(&x)
+            pool.load_stored((page, row), head, &mut x);
+            let scale = f64::from(pool.scale(head));
+            x.iter().map(|&x| f64::from(x) * scale).collect()
         };
         let head = |pool, h: usize| (0..kv_len).map(|t| cached(pool, h, t)).collect();
         let kv = |pool| (0..shape.num_kv_heads).map(|h| head(pool, h)).collect();

@@ -1,7 +1,7 @@
 //! The selectors' formulas in plain f64, one row and one key at a time, for tests to compare with.
 
 use super::{Input, score};
-use crate::fixture::{Paged, shape};
+use crate::fixture::{Paged, over_e4m3, shape};
 use crate::parallel::Parallel;
 use crate::plan::{Layout, Span};
 use crate::settings::{DenseRules, Selector, Settings};
@@ -17,7 +17,7 @@ pub(super) fn settings(selector: Selector, block_size: usize) -> Settings {
     Settings { block_size, dense, sample_rows: 5, ..Settings::of(selector) }
 }
 
-/// Ragged batches over dtypes, group sizes 1, 4 and 8, head sizes, and blocks smaller and larger than pages.
+/// Ragged batches over dtypes of q and of keys, group sizes 1, 4 and 8, head sizes, and blocks smaller and larger than pages.
 pub(super) fn batches() -> Vec<(Paged, usize)> {
     let bf16 = shape(2, 4, 64, 16, Dtype::Bf16);
     let f32 = shape(1, 1, 96, 64, Dtype::F32);
@@ -26,6 +26,7 @@ pub(super) fn batches() -> Vec<(Paged, usize)> {
         (Paged::random(1, bf16, &[(40, 203), (1, 100), (3, 3), (0, 0)]), 32),
         (Paged::random(2, f32, &[(33, 96 + 33)]), 16),
         (Paged::random(3, f16, &[(130, 419), (17, 81)]), 64),
+        (Paged::random(4, over_e4m3(bf16), &[(50, 230), (1, 70)]), 16),
     ]
 }
 

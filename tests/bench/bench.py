@@ -41,8 +41,9 @@ class Wanted:
         """Whether the cell has such a row."""
         if self.repro is None:
             return True
-        case, _, page, density = self.repro
-        return str(cell.shape) == case and page in (cell.page_size, CONTIGUOUS) and cell.density == density
+        case, name, page, density = self.repro
+        same_share = ALL[name].reads_all or cell.density == density
+        return str(cell.shape) == case and page in (cell.page_size, CONTIGUOUS) and same_share
 
 
 def main() -> int:
@@ -66,7 +67,7 @@ def main() -> int:
             book.missing(name, "all cases", reason)
         else:
             present.append(name)
-    done: set[tuple[str, str]] = set()
+    done: set[tuple[str, str, int]] = set()
     for cell in question.cells:
         if present and wanted.cell(cell):
             _ask(cell, question, [name for name in present if _is_due(name, cell, done)], book)
@@ -76,11 +77,12 @@ def main() -> int:
     return 1 if book.wrong else 3 if book.gaps else 0
 
 
-def _is_due(name: str, cell: Cell, done: set[tuple[str, str]]) -> bool:
-    """Systems without pages answer once a shape."""
-    if ALL[name].paged:
+def _is_due(name: str, cell: Cell, done: set[tuple[str, str, int]]) -> bool:
+    """Systems without pages answer once a shape, those that read everything once a page size too."""
+    system = ALL[name]
+    if system.paged and not system.reads_all:
         return True
-    key = (name, str(cell.shape))
+    key = (name, str(cell.shape), cell.page_size if system.paged else CONTIGUOUS)
     again = key in done
     done.add(key)
     return not again

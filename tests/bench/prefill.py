@@ -46,7 +46,7 @@ def main() -> int:
         package().load_library(args.library.absolute())
     args.out.mkdir(parents=True, exist_ok=True)
     rows, gaps, wrong = ["question,case,system,page,density,ms_mean,ms_stdev"], [], []
-    for shape in [Shape.parse(name.format(context)) for name in SHAPES for context in args.contexts]:
+    for shape in [Shape.parse(name.format(context)) for name in args.shapes for context in args.contexts]:
         layer = module.Module(shape, seed=1)
         for build in _systems(package()):
             attention = build()
@@ -148,6 +148,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for what is written")
     parser.add_argument("--library", type=Path, help="libcompactattn.so, instead of the installed package's")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="{} stands for a context")
     return parser.parse_args()
 
 

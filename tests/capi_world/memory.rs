@@ -61,9 +61,27 @@ impl Guarded {
             bytemuck::cast_slice_mut::<_, f32>(bytes).fill_with(|| rng.unit());
         } else if dtype == compactattn_dtype::COMPACTATTN_DTYPE_F16 as i32 {
             bytemuck::cast_slice_mut::<_, f16>(bytes).fill_with(|| f16::from_f32(rng.unit()));
+        } else if dtype == compactattn_dtype::COMPACTATTN_DTYPE_E4M3 as i32 {
+            bytes.fill_with(|| compactattn::e4m3::encode(rng.unit()));
         } else {
             bytemuck::cast_slice_mut::<_, bf16>(bytes).fill_with(|| bf16::from_f32(rng.unit()));
         }
+    }
+}
+
+impl Guarded {
+    /// Scales in [0.5, 2).
+    pub fn fill_scales(&mut self, rng: &mut Rng) {
+        let bytes = &mut self.block[self.at..self.at + self.len];
+        bytemuck::cast_slice_mut::<_, f32>(bytes).fill_with(|| 1.25 + 0.75 * rng.unit());
+    }
+
+    /// One of them so that no value can be meant by it.
+    pub fn fill_bad_scale(&mut self, rng: &mut Rng) {
+        let bytes = &mut self.block[self.at..self.at + self.len];
+        let scales = bytemuck::cast_slice_mut::<_, f32>(bytes);
+        let at = rng.range(0, scales.len() as i32) as usize;
+        scales[at] = *rng.pick(&[0.0, -0.0, -1.0, f32::NAN, f32::INFINITY]);
     }
 }
 

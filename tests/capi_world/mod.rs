@@ -21,6 +21,8 @@ pub const TABLE: usize = 4;
 pub const OUT: usize = 5;
 pub const LSE: usize = 6;
 pub const WORKSPACE: usize = 7;
+/// Scales of K and of V, one for each KV head; pointed to where the cache is e4m3.
+pub const SCALES: [usize; 2] = [8, 9];
 
 pub struct World {
     pub rng: Rng,
@@ -69,13 +71,15 @@ impl World {
         let workspace = sizes(plan, 0).workspace_bytes as usize;
         let bytes = [
             total_q * heads * dim * size,
-            kv * size,
+            kv * kv_size(&desc),
             (reqs.len() + 1) * 4,
             reqs.len() * 4,
             reqs.len() * width * 4,
             total_q * heads * dim * size,
             heads * total_q * 4,
             workspace,
+            desc.num_kv_heads as usize * 4,
+            desc.num_kv_heads as usize * 4,
         ];
         let memory = bytes.map(Guarded::new).into();
         let (batch, args) = (Box::new(zeroed()), zeroed());
@@ -88,8 +92,10 @@ impl World {
 
     /// Values in q, k and v; lengths; a shuffled block table with garbage after each row's valid prefix.
     fn fill(&mut self) {
-        for part in [Q, KV] {
-            self.memory[part].fill_floats(self.desc.dtype, &mut self.rng);
+        self.memory[Q].fill_floats(self.desc.dtype, &mut self.rng);
+        self.memory[KV].fill_floats(kv_dtype(&self.desc), &mut self.rng);
+        for part in SCALES {
+            self.memory[part].fill_scales(&mut self.rng);
         }
         let mut pages: Vec<i32> = (0..self.num_pages).collect();
         self.rng.shuffle(&mut pages);
@@ -113,6 +119,7 @@ impl World {
         let (heads, dim, reqs) = (self.desc.num_q_heads, self.desc.head_dim, self.reqs.len());
         let q_shape = [total_q as i64, heads.into(), dim.into()];
         let [k, v] = self.pools();
+        let [k_scale, v_scale] = SCALES.map(|part| self.scale(part));
         let int = compactattn_dtype::COMPACTATTN_DTYPE_I32 as i32;
         let float = compactattn_dtype::COMPACTATTN_DTYPE_F32 as i32;
         *self.batch = compactattn_batch {
@@ -127,6 +134,8 @@ impl World {
             stream: std::ptr::null_mut(),
             workspace: std::ptr::null_mut(),
             workspace_bytes: 0,
+            k_scale,
+            v_scale,
         };
         self.args.struct_size = size_of::<compactattn_forward_args>() as u32;
         self.args.batch = &raw const *self.batch;
@@ -148,12 +157,21 @@ impl World {
             ([2 * page, heads * dim, dim, 1], page),
             ([2 * page, 2 * heads * dim, dim, 1], heads * dim),
         ]);
-        let mut k = self.tensor(KV, self.desc.dtype, &shape);
+        let mut k = self.tensor(KV, kv_dtype(&self.desc), &shape);
         k.stride = stride;
         let mut v = k;
-        v.data = k.data.cast::<u8>().wrapping_add(v_at as usize * element_size(self.desc.dtype)).cast();
-        v.storage_bytes -= v_at * element_size(self.desc.dtype) as i64;
+        v.data = k.data.cast::<u8>().wrapping_add(v_at as usize * kv_size(&self.desc)).cast();
+        v.storage_bytes -= v_at * kv_size(&self.desc) as i64;
         [k, v]
+    }
+
+    /// None, one, or one for each KV head.
+    fn scale(&mut self, part: usize) -> compactattn_tensor {
+        let count = *self.rng.pick(&[0, 1, i64::from(self.desc.num_kv_heads)]);
+        if count == 0 || kv_dtype(&self.desc) != E4M3 {
+            return zeroed();
+        }
+        self.tensor(part, compactattn_dtype::COMPACTATTN_DTYPE_F32 as i32, &[count])
     }
 
     /// A contiguous tensor over one part of the memory.
@@ -307,12 +325,23 @@ fn random_desc(rng: &mut Rng) -> compactattn_plan_desc {
     desc.head_dim = *rng.pick(&[64, 96]);
     desc.page_size = *rng.pick(&[16, 32]);
     desc.dtype = rng.range(1, 4);
+    desc.kv_dtype = *rng.pick(&[0, 0, desc.dtype, E4M3]);
     desc.max_num_reqs = 4;
     desc.max_total_q = 96;
     desc.max_kv_len = 128;
     desc.num_layers = rng.range(0, 3);
     desc.num_splits = rng.range(0, 3);
     desc
+}
+
+const E4M3: i32 = compactattn_dtype::COMPACTATTN_DTYPE_E4M3 as i32;
+
+fn kv_dtype(desc: &compactattn_plan_desc) -> i32 {
+    if desc.kv_dtype == 0 { desc.dtype } else { desc.kv_dtype }
+}
+
+fn kv_size(desc: &compactattn_plan_desc) -> usize {
+    if desc.kv_dtype == E4M3 { 1 } else { element_size(desc.dtype) }
 }
 
 fn element_size(dtype: i32) -> usize {
@@ -328,14 +357,14 @@ pub fn zeroed<T>() -> T {
 impl World {
     /// NaN in the keys and values of one slot of the pool.
     pub fn poison(&mut self, page: i64, row: i64) {
-        let size = element_size(self.desc.dtype) as i64;
+        let size = kv_size(&self.desc) as i64;
         let base = self.memory[KV].data().addr();
         for pool in [self.batch.k, self.batch.v] {
             for head in 0..i64::from(self.desc.num_kv_heads) {
                 for i in 0..i64::from(self.desc.head_dim) {
                     let at = page * pool.stride[0] + row * pool.stride[1] + head * pool.stride[2] + i;
                     let offset = pool.data.addr() - base + (at * size) as usize;
-                    // All bits set is a NaN in each of the three types.
+                    // All bits set is a NaN in each of the four types.
                     self.memory[KV].bytes_mut()[offset..offset + size as usize].fill(0xFF);
                 }
             }

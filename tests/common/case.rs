@@ -221,12 +221,14 @@ pub(crate) fn shape(rng: &mut Rng) -> Shape {
     let group = rng.pick(&[1, 1, 2, 3, 4, 4, 7, 8, 16]);
     let num_kv_heads = if group > 4 { rng.within(1, 2) } else { rng.within(1, 3) };
     let head_dim = rng.pick(&[64, 64, 64, 64, 96, 128, 128, 256]);
+    let dtype = rng.pick(&[Dtype::Bf16, Dtype::F16, Dtype::F32]);
     Shape {
         num_q_heads: group * num_kv_heads,
         num_kv_heads,
         head_dim,
         page_size: rng.pick(&[16, 16, 16, 32, 64, 128, 256]),
-        dtype: rng.pick(&[Dtype::Bf16, Dtype::F16, Dtype::F32]),
+        dtype,
+        kv_dtype: if rng.once_in(4) { Dtype::E4m3 } else { dtype },
         sm_scale: rng.pick(&[1.0, 1.0, 0.5]) / (head_dim as f32).sqrt(),
     }
 }

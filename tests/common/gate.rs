@@ -34,12 +34,14 @@ pub(crate) struct Tensor {
 pub(crate) fn case(rng: &mut Rng) -> Case {
     let (group, num_kv_heads) = (rng.pick(&[1, 2, 3, 4]), rng.within(1, 2));
     let head_dim = rng.pick(&[64, 64, 96]);
+    let dtype = rng.pick(&[Dtype::Bf16, Dtype::F16, Dtype::F32]);
     let shape = Shape {
         num_q_heads: group * num_kv_heads,
         num_kv_heads,
         head_dim,
         page_size: rng.pick(&[16, 32, 64]),
-        dtype: rng.pick(&[Dtype::Bf16, Dtype::F16, Dtype::F32]),
+        dtype,
+        kv_dtype: if rng.once_in(4) { Dtype::E4m3 } else { dtype },
         sm_scale: 1.0 / (head_dim as f32).sqrt(),
     };
     let mut settings = settings(rng);

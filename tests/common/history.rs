@@ -41,12 +41,14 @@ impl History {
         let mut rng = Rng::new(seed);
         let num_kv_heads = rng.within(1, 2);
         let head_dim = rng.pick(&[64, 64, 128]);
+        let dtype = rng.pick(dtypes);
         let shape = Shape {
             num_q_heads: num_kv_heads * rng.pick(&[1, 2, 4]),
             num_kv_heads,
             head_dim,
             page_size: rng.pick(&[16, 16, 32, 64]),
-            dtype: rng.pick(dtypes),
+            dtype,
+            kv_dtype: if rng.once_in(4) { Dtype::E4m3 } else { dtype },
             sm_scale: 1.0 / (head_dim as f32).sqrt(),
         };
         let settings = settings(&mut rng, selectors);

@@ -51,13 +51,20 @@ impl Arithmetic {
     /// maximum, a combined split), each time by an exponential; weights are rounded to the values' type, where f16 has
     /// steps of 2^-24 below 2^-14, and the largest weight of a row is at least 1 before it is divided by their sum;
     /// mean keys are sums of two such numbers, the second rounded to as many bits as the first; means that stand for
-    /// skipped blocks are one.
-    pub(crate) fn tensor_cores(dtype: Dtype) -> Self {
-        let (weight, mean_key) = match dtype {
+    /// skipped blocks are one, in the units of an e4m3 cache, so that f16's steps grow with its scale.
+    pub(crate) fn tensor_cores(case: &Case) -> Self {
+        let (weight, mean_key) = match case.shape.dtype {
             Dtype::F16 => ((1.0 / 2048.0, 1.0 / (1 << 25) as f64), 1.0 / (1 << 22) as f64),
             _ => ((1.0 / 256.0, 0.0), 1.0 / (1 << 16) as f64),
         };
-        Self { unit: 2.0 * U, exp: 3.0 * EXP_ERROR, weight, mean_key, stored_mean: weight }
+        let scale = case.pools.scales.iter().flatten().fold(1.0, |most: f64, &x| most.max(x.into()));
+        Self {
+            unit: 2.0 * U,
+            exp: 3.0 * EXP_ERROR,
+            weight,
+            mean_key,
+            stored_mean: (weight.0, weight.1 * scale),
+        }
     }
 }
 
@@ -267,8 +274,9 @@ fn row_agrees(arithmetic: Arithmetic, case: &Case, want: &attend::Row, (lse, out
         _ => U,
     };
     for (x, &got) in out.iter().enumerate() {
-        // A rounded weight's error grows with its value, of which none here exceeds 3.5; roundings are independent.
-        let rounded = arithmetic.weight.0 * want.spread[x] + arithmetic.weight.1 * walk * 3.5;
+        // A rounded weight's error grows with its value, of which none here exceeds 3.75 (3.5, rounded to 4 bits);
+        // roundings are independent.
+        let rounded = arithmetic.weight.0 * want.spread[x] + arithmetic.weight.1 * walk * 3.75;
         // Sum and weighted sum move by a factor of at most 1 + shift, and values are rounded too.
         let moved = shift * (1.0 + shift) * (means.spread[x] + means.share * want.out[x].abs());
         let stored = arithmetic.stored_mean.0 * means.spread[x] + arithmetic.stored_mean.1 * means.share;
@@ -283,9 +291,12 @@ fn row_agrees(arithmetic: Arithmetic, case: &Case, want: &attend::Row, (lse, out
 }
 
 /// Absolute error of an f32 logit whose `|q| |k| sm_scale` is at most `reach`: a dot product of `head_dim` terms, the
-/// scale, the change of base, and the rounding of a mean key.
+/// scale, the change of base, and the rounding of a mean key. A key of an e4m3 pool is rounded once more where it is
+/// multiplied by its scale, term by term.
 fn logit_error(case: &Case, reach: f64, arithmetic: Arithmetic) -> f64 {
-    LAMBDA * ((case.shape.head_dim + 8) as f64).sqrt() * arithmetic.unit * reach
+    let terms =
+        if case.shape.kv_dtype == Dtype::E4m3 { 2 * case.shape.head_dim } else { case.shape.head_dim };
+    LAMBDA * ((terms + 8) as f64).sqrt() * arithmetic.unit * reach
 }
 
 /// Relative and absolute error of a score.

@@ -51,6 +51,7 @@ pub(crate) fn on_leftovers(case: &mut Case, before: &Case) {
         (Store::Bf16(x), Store::Bf16(old)) => overlay(x, old, |x| x.is_nan()),
         (Store::F16(x), Store::F16(old)) => overlay(x, old, |x| x.is_nan()),
         (Store::F32(x), Store::F32(old)) => overlay(x, old, |x| x.is_nan()),
+        (Store::E4m3(x), Store::E4m3(old)) => overlay(x, old, |x| x & 0x7F == 0x7F),
         _ => {}
     }
 }
@@ -99,6 +100,7 @@ pub(crate) fn copy_page(case: &mut Case, from: usize, to: usize) {
                     Store::Bf16(x) => x.copy_within(from..from + shape.head_dim, to),
                     Store::F16(x) => x.copy_within(from..from + shape.head_dim, to),
                     Store::F32(x) => x.copy_within(from..from + shape.head_dim, to),
+                    Store::E4m3(x) => x.copy_within(from..from + shape.head_dim, to),
                 }
             }
         }

@@ -88,6 +88,7 @@ fn safetensors(bytes: &[u8]) {
         head_dim: 64,
         page_size: 16,
         dtype: Dtype::Bf16,
+        kv_dtype: Dtype::Bf16,
         sm_scale: 0.125,
     };
     if let Ok(gate) = Gate::load(&path, &shape, 2, rope) {
@@ -102,7 +103,8 @@ fn structs(bytes: &[u8]) {
     let (desc, settings) = bytes.split_at(bytes.len().min(size_of::<compactattn_plan_desc>()));
     let mut spoiled = padded::<compactattn_plan_desc>(desc);
     let own = padded::<compactattn_settings>(settings);
-    spoiled.known.settings = if bytes.len() % 2 == 0 { std::ptr::null() } else { &raw const own.known };
+    spoiled.known.settings =
+        if bytes.len().is_multiple_of(2) { std::ptr::null() } else { &raw const own.known };
     spoiled.known.layer_settings = std::ptr::null();
     spoiled.known.gate_weights_path = std::ptr::null();
     spoiled.known.rope_inv_freq = std::ptr::null();

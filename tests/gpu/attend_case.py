@@ -16,6 +16,8 @@ SMS = 132
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 ITEM_INTS, SPAN_INTS = 8, 12
 ITEM_COST, TILE_COST = 3, 2  # cuda/plan/work.cu
+ORDERED_LISTS, ITEMS_TO_ORDER = 1024, 4
+ARRIVALS = 8  # cuda/params.h
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ ARCHS = {"sm90": SM90, "sm80": SM80, "sm80small": SM80_SMALL}
 
 
 class Kernels:
-    """plan, attend and combine, from the cubins of a folder; `arch` is attend's, or a name of variants.cu."""
+    """plan and attend, which combines, from the cubins of a folder; `arch` is attend's, or a name of variants.cu."""
 
     def __init__(self, folder: Path, arch: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128) -> None:
         name = f"{NAMES[dtype]}_d{head_dim}"
@@ -59,7 +61,6 @@ class Kernels:
         entry = f"compactattn_attend_{arch[:4]}_{name}" if shipped else arch
         self.plan = Kernel(folder / "work.cubin", "compactattn_plan_work", 0)
         self.attend = Kernel(folder / cubin, entry, self.traits.shared_bytes)
-        self.combine = Kernel(folder / "combine.cubin", f"compactattn_combine_{name}", 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,20 +213,23 @@ class Case:
         return boxes, slots[inside]
 
     def expected_items(self) -> torch.Tensor:
-        """Span by span, list by list, tokens ascending."""
+        """List by list, tokens ascending: the longest list first where lists have many items (cuda/plan/work.cu)."""
         lengths = self.stream_lens.tolist()
-        s, per_tile, items = self.shape, ROWS // self.shape.list_heads, []
+        s, per_tile, lists = self.shape, ROWS // self.shape.list_heads, []
         for index, span in enumerate(self.spans):
             for head in range(s.kv_heads):
                 for part in range(s.parts):
                     row, first_head = (index * s.kv_heads + head) * s.parts + part, part * s.list_heads
                     heads, length = min(s.list_heads, s.group - first_head), lengths[row]
+                    lists.append(items := [])
                     for token in range(0, span.len, per_tile):
                         num, after = min(per_tile, span.len - token), span.len - 1 - token
                         items.append(
                             [row, head, span.q_start + token, num, head * s.group + first_head, after, heads, length]
                         )
-        return torch.tensor(items, device="cuda", dtype=torch.int32)
+        if len(lists) <= ORDERED_LISTS and sum(map(len, lists)) >= ITEMS_TO_ORDER * len(lists):
+            lists = [lists[row] for row in sorted(range(len(lists)), key=lambda row: -(lengths[row] // TOKENS))]
+        return torch.tensor([item for items in lists for item in items], device="cuda", dtype=torch.int32)
 
     def _encode(self) -> None:
         s = self.shape
@@ -233,7 +237,7 @@ class Case:
         self.num_items = len(self.expected_items())
         poison = {"device": "cuda", "dtype": torch.int32}
         self.items = torch.full((self.num_items, ITEM_INTS), 2**30, **poison)
-        self.cuts = torch.full((s.num_ctas + 1, 2), 2**30, **poison)
+        self.arrivals = torch.full((s.num_ctas + 1, ARRIVALS), 2**30, **poison)
         self.pieces = torch.full((self.num_items + s.num_ctas, 4), 2**30, **poison)
         self.piece_starts = torch.full((s.num_ctas + 1,), 2**30, **poison)
         self.costs = torch.full((self.num_items + 1,), 2**30, **poison)
@@ -244,7 +248,7 @@ class Case:
         self.partial_out = torch.full((2 * s.num_ctas, ROWS, s.head_dim), math.nan, device="cuda")
         self.partial_lse = torch.full((2 * s.num_ctas, ROWS), math.nan, device="cuda")
         self.step = Step(self._batch(), self._layout(), Settings(), self._stages())
-        pointers = (self.items, self.pieces, self.piece_starts, self.boxes, self.cuts)
+        pointers = (self.items, self.pieces, self.piece_starts, self.boxes, self.arrivals)
         log2_box = int(math.log2(s.box_tokens))
         work = Work(*[t.data_ptr() for t in pointers], s.num_ctas, self.max_boxes, s.list_heads, log2_box)
         results = Results(
@@ -294,7 +298,7 @@ class Case:
 
     def _stages(self) -> Stages:
         stages = Stages(max_items=self.num_items, num_ctas=self.shape.num_ctas, whole_items=self.shape.whole_items)
-        buffers = "counters list_spans counts stream_lens boxes items cuts pieces piece_starts costs stats"
+        buffers = "counters list_spans counts stream_lens boxes items arrivals pieces piece_starts costs stats"
         for name in buffers.split():
             setattr(stages, name, getattr(self, name).data_ptr())
         stages.stats_mirror = self.mirror.data_ptr()
@@ -306,11 +310,9 @@ class Case:
         kernels.plan.launch((1, 1), 1024, [self.step])
         maps = self.maps if kernels.traits.map_tokens else []
         kernels.attend.launch((ctas, 1), kernels.traits.threads, [*maps, self.params])
-        if ctas > 1:
-            kernels.combine.launch((ctas - 1, 16), 256, [self.params])
 
     def plan_faults(self) -> list[str]:
-        """What the last launch's plan got wrong: items, cuts that shares of about equal cost do not explain, stats."""
+        """What the last launch's plan got wrong: items, parts that shares of about equal cost do not explain, stats."""
         faults = []
         if not torch.equal(self.items, self.expected_items()):
             faults.append("items")
@@ -320,19 +322,23 @@ class Case:
         tiles = ((visible + TOKENS - 1) // TOKENS).clamp_min(0)
         before = torch.cat([tiles.new_zeros(1), (ITEM_COST + TILE_COST * tiles).cumsum(0)])
         starts = self.piece_starts.cpu()
-        pieces = self.pieces[: int(starts[-1])].cpu()
-        item, begin, end, slot = (pieces[:, i].long() for i in range(4))
+        pieces = self.pieces[: int(starts[-1])].cpu().flip(0)
+        cta = torch.repeat_interleave(torch.arange(self.shape.num_ctas), starts.long().diff()).flip(0)
+        item, begin, end = (pieces[:, i].long() for i in range(3))
+        part, parts = pieces[:, 3].long() % 2**16, pieces[:, 3].long() // 2**16
         # Each tile of each item is in one piece: pieces of an item, by where they begin, follow each other.
-        order = (item * 2**20 + begin * 2 + (end > begin)).argsort()
-        item, begin, end, slot = item[order], begin[order], end[order], slot[order]
+        order = (item * 2**20 + begin * 2 + (end > begin)).argsort(stable=True)
+        item, begin, end, cta, part, parts = (x[order] for x in (item, begin, end, cta, part, parts))
         of, same = tiles.cpu()[item], item[1:] == item[:-1]
         joined = torch.where(same, begin[1:] == end[:-1], (end[:-1] == of[:-1]) & (begin[1:] == 0))
-        whole = (begin == 0) & (end == of)
         every = torch.equal(item.unique(), torch.arange(self.num_items))
         if not (every and bool(joined.all()) and bool(begin[:1].eq(0).all()) and bool(end[-1:].eq(of[-1:]).all())):
             faults.append("pieces")
-        if bool((whole & (slot >= 0)).any()) or slot[slot >= 0].unique().numel() != int((slot >= 0).sum()):
-            faults.append("slots")
+        # Parts of an item are done by CTAs one after the other, the last tiles first, and are as many as there are.
+        counts = item.bincount(minlength=self.num_items)[item]
+        beside = ~same | ((cta[1:] == cta[:-1] - 1) & (part[1:] == part[:-1] - 1))
+        if not (bool(beside.all()) and torch.equal(parts, counts) and bool(part.lt(parts).all())):
+            faults.append("parts")
         # A share differs from the fair one by what a cut may move at both ends: less than the 4 tiles and the item's
         # own cost that a piece must be worth, or an item.
         most = int((ITEM_COST + TILE_COST * tiles).max())
@@ -343,8 +349,7 @@ class Case:
         sums = torch.cat([cost.new_zeros(1), cost.cumsum(0)])[starts.long()].diff()
         if int(sums.max()) > int(before[-1]) // shares + slack:
             faults.append("shares")
-        done = self.cuts[:, 1]
-        if self.shape.whole_items and bool(done.any()):
+        if self.shape.whole_items and bool((parts > 1).any()):
             faults.append("an item is cut")
         return faults
 

@@ -9,7 +9,6 @@ compile() { # folder, source, name, flag
     -gencode arch=compute_90a,code=sm_90a -o "$into.cubin" "$root/$2" > "$into.log" 2>&1 || touch "$1/failed"
 }
 compile "$1" cuda/plan/work.cu work &
-compile "$1" cuda/combine/combine.cu combine &
 compile "$1" tests/gpu/variants.cu variants &
 for arch in sm90 sm80; do
   for source in "$root/cuda/attend/$arch/inst/"*.cu; do

@@ -242,7 +242,7 @@ class Kernels:
         """One of the kernels over cells; `x` instead of the usual grid."""
         shape, index = case.data.shape, ctypes.c_int32(tile)
         if name.endswith("mass"):
-            self.launch(name, (shape.kv_heads * shape.group, case.max_spans), 1024, case.step, index)
+            self.launch(name, (4 * shape.kv_heads * shape.group, case.max_spans), 1024, case.step, index)
             return
         if name == "candidates":
             self.candidates(case)

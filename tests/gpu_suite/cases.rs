@@ -29,21 +29,36 @@ const SELECTORS: [Selector; 16] = [
 /// Case `index` of a run.
 pub(crate) fn random(seed: u64, index: u64) -> Case {
     let mut rng = rng(seed, index);
-    let shape = shape(&mut rng);
+    let mut shape = shape(&mut rng);
     let settings = settings(&mut rng);
+    if !is_offered(&shape, &settings) {
+        shape.kv_dtype = shape.dtype;
+    }
     let lens = lens(&mut rng, &shape, &settings);
     Case::with(&mut rng, shape, settings, &lens)
 }
 
 /// Two to six requests, as many as tests of isolation need, nothing split: so no result depends on the others.
 pub(crate) fn several(rng: &mut Rng) -> Case {
-    let shape = shape(rng);
+    let shape = plain_shape(rng);
     let settings = settings(rng);
     let count = rng.within(2, 6);
     let each = 8_000_000 / count / (shape.num_q_heads * shape.head_dim);
     let units = [shape.page_size, settings.block_size];
     let lens: Vec<Lens> = (0..count).map(|_| one_lens(rng, units, each, true)).collect();
     Case { splits: 1, ..Case::with(rng, shape, settings, &lens) }
+}
+
+/// A shape whose cache has its queries' type.
+pub(crate) fn plain_shape(rng: &mut Rng) -> Shape {
+    let drawn = shape(rng);
+    Shape { kv_dtype: drawn.dtype, ..drawn }
+}
+
+/// Whether the GPU serves such a cache under such settings.
+fn is_offered(shape: &Shape, settings: &Settings) -> bool {
+    shape.kv_dtype != Dtype::E4m3
+        || (matches!(shape.head_dim, 64 | 128) && settings.selector != Selector::XAttention)
 }
 
 /// The numbers of case `index`, and of what is done with it.
@@ -61,7 +76,7 @@ pub(crate) fn describe(case: &Case) -> String {
         .map(|(q, kv)| format!("{}/{kv}", q[1] - q[0]))
         .collect();
     format!(
-        "{}{} b{} p{} d{} h{}/{} {} {:?} {:?} {:?} q/kv {}",
+        "{}{} b{} p{} d{} h{}/{} {}/{} {:?} {:?} {:?} q/kv {}",
         s.selector.name(),
         if s.mean_correction { "+means" } else { "" },
         s.block_size,
@@ -70,6 +85,7 @@ pub(crate) fn describe(case: &Case) -> String {
         shape.num_q_heads,
         shape.num_kv_heads,
         shape.dtype.name(),
+        shape.kv_dtype.name(),
         s.scope,
         s.keep,
         s.keep_at,
@@ -80,8 +96,10 @@ pub(crate) fn describe(case: &Case) -> String {
 pub(crate) fn shape(rng: &mut Rng) -> Shape {
     let drawn = case::shape(rng);
     let head_dim = rng.pick(&[64, 96, 128, 128, 128, 256]);
+    let dtype = rng.pick(&[Dtype::Bf16, Dtype::F16]);
     Shape {
-        dtype: rng.pick(&[Dtype::Bf16, Dtype::F16]),
+        dtype,
+        kv_dtype: if drawn.kv_dtype == Dtype::E4m3 { Dtype::E4m3 } else { dtype },
         head_dim,
         sm_scale: rng.pick(&[1.0, 1.0, 0.5]) / (head_dim as f32).sqrt(),
         ..drawn

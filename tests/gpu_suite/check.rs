@@ -53,7 +53,7 @@ impl<'d> Worker<'d> {
     pub(crate) fn judged(&mut self, case: &Case, given: &Given) -> Result<Ran, Refusal> {
         let ran = self.run(case, given)?;
         let arithmetic = match self.device.cuda {
-            Some(_) => Arithmetic::tensor_cores(case.shape.dtype),
+            Some(_) => Arithmetic::tensor_cores(case),
             None => Arithmetic::F32,
         };
         judge(case, given, &ran, arithmetic).map_err(Refusal::Fault)?;
@@ -112,6 +112,8 @@ fn memory_is_right(step: &Step, on_gpu: bool) -> Done {
     for (name, part, was) in [
         ("q", parts.q, store_bytes(&case.q.store)),
         ("the KV pool", parts.kv, store_bytes(&case.pools.store)),
+        ("k_scale", parts.scales[0], bytemuck::cast_slice(&case.pools.scales[0])),
+        ("v_scale", parts.scales[1], bytemuck::cast_slice(&case.pools.scales[1])),
         ("cu_seqlens_q", parts.cu, bytemuck::cast_slice(&case.cu_seqlens_q)),
         ("seq_lens", parts.lens, bytemuck::cast_slice(&case.seq_lens)),
         ("block_table", parts.table, bytemuck::cast_slice(&case.table)),

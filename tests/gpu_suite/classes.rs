@@ -83,9 +83,9 @@ fn step_of(rng: &mut Rng) -> Case {
         Selector::XAttention,
         Selector::Streaming,
     ];
-    let mut shape = cases::shape(rng);
+    let mut shape = cases::plain_shape(rng);
     while shape.num_q_heads < 2 {
-        shape = cases::shape(rng);
+        shape = cases::plain_shape(rng);
     }
     let settings = scenes::settings(rng.pick(&selectors), rng.pick(&[16, 32, 64]));
     let lens: Vec<Lens> = (0..rng.within(2, 4))

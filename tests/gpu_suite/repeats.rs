@@ -68,7 +68,7 @@ fn once(step: &Step) -> Result<Vec<Vec<u8>>, String> {
     Ok(parts.iter().map(|&part| step.memory.get(part)).collect())
 }
 
-/// Forty small cases, judged; no threads, so that a sanitizer's report names the case printed before it.
+/// Small cases, judged; no threads, so that a sanitizer's report names the case printed before it.
 pub(crate) fn miniatures(device: &Device) -> bool {
     let mut worker = Worker::new(device, Packing::Apart);
     let mut right = true;

@@ -54,7 +54,7 @@ fn one(worker: &mut Worker, rng: &mut Rng) -> Result<(), Refusal> {
 
 /// Two steps of as many requests and queries, on the same pool, at the same strides.
 fn tenants_of_one_pool(rng: &mut Rng) -> [Case; 2] {
-    let shape = cases::shape(rng);
+    let shape = cases::plain_shape(rng);
     let mut settings = cases::settings(rng);
     if settings.selector == Selector::External {
         (settings.selector, settings.block_size) = (Selector::FlashPrefill, settings.block_size.max(16));

@@ -31,6 +31,7 @@ pub(crate) fn shape(heads: [usize; 2], head_dim: usize, page_size: usize, dtype:
         head_dim,
         page_size,
         dtype,
+        kv_dtype: dtype,
         sm_scale: 1.0 / (head_dim as f32).sqrt(),
     }
 }
@@ -47,19 +48,25 @@ pub(crate) const SELECTORS: [Selector; 9] = [
     Selector::External,
 ];
 
-/// Forty small cases: each selector (external twice: scores and masks) with each head_dim, all else in rotation.
+/// Forty small cases: each selector (external twice: scores and masks) with each head_dim, all else in rotation; and
+/// nine of them over e4m3 caches, one of these with mean correction.
 pub(crate) fn miniatures() -> Vec<Case> {
-    (0..40).map(miniature).collect()
+    let over_e4m3 = [0, 1, 3, 4, 7, 20, 21, 23, 24].map(|i| miniature(i, true));
+    (0..40).map(|i| miniature(i, false)).chain(over_e4m3).collect()
 }
 
-fn miniature(i: usize) -> Case {
+fn miniature(i: usize, over_e4m3: bool) -> Case {
     let mut rng = Rng::new(i as u64);
     let (selector, d) = (SELECTORS[(i % 10).min(8)], i / 10);
     let turn = i % 10 + d;
     let dtype = [Dtype::Bf16, Dtype::F16][turn % 2];
     let heads = [[4, 2], [2, 2], [7, 1], [8, 1], [6, 2]][turn % 5];
-    let shape = shape(heads, [64, 96, 128, 256][d], [16, 32, 64, 128, 256][turn % 5], dtype);
+    let mut shape = shape(heads, [64, 96, 128, 256][d], [16, 32, 64, 128, 256][turn % 5], dtype);
     let mut settings = settings(selector, [16, 32, 64, 16][turn % 4]);
+    if over_e4m3 {
+        shape.kv_dtype = Dtype::E4m3;
+        settings.mean_correction = i == 21;
+    }
     settings.scope.query_span = [0, 128][turn % 2];
     settings.scope.heads_per_list = [0, 1, 2][turn % 3];
     settings.keep_at = [KeepAt::Row, KeepAt::List][turn / 2 % 2];
@@ -87,12 +94,15 @@ pub(crate) fn repeated() -> Vec<(&'static str, Case)> {
     let dense = settings(Selector::Dense, 128);
     let oracle = settings(Selector::Oracle, 64);
     let ragged = [Lens { q: 200, kv: 1111 }, Lens { q: 1, kv: 900 }, Lens { q: 63, kv: 63 }];
+    let over_e4m3 = Shape { kv_dtype: Dtype::E4m3, ..shape([8, 2], 128, 32, bf16) };
+    let e4m3 = Case::with(&mut Rng::new(7), over_e4m3, settings(Selector::PooledMass, 32), &ragged);
     vec![
         ("split KV, one list", of([4, 1], 128, 64, bf16, sampled, &one(64, 4096))),
         ("dense, one list over all CTAs", of([8, 1], 128, 16, f16, dense, &one(16, 8000))),
         ("lists per head and 128 tokens", of([8, 2], 128, 128, bf16, flash, &one(512, 2048))),
         ("decode rows", of([8, 2], 64, 16, bf16, sampled, &decode)),
         ("ragged, d256", of([4, 2], 256, 32, f16, oracle, &ragged)),
+        ("split KV over e4m3", e4m3),
         ("two_level, d96", of([6, 2], 96, 256, bf16, settings(Selector::TwoLevel, 32), &ragged)),
     ]
 }

@@ -181,7 +181,7 @@ impl Soak {
         let written = engine.advance();
         let samples: Vec<u64> = (0..8).map(|_| engine.rng.next()).collect();
         let device = site.device;
-        let judged = i % JUDGED == 0;
+        let judged = i.is_multiple_of(JUDGED);
         self.rows += site.with(&engine.case, self.mode, |step| {
             Engine::poison(step, step.parts.kv, &left);
             Engine::upload(step, &written);
@@ -191,7 +191,7 @@ impl Soak {
             if judged { rows::judge(step, &samples) } else { Ok(0) }
         })?;
         self.judged += usize::from(judged);
-        if i % PROBED == 0 && engine.probe().is_some() {
+        if i.is_multiple_of(PROBED) && engine.probe().is_some() {
             engine.case.settings = settings_of(0);
             self.probe(site, engine)?;
             engine.case.settings = settings_of(self.mode);

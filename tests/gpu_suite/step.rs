@@ -27,6 +27,8 @@ pub(crate) enum Given {
 pub(crate) struct Parts {
     pub(crate) q: Part,
     pub(crate) kv: Part,
+    /// Of K and of V; empty: none.
+    pub(crate) scales: [Part; 2],
     pub(crate) cu: Part,
     pub(crate) lens: Part,
     pub(crate) table: Part,
@@ -212,6 +214,7 @@ pub(crate) fn place(memory: &mut Memory, case: &Case, given: &Given, sizes: &com
     let mut parts = Parts {
         q: memory.add(store_bytes(&case.q.store)),
         kv: memory.add(store_bytes(&case.pools.store)),
+        scales: case.pools.scales.each_ref().map(|scales| memory.add(bytemuck::cast_slice(scales))),
         cu: memory.add(bytemuck::cast_slice(&case.cu_seqlens_q)),
         lens: memory.add(bytemuck::cast_slice(&case.seq_lens)),
         table: memory.add(bytemuck::cast_slice(&case.table)),
@@ -258,6 +261,7 @@ pub(crate) fn store_bytes(store: &Store) -> &[u8] {
         Store::Bf16(x) => bytemuck::cast_slice(x),
         Store::F16(x) => bytemuck::cast_slice(x),
         Store::F32(x) => bytemuck::cast_slice(x),
+        Store::E4m3(x) => x,
     }
 }
 

@@ -16,10 +16,14 @@ impl Step<'_, '_> {
         let reqs = case.seq_lens.len();
         let [k, v] = [false, true].map(|v| {
             let (at, strides) = case.pools.strides.of(v);
-            let skip = at * shape.dtype.size_bytes();
+            let skip = at * shape.kv_dtype.size_bytes();
             let dims = [case.pools.num_pages, shape.page_size, shape.num_kv_heads, shape.head_dim];
             let data = self.memory.address(parts.kv).wrapping_add(skip);
-            tensor(data, parts.kv.len - skip, shape.dtype as i32, &dims, Some(&strides))
+            tensor(data, parts.kv.len - skip, shape.kv_dtype as i32, &dims, Some(&strides))
+        });
+        let [k_scale, v_scale] = [0, 1].map(|i| match case.pools.scales[i].len() {
+            0 => NONE,
+            count => self.tensor(parts.scales[i], F32, &[count]),
         });
         let width = [case.table_stride, 1];
         compactattn_batch {
@@ -40,6 +44,8 @@ impl Step<'_, '_> {
             stream: std::ptr::null_mut(),
             workspace: self.workspace.cast(),
             workspace_bytes: self.plan.sizes.workspace_bytes,
+            k_scale,
+            v_scale,
         }
     }
 

@@ -94,6 +94,7 @@ def problem(
     ("name", "density", "page_size"),
     [
         ("ours-dense", 1.0, 16),
+        ("ours-dense", 0.3, 16),
         ("ours-group", 0.3, 16),
         ("ours-head", 0.3, 64),
         ("ours-group", 0.5, 256),
@@ -118,6 +119,32 @@ def test_ours_is_right_and_a_wrong_answer_is_found(data: str, name: str, density
     if system.lists:
         assert check.relative_error(made, out, **judge | {"lists": 0}) > check.TOLERANCE
     assert not check.relative_error(made, out * float("nan"), **judge) <= check.TOLERANCE
+
+
+def test_a_table_has_as_many_rows_as_a_step_of_its_requests_can_have() -> None:
+    pytest.importorskip("torch")
+    from systems import ALL, ours
+
+    made, system = problem("random", 0.4, 16), ALL["ours-tile"]
+    settings = ours.package().Settings.of("external").replace(block_size=128, query_span=128, heads_per_list=1)
+    plan = system._plan(made, settings)
+    table = ours._table(made, made.copies[0], plan, (made.shape.num_q_heads, 128))
+    # 2 requests of 2 tiles could also be 4 tiles and the start of two more.
+    assert table.counts.shape[0] == plan.sizes().list_rows == 6 * made.shape.num_q_heads
+
+
+def test_what_reads_everything_answers_once_a_shape_and_page_size() -> None:
+    pytest.importorskip("torch")
+    import bench
+    from shapes import Cell, Shape
+
+    shape, done = Shape.parse("h8k2_d64_b2_q256_kv2048"), set[tuple[str, str, int]]()
+    cells = [Cell(shape, page, density) for page in (16, 64) for density in (0.1, 0.2)]
+    due = {name: [bench._is_due(name, cell, done) for cell in cells] for name in ("ours-dense", "ours-head", "cudnn")}
+    assert due["ours-dense"] == [True, False, True, False]
+    assert due["ours-head"] == [True] * 4 and due["cudnn"] == [True, False, False, False]
+    again = bench.Wanted(("ours-dense",), (str(shape), "ours-dense", 16, 1.0))
+    assert [again.cell(cell) for cell in cells] == [True, True, False, False]
 
 
 def test_lists_hold_the_share_that_was_asked_for_and_the_chunk() -> None:

@@ -148,8 +148,11 @@ def test_lists_of_ints_are_lengths_and_tables() -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (np.zeros(3), "x.dtype: wanted bf16, f16, f32, i32 or u32, got <f8"),
+        (np.zeros(3), "x.dtype: wanted bf16, f16, f32, i32, u32 or e4m3, got <f8"),
         (np.zeros(3, np.uint16), "compactattn.bf16"),
+        (np.zeros(3, np.uint8), "compactattn.e4m3"),
+        (compactattn.e4m3(np.zeros(3, np.int8)), "x.dtype: wanted uint8"),
+        (compactattn.e4m3(Producer(np.zeros(3, np.int64))), "x.dtype: wanted uint8"),
         (np.zeros(3, ">f4"), "got >f4"),
         (compactattn.bf16(np.zeros(3, np.int16)), "x.dtype: wanted uint16 words"),
         (np.float32(1.0).reshape(()), "x.ndim: wanted 1 to 4"),

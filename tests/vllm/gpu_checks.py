@@ -1,6 +1,8 @@
 """The backend in a real vLLM on a GPU: dense to the bit, keep-all to rounding, preemption, aborts, prefix hits.
 
-python tests/vllm/gpu_checks.py [--cpu] [--layers 4]      # exit code 1 if any check fails
+    python tests/vllm/gpu_checks.py [--graphs] [--cpu] [--layers 4]      # exit code 1 if any check fails
+
+``--graphs``: with the engine's defaults, torch.compile and CUDA graphs, else eagerly.
 """
 
 from __future__ import annotations
@@ -134,6 +136,7 @@ def dense(checks: Checks) -> None:
     checks.noise = distance(checks.long_wanted, alone)
     scheduler(stock).kv_cache_manager.reset_prefix_cache()
     checks.hit_wanted = [generate(stock, wave, logprobs=20) for wave in waves(checks)]
+    captured = graphs(stock)
     unmake(stock)
     del stock
     ours = checks.engines.make({"mode": "dense"}, **at)
@@ -146,8 +149,22 @@ def dense(checks: Checks) -> None:
         assert kinds <= {"CompactAttentionImpl", "CompactCpuImpl"}, kinds
         return f"{equal} of {len(wanted)} prompts, {kinds}: tokens and log probabilities identical"
 
+    def same_graphs() -> str:
+        assert graphs(ours) == captured, f"{graphs(ours)}, the engine {captured}"
+        return captured
+
     checks.run("mode dense", identical)
+    checks.run("mode dense, graphs", same_graphs)
     unmake(ours)
+
+
+def graphs(llm: Any) -> str:
+    """What the engine has compiled and captured, in its own words."""
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    config = llm.llm_engine.vllm_config.compilation_config
+    manager = getattr(runner, "cudagraph_manager", None)
+    count = len(getattr(manager, "graphs", ()))
+    return f"compilation {config.mode.name}, graphs {config.cudagraph_mode.name}, {count} of whole steps captured"
 
 
 def waves(checks: Checks) -> list[Any]:
@@ -174,12 +191,15 @@ def keep_all(checks: Checks) -> None:
         return line
 
     def kernels() -> str:
-        watch = Watch()
+        watch, before = Watch(), counters()["split_steps"]
         with (
             replaced(SplitImpl, "forward", watch.forward(SplitImpl.forward)),
             replaced(SplitImpl, "_attend", watch.attend(SplitImpl._attend)),
         ):
             generate(ours, checks.long(), tokens=2)
+        # Replayed graphs do not come by here: each split step must have, in all layers.
+        split = counters()["split_steps"] - before
+        assert watch.layers == split * len(impls(ours)) > 0, f"{watch.layers} layers of {split} steps"
         rms, largest = (max(float(pair[i]) for pair in watch.errors) for i in (0, 1))
         assert rms <= KERNEL_TOLERANCE, f"rms {rms:.2e}"
         assert watch.allocated == 0 or checks.engines.cpu, f"{watch.allocated} bytes allocated"
@@ -214,10 +234,30 @@ def keep_all(checks: Checks) -> None:
         assert all(plan["refused"] == 0 for plan in found["plans"]), found
         return str(found)
 
-    for name, check in (("start", starts), ("kernels", kernels), ("logits", logits), ("prefix hit", hits)):
+    found = {
+        "start": starts,
+        "kernels": kernels,
+        "logits": logits,
+        "small steps": lambda: small_steps(checks, ours),
+        "prefix hit": hits,
+    }
+    for name, check in (found | {"counters": truth}).items():
         checks.run(name, check)
-    checks.run("counters", truth)
     unmake(ours)
+
+
+def small_steps(checks: Checks, ours: Any) -> str:
+    """Steps small enough for captured pieces, between which attention runs; 512 tokens is the largest by default."""
+    from compactattn.vllm import counters
+
+    here, largest = scheduler(ours), checks.tokens(8192)
+    here.kv_cache_manager.reset_prefix_cache()
+    here.max_num_scheduled_tokens, before = checks.tokens(512), counters()["split_steps"]
+    far = distance(generate(ours, checks.long(), logprobs=20), checks.long_wanted)
+    here.max_num_scheduled_tokens, split = largest, counters()["split_steps"] - before
+    assert split >= 50, split
+    assert far <= 2 * checks.noise + 1e-3, f"{far:.4f}, the engine from itself {checks.noise:.4f}"
+    return f"{graphs(ours)}; {split} split steps of 512 tokens, log probabilities off by {far:.4f}"
 
 
 def under_load(checks: Checks) -> None:
@@ -267,12 +307,14 @@ def under_load(checks: Checks) -> None:
 
 
 def fallback(checks: Checks) -> None:
-    """A quantised cache is the engine's: said once, counted for each layer."""
+    """A cache that the selector's kernels do not read is the engine's: said once, counted for each layer."""
     from compactattn.vllm import counters
 
     before = dict(counters()["fallbacks"])
     checks.log.lines.clear()
-    ours = checks.engines.make({}, pool_tokens=40_000, max_model_len=16384, kv_cache_dtype="fp8")
+    ours = checks.engines.make(
+        {"selector": "xattention"}, pool_tokens=40_000, max_model_len=16384, kv_cache_dtype="fp8"
+    )
 
     def said() -> str:
         generate(ours, [checks.engines.prompt(5, 9000)], tokens=2)
@@ -290,11 +332,12 @@ def main() -> int:
     """Exit code."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--graphs", action="store_true")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--only", default="dense,keep_all,under_load,fallback")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        checks = Checks(Engines(Path(folder), given.layers, cpu=given.cpu))
+        checks = Checks(Engines(Path(folder), given.layers, cpu=given.cpu, graphs=given.graphs))
         parts = {part.__name__: part for part in (dense, keep_all, under_load, fallback)}
         for name in given.only.split(","):
             if name == "fallback" and given.cpu:

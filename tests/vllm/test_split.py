@@ -169,11 +169,33 @@ def test_layers_that_are_not_served_are_never_split(
     assert layer.builder.reorder_batch_threshold is None
 
 
-def test_a_quantised_cache_stays_the_engines() -> None:
+def test_a_cache_quantised_otherwise_than_to_e4m3_stays_the_engines() -> None:
     impl = SimpleNamespace(attn_type="decoder", kv_cache_dtype="auto", sliding_window=(-1, -1))
-    assert current.layer_refusal(impl) is None
-    impl.kv_cache_dtype = "fp8"
-    assert current.layer_refusal(impl) == "KV cache dtype fp8"
+    for served in ("auto", "bfloat16", "fp8", "fp8_e4m3"):
+        impl.kv_cache_dtype = served
+        assert current.layer_refusal(impl) is None
+    for kept in ("fp8_e5m2", "int8_per_token_head"):
+        impl.kv_cache_dtype = kept
+        assert current.layer_refusal(impl) == f"KV cache dtype {kept}"
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["plain queries", "fp8 queries"])
+def test_an_fp8_cache_is_read_with_the_layers_scales(monkeypatch: pytest.MonkeyPatch, quantised: bool) -> None:
+    monkeypatch.setattr(flash_attn, "flash_attn_supports_fp8", lambda: True, raising=False)
+    layer = Layer(monkeypatch, LONG, kv_cache_dtype="fp8")
+    metadata = layer.builder.build(0, common_metadata([(90, 1200, True)]))
+    # Two layers of one step: the second brings another cache and other scales.
+    for seed, k_scale, v_scale in ((5, 0.5, 0.3), (6, 1.7, 0.9)):
+        cache = torch.randn(PAGES, PAGE, KV_HEADS, 2 * DIM, generator=seeded(seed)).transpose(1, 2)
+        cache, q = cache.to(torch.float8_e4m3fn), torch.randn(90, HEADS, DIM, generator=seeded(seed + 10))
+        scales = {"_q_scale": 0.7, "_k_scale": k_scale, "_v_scale": v_scale}
+        own = SimpleNamespace(**{name: torch.tensor(value) for name, value in scales.items()})
+        given = q.to(torch.float8_e4m3fn) if quantised else q
+        q, out = given.float() * 0.7 if quantised else q, torch.full((90, HEADS, DIM), 7.0)
+        layer.impl.forward(own, given, given, given, cache.view(torch.uint8), metadata, out)
+        keys, values = cache.float().transpose(1, 2).split(DIM, dim=-1)
+        wanted = plain(q, keys * k_scale, values * v_scale, metadata.block_table[0], 1200)
+        torch.testing.assert_close(out, wanted, rtol=0, atol=TOLERANCE)
 
 
 def test_the_mixins_stand_before_the_engines_classes() -> None:

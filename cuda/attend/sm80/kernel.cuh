@@ -7,7 +7,8 @@
 // t: stream_len - tokens after t).
 #pragma once
 
-#include "../../common/epilogue.cuh"
+#include "../../combine/meet.cuh"
+#include "../../common/e4m3.cuh"
 #include "../../common/means.cuh"
 #include "../../common/softmax.cuh"
 #include "../../common/work.cuh"
@@ -26,8 +27,8 @@ struct SharedStorage {
 
 // ---- copies ----
 
-// K or V of the pool, strides in chunks of 8 elements: 32 bits hold them, and a product of two is
-// one instruction.
+// K or V of the pool, strides in chunks of 16 bytes: 32 bits hold them, and a product of two is one
+// instruction.
 struct Pool {
   const void* data;
   uint32_t page_stride;
@@ -41,16 +42,21 @@ struct Pool {
   }
 };
 
-__device__ __forceinline__ Pool keys(const Batch& batch) {
-  return {batch.k, static_cast<uint32_t>(batch.k_page_stride >> 3),
-          static_cast<uint32_t>(batch.k_token_stride >> 3),
-          static_cast<uint32_t>(batch.k_head_stride >> 3)};
+template <class T>
+__device__ __forceinline__ uint32_t chunks(int64_t elements) {
+  return static_cast<uint32_t>(elements / (16 / sizeof(typename T::Stored)));
 }
 
+template <class T>
+__device__ __forceinline__ Pool keys(const Batch& batch) {
+  return {batch.k, chunks<T>(batch.k_page_stride), chunks<T>(batch.k_token_stride),
+          chunks<T>(batch.k_head_stride)};
+}
+
+template <class T>
 __device__ __forceinline__ Pool values(const Batch& batch) {
-  return {batch.v, static_cast<uint32_t>(batch.v_page_stride >> 3),
-          static_cast<uint32_t>(batch.v_token_stride >> 3),
-          static_cast<uint32_t>(batch.v_head_stride >> 3)};
+  return {batch.v, chunks<T>(batch.v_page_stride), chunks<T>(batch.v_token_stride),
+          chunks<T>(batch.v_head_stride)};
 }
 
 // What a thread copies of each step: one chunk of `kLaneRows` consecutive tokens.
@@ -77,7 +83,7 @@ struct Copier {
   // That of the thread's first row.
   __device__ __forceinline__ int entry_of(int step) const {
     return entry_at(step * T::kTokens +
-                    static_cast<int>(threadIdx.x) / T::kRowLanes * T::kLaneRows);
+                    static_cast<int>(threadIdx.x) / T::kPoolRowLanes * T::kPoolLaneRows);
   }
 
   // `kRows` tokens from `token` on, all in the box of `entry`.
@@ -91,7 +97,7 @@ struct Copier {
     const int within =
         (part << params.log2_box_tokens) + (token & ((1 << params.log2_box_tokens) - 1));
     const uint4* from = static_cast<const uint4*>(pool.data) + pool.at(page, within, kv_head) +
-                        threadIdx.x % T::kRowLanes;
+                        threadIdx.x % T::kPoolRowLanes;
     const int exist = entry < 0 ? 0 : limit - token;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -104,18 +110,29 @@ struct Copier {
   __device__ __forceinline__ void copy(const Pool& pool, const uint8_t* tile, int step,
                                        int entry) const {
     const int thread = ptx::not_before(threadIdx.x);
-    const int row = thread / T::kRowLanes * T::kLaneRows, chunk = thread % T::kRowLanes;
-    if (chunk >= T::kChunks) return;
+    const int row = thread / T::kPoolRowLanes * T::kPoolLaneRows, chunk = thread % T::kPoolRowLanes;
+    if (chunk >= T::kPoolChunks) return;
     const int token = step * T::kTokens + row;
-    const uint32_t smem = ptx::shared_address(tile) + row * T::kRowBytes + chunk * 16;
-    if (1 << params.log2_box_tokens >= T::kLaneRows) {  // the thread's rows lie in one box
-      copy_rows<T::kLaneRows>(pool, smem, token, entry);
+    const uint32_t smem =
+        ptx::shared_address(tile) + row * T::kRowBytes + chunk * kCopyStep<typename T::Stored>;
+    if (1 << params.log2_box_tokens >= T::kPoolLaneRows) {  // the thread's rows lie in one box
+      copy_rows<T::kPoolLaneRows>(pool, smem, token, entry);
     } else {
 #pragma unroll 1
-      for (int r = 0; r < T::kLaneRows; ++r) {
+      for (int r = 0; r < T::kPoolLaneRows; ++r) {
         copy_rows<1>(pool, smem + r * T::kRowBytes, token + r, entry_at(token + r));
       }
     }
+  }
+
+  // What `copy` has brought, once it is there.
+  __device__ __forceinline__ void widen(uint8_t* tile) const {
+    const int thread = ptx::not_before(threadIdx.x);
+    const int row = thread / T::kPoolRowLanes * T::kPoolLaneRows, chunk = thread % T::kPoolRowLanes;
+    uint8_t* at = tile + row * T::kRowBytes + chunk * kCopyStep<typename T::Stored>;
+#pragma unroll
+    for (int r = 0; r < T::kPoolLaneRows; ++r)
+      widen_in_place<typename T::Element>(at + r * T::kRowBytes);
   }
 
   // One step of means; `data` is the rows of keys or values.
@@ -252,7 +269,8 @@ struct Sight {
 template <class T>
 __device__ __forceinline__ void mask_block(float (&s)[T::kTokens / 2], const Sight<T>& sight,
                                            int block) {
-  const int thread = threadIdx.x;
+  // Divisions by heads, worked out once for all pieces, cost registers that O needs.
+  const int thread = T::kStages == 1 ? ptx::not_before(threadIdx.x) : threadIdx.x;
   const int row = thread / 32 * T::kWarpRows + thread % 32 / 4 + 16 * block;
   int mine[2];
 #pragma unroll
@@ -294,13 +312,15 @@ __device__ __forceinline__ void soften(float sm_scale, const Sight<T>& sight, Sc
 template <class T>
 struct Walk {
   static constexpr bool kTwo = T::kStages == 2;
+  static constexpr bool kWiden = sizeof(typename T::Stored) == 1;
   const AttendParams& params;
   const Means* correction;  // of kernels that correct
   SharedStorage<T>& smem;
   Copier<T> copier;
   Skipped skipped;
-  int visible;  // columns that the tile's first query token sees
-  int& stage;   // the buffer that is read
+  int visible;     // columns that the tile's first query token sees
+  float sm_scale;  // on q . k as stored
+  int& stage;      // the buffer that is read
   int first;
   int step;
   int entry;  // of the next step that is copied, asked for a step ahead
@@ -313,7 +333,9 @@ struct Walk {
         copier(params, piece),
         skipped(T::kMeans ? skipped_by(*correction, piece.item) : Skipped{}),
         visible(piece.stream.visible),
+        sm_scale(params.sm_scale),
         stage(stage) {
+    if constexpr (kWiden) sm_scale *= key_scale(params.batch, piece.item.kv_head);
     const OwnTiles<T::kTokens, T::kMeans> own(skipped);
     first = own.at(piece.begin);
     step = min(own.at(piece.end), own.means + (copier.limit + T::kTokens - 1) / T::kTokens) - 1;
@@ -329,14 +351,14 @@ struct Walk {
     if (is_mean(of)) {
       copier.copy_means(*correction, correction->k, smem.k[buffer], of, skipped);
     } else {
-      copier.copy(keys(params.batch), smem.k[buffer], of_stream(of), entry);
+      copier.copy(keys<T>(params.batch), smem.k[buffer], of_stream(of), entry);
     }
   }
   __device__ __forceinline__ void copy_values(int buffer, int of) const {
     if (is_mean(of)) {
       copier.copy_means(*correction, correction->v, smem.v[buffer], of, skipped);
     } else {
-      copier.copy(values(params.batch), smem.v[buffer], of_stream(of), entry);
+      copier.copy(values<T>(params.batch), smem.v[buffer], of_stream(of), entry);
     }
   }
 
@@ -379,6 +401,8 @@ struct Walk {
   // K of the step is there for all, and V too with two buffers; what others have left is filled.
   __device__ __forceinline__ void arrive() {
     ptx::wait_copies();
+    widen(smem.k[stage]);
+    if constexpr (kTwo) widen(smem.v[stage]);
     __syncthreads();
     if constexpr (kTwo) {
       if (step == first) return;
@@ -403,7 +427,15 @@ struct Walk {
   __device__ __forceinline__ void await_values() const {
     if constexpr (kTwo) return;
     ptx::wait_copies_but<1>();
+    widen(smem.v[0]);
     __syncthreads();
+  }
+
+  // A tile of the step, before others look at it; means come wide.
+  __device__ __forceinline__ void widen(uint8_t* tile) const {
+    if constexpr (kWiden) {
+      if (!is_mean(step)) copier.widen(tile);
+    }
   }
 
   __device__ __forceinline__ void run(const WorkItem& item, Rows<T>& rows) {
@@ -416,13 +448,26 @@ struct Walk {
       const Operands<T> at(smem, stage);
       multiply_keys<T>(s, at.q, at.k);
       leave_keys();
-      soften<T>(params.sm_scale, sight(), s, rows, p);
+      soften<T>(kWiden ? sm_scale : params.sm_scale, sight(), s, rows, p);
       await_values();
       multiply_values<T>(rows.o, p, Operands<T>(smem, stage).v);
       if constexpr (kTwo) stage ^= 1;
     }
   }
 };
+
+// From the units of the cache to those of its numbers.
+template <class T>
+__device__ __forceinline__ void scale_rows(const Batch& batch, int kv_head, Rows<T>& rows) {
+  const float of_keys = key_scale(batch, kv_head), of_values = value_scale(batch, kv_head);
+#pragma unroll
+  for (int b = 0; b < T::kBlocks; ++b) {
+    rows.state[b].max[0] *= of_keys;
+    rows.state[b].max[1] *= of_keys;
+#pragma unroll
+    for (int i = 0; i < T::kHeadDim / 2; ++i) rows.o[b][i] *= of_values;
+  }
+}
 
 template <class T>
 __device__ __forceinline__ void attend(const AttendParams& params, const Means* means = nullptr) {
@@ -441,14 +486,13 @@ __device__ __forceinline__ void attend(const AttendParams& params, const Means* 
       if (piece.end > piece.begin) Walk<T>(params, means, piece, smem, stage).run(piece.item, rows);
     }
     const LoadedPiece piece = Pieces(params.work).at(params.work, i);
+    if constexpr (sizeof(typename T::Stored) == 1) {
+      scale_rows<T>(params.batch, piece.item.kv_head, rows);
+    }
     const int row = threadIdx.x / 32 * T::kWarpRows + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int b = 0; b < T::kBlocks; ++b) {
-      if (piece.slot < 0) {
-        store_rows<typename T::Element>(params, piece.item, row + 16 * b, rows.o[b], rows.state[b]);
-      } else {
-        store_partial(params, piece.slot, row + 16 * b, rows.o[b], rows.state[b]);
-      }
+      finish_rows<typename T::Element, 2>(params, piece, row + 16 * b, rows.o[b], rows.state[b]);
     }
   }
 }

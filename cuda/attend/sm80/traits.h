@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "../../params.h"
+
 namespace compactattn::sm80 {
 
 // `kWarps` warps of `kBlocks` blocks of 16 query rows walk the stream `kTokens` at a time.
@@ -31,6 +33,11 @@ struct Tile {
   // Lanes that copy one row; with head_dim 96 a quarter of them idles.
   static constexpr int kRowLanes = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
   static constexpr int kLaneRows = kTokens * kRowLanes / kThreads;  // consecutive
+  // The same of the pool, whose elements may be narrower than those that are multiplied.
+  using Stored = E;
+  static constexpr int kPoolChunks = kChunks;
+  static constexpr int kPoolRowLanes = kRowLanes;
+  static constexpr int kPoolLaneRows = kLaneRows;
   // The old row maximum stays until a row grows by this many powers of two (as sm90/traits.h).
   static constexpr float kRescaleAbove = 8.0f;
   static constexpr bool kMeans = false;
@@ -43,6 +50,16 @@ struct Tile {
 template <class T>
 struct Corrected : T {
   static constexpr bool kMeans = true;
+};
+
+// The same over a pool of e4m3.
+template <class T>
+struct OverE4m3 : T {
+  using Stored = E4m3;
+  static constexpr int kPoolChunks = T::kHeadDim / 16;
+  static constexpr int kPoolRowLanes = kPoolChunks;
+  static constexpr int kPoolLaneRows = T::kTokens * kPoolRowLanes / T::kThreads;
+  static_assert(kPoolLaneRows >= 1 && (kPoolLaneRows & (kPoolLaneRows - 1)) == 0);
 };
 
 // A CTA may have 227 KB of shared memory on sm_90, where these tiles were measured; 163 KB on

@@ -37,7 +37,7 @@ struct Consumer {
     release_keys();
     float factor[2];
     raise_for<T, kKind>(s, scale, rows, columns, at.column, factor);
-    exponentiate<true>(s, scale, rows, kKind == Kind::kMeans ? columns.bias : 0.0f);
+    exponentiate<true>(s, scale, rows, bias_of<kKind>(columns));
     pack<typename T::Element>(s, p);
   }
 
@@ -60,8 +60,8 @@ struct Consumer {
     cute::warpgroup_wait<1>();
     ptx::fence_registers(s);
     if constexpr (T::kTurns) end_turn();
-    if constexpr (T::kAhead && kKind == Kind::kWhole) {
-      weigh_ahead(s, o, rows);
+    if constexpr (T::kAhead && kKind != Kind::kCausal) {
+      weigh_ahead<kKind>(s, o, rows, columns);
     } else {
       weigh<kKind>(s, o, rows, columns);
     }
@@ -75,8 +75,7 @@ struct Consumer {
     release_keys();
     float factor[2];
     const bool grown = raise_for<T, kKind>(s, scale, rows, columns, at.column, factor);
-    exponentiate<kKind != Kind::kWhole>(s, scale, rows,
-                                        kKind == Kind::kMeans ? columns.bias : 0.0f);
+    exponentiate<kKind != Kind::kWhole>(s, scale, rows, bias_of<kKind>(columns));
     cute::warpgroup_wait<0>();
     ptx::fence_registers(o);
     release_values();
@@ -85,14 +84,17 @@ struct Consumer {
 
   // The same on maxima of tiles before, which are still good nearly always. Keys stay: where P has
   // overflowed, its scores are made again.
-  __device__ __forceinline__ void weigh_ahead(Scores& s, Outputs& o, RowState& rows) {
+  template <Kind kKind>
+  __device__ __forceinline__ void weigh_ahead(Scores& s, Outputs& o, RowState& rows,
+                                              const Columns<T>& columns) {
     float sums[2];
     const float scale_now = T::kTurns ? smem.scale.after_barriers() : scale;
-    const bool above = exponentiate_ahead<T>(s, scale_now, rows, sums);
+    if constexpr (kKind == Kind::kMeans) columns.mask_listed(s, at.column);
+    const bool above = exponentiate_ahead<T>(s, scale_now, rows, sums, bias_of<kKind>(columns));
     if constexpr (T::kHeldWait) ptx::wait_no_earlier(sums[0] + sums[1]);
     cute::warpgroup_wait<0>();
     ptx::fence_registers(o);
-    if (above) catch_up(s, o, rows, sums);
+    if (above) catch_up<kKind>(s, o, rows, sums, columns);
     rows.sum[0] += sums[0];
     rows.sum[1] += sums[1];
     release_keys();
@@ -100,8 +102,9 @@ struct Consumer {
   }
 
   // Raises the maxima under P of a tile.
-  __device__ __forceinline__ void catch_up(Scores& s, Outputs& o, RowState& rows,
-                                           float (&sums)[2]) {
+  template <Kind kKind>
+  __device__ __forceinline__ void catch_up(Scores& s, Outputs& o, RowState& rows, float (&sums)[2],
+                                           const Columns<T>& columns) {
     float factor[2];
     if (!__any_sync(0xffffffffu, !(sums[0] + sums[1] <= kMostMoved))) {
       move_up(s, scale, rows, sums, factor);
@@ -109,10 +112,8 @@ struct Consumer {
       return;
     }
     scores_again<T>(s, q, smem.k[k_ring.stage], at.lane);
-    float top[2];
-    tile_max(s, top);
-    if (raise_max<T>(top, scale, rows, factor)) rescale(o, factor);
-    exponentiate<true>(s, scale, rows);
+    if (raise_for<T, kKind>(s, scale, rows, columns, at.column, factor)) rescale(o, factor);
+    exponentiate<true>(s, scale, rows, bias_of<kKind>(columns));
     sums[0] = sums[1] = 0.0f;
   }
 

@@ -9,7 +9,7 @@
 // back behind the exponentials, was measured for each head_dim (traits.h, tests/bench/record/h100).
 #pragma once
 
-#include "../../common/epilogue.cuh"
+#include "../../combine/meet.cuh"
 #include "../../ptx/grid.cuh"
 #include "consumer.cuh"
 
@@ -19,7 +19,8 @@ struct Maps {
   // [columns / 64, tokens, heads, 64] in boxes of rows / heads_per_list tokens x heads_per_list
   // heads x 64
   const CUtensorMap& q;
-  // [pages, kv heads, columns / 64, tokens of a page, 64] in boxes of min(box tokens, kTokens) x 64
+  // [pages, kv heads, columns / 64, tokens of a page, 64] in copied tokens of min(box tokens,
+  // kTokens) x 64
   const CUtensorMap& k;
   const CUtensorMap& v;
 };
@@ -41,7 +42,7 @@ struct Source {
 
 // ---- producer ----
 
-// The one box of each tile that a lane copies.
+// The one box, or half of one, of each tile that a lane copies.
 template <class T>
 struct BoxLane {
   int first;    // token of the tile
@@ -52,7 +53,7 @@ struct BoxLane {
   static_assert(T::kTokens / 8 * T::kGroups <= 32, "boxes of 8 tokens, one a lane");
 
   __device__ BoxLane(const AttendParams& params, int lane) {
-    const int rows = min(1 << params.log2_box_tokens, T::kTokens);
+    const int rows = ptx::copied_tokens(min(1 << params.log2_box_tokens, T::kTokens));
     first = lane / T::kGroups * rows;
     columns = lane % T::kGroups;
     smem = columns * T::kKvGroupBytes + first * T::kRowBytes;
@@ -168,11 +169,7 @@ __device__ __forceinline__ void consume(const AttendParams& params, const Means*
       q_phase ^= 1;
       consumer.attend(piece, params.work.heads_per_list, o, rows);
     }
-    if (piece.slot < 0) {
-      store_rows<typename T::Element>(params, piece.item, at.row, o, rows);
-    } else {
-      store_partial(params, piece.slot, at.row, o, rows);
-    }
+    finish_rows<typename T::Element, T::kMeetAtOnce>(params, piece, at.row, o, rows);
   }
   consumer.end();
 }

@@ -78,6 +78,12 @@ struct Columns {
   }
 };
 
+// In powers of two, on all scores of a tile.
+template <Kind kKind, class T>
+__device__ __forceinline__ float bias_of(const Columns<T>& columns) {
+  return kKind == Kind::kMeans ? columns.bias : 0.0f;
+}
+
 // Scores of a tile to powers of two below the reference maxima, which may move; whether O must be
 // multiplied by `factor`.
 template <class T, Kind kKind>

@@ -13,7 +13,8 @@ namespace compactattn::select::sm90 {
 
 // ---- producer ----
 
-// The one box of each key tile that a lane copies: min(page, block, kTokens) tokens of 64 columns.
+// The one box of each key tile that a lane copies: of min(page, block, kTokens) tokens or half of
+// them, and 64 columns.
 template <class T>
 struct BoxLane {
   int first;    // token of the tile
@@ -25,7 +26,7 @@ struct BoxLane {
 
   __device__ BoxLane(const Layout& layout, int lane) {
     const int log2_box = min(layout.log2_page_tokens, layout.log2_block_tokens);
-    const int rows = min(1 << log2_box, T::kTokens);
+    const int rows = ptx::copied_tokens(min(1 << log2_box, T::kTokens));
     first = lane / T::kGroups * rows;
     columns = lane % T::kGroups;
     smem = columns * T::kKeyGroupBytes + first * T::kRowBytes;
@@ -95,7 +96,7 @@ struct Producer {
 // neighbours of a row are stored at once, a quarter of the writes to memory.
 struct Held {
   float cells[2];
-  int block;
+  int block;  // none: < 0
   int count;
 };
 
@@ -234,29 +235,102 @@ struct Consumer {
   __device__ __forceinline__ void fold_tile(const Keys& keys, int t, int block, Logits& logits) {
     switch (log2_block()) {
       case 4:
-        return fold<16>(keys, t, block, logits);
+        return fold_blocks<16>(keys, t, block, logits);
       case 5:
-        return fold<32>(keys, t, block, logits);
+        return fold_blocks<32>(keys, t, block, logits);
       case 6:
-        return fold<64>(keys, t, block, logits);
+        if constexpr (T::kTokens > 64) return fold_blocks<64>(keys, t, block, logits);
+        [[fallthrough]];
       default:
-        return fold<T::kTokens>(keys, t, block, logits);
+        return fold(keys, t, block, logits);
     }
   }
 
-  // Adds the tile's products, kColumns at a time, and keeps the cell where a block ends.
-  template <int kColumns>
+  // A tile of a block: adds its products, and keeps the cell where the block ends.
   __device__ __forceinline__ void fold(const Keys& keys, int t, int block, Logits& logits) {
-    const int mask = (1 << log2_block()) - 1;
+    const int mask = (1 << log2_block()) - 1, i = t * T::kTokens;
+    if (i >> log2_block() >= keys.blocks.count) return;
+    const int at = __shfl_sync(0xffffffffu, block, 0);
+    const int token = (at << log2_block()) + (i & mask);
+    if (token + T::kTokens > keys.tile.least_visible) hide<T::kTokens>(logits, 0, token);
+    add(logits);
+    if ((i + T::kTokens & mask) == 0) finish(keys.tile, at);
+  }
+
+  // A tile of several blocks. One maximum serves all: what it takes below the smallest number is no
+  // share of its row either. Lane i of a quad gets the cell of every fourth block from i on.
+  template <int kColumns>
+  __device__ __forceinline__ void fold_blocks(const Keys& keys, int t, int block, Logits& logits) {
+    constexpr int kBlocks = T::kTokens / kColumns, kAtOnce = kBlocks < 4 ? kBlocks : 4;
+    const int count = keys.blocks.count - t * kBlocks;
 #pragma unroll
-    for (int c = 0; c < T::kTokens; c += kColumns) {
-      const int i = t * T::kTokens + c;
-      if (i >> log2_block() >= keys.blocks.count) return;
-      const int at = __shfl_sync(0xffffffffu, block, c / kColumns);
-      const int token = (at << log2_block()) + (i & mask);
-      if (token + kColumns > keys.tile.least_visible) hide<kColumns>(logits, c, token);
-      add<kColumns>(logits, c);
-      if ((i + kColumns & mask) == 0) finish(keys.tile, at);
+    for (int i = 0; i < kBlocks; ++i) {
+      const int token = __shfl_sync(0xffffffffu, block, i) * kColumns;
+      const bool all = i < count && token + kColumns <= keys.tile.least_visible;
+      if (!all) hide<kColumns>(logits, i * kColumns, i < count ? token : INT_MAX / 2);
+    }
+    const float top[2] = {top_of(logits, 0), top_of(logits, 1)};
+#pragma unroll
+    for (int first = 0; first < kBlocks; first += kAtOnce) {
+      const int i = first + lane % kAtOnce;
+      const int at = __shfl_sync(0xffffffffu, block, i);
+      const bool mine = kAtOnce == 4 || lane % 4 / kAtOnce == held.count / kAtOnce;
+      if (mine) held.block = i < count ? at : -1;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float sums[kAtOnce];
+#pragma unroll
+        for (int b = 0; b < kAtOnce; ++b)
+          sums[b] = sum_of<kColumns>(logits, (first + b) * kColumns, r, top[r]);
+        const float cell = top[r] + ptx::log2_approx(own_sum(sums));
+        if (mine) held.cells[r] = cell;
+      }
+      held.count += kAtOnce;
+      if (held.count == 4) write(keys.tile);
+    }
+  }
+
+  // The largest exponent of 2 in row `r` of the tile, of a quad's lanes together; a finite number.
+  __device__ __forceinline__ float top_of(const Logits& logits, int r) const {
+    float high[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int n = 0; n < T::kTokens / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) high[e] = fmaxf(high[e], logits[4 * n + 2 * r + e]);
+    }
+    return fmaxf(-FLT_MAX, quad_max(fmaxf(high[0], high[1])) * step.layout.sm_scale * kLog2E);
+  }
+
+  // A lane's part of row `r`'s weight of kColumns tokens from column `from` on, over 2^top.
+  template <int kColumns>
+  __device__ __forceinline__ float sum_of(const Logits& logits, int from, int r, float top) const {
+    const float scale = step.layout.sm_scale * kLog2E;
+    // Two sums: half the length of the chain of additions.
+    float even = 0.0f, odd = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+      even += ptx::exp2_approx(fmaf(logits[from / 2 + 4 * n + 2 * r], scale, -top));
+      odd += ptx::exp2_approx(fmaf(logits[from / 2 + 4 * n + 2 * r + 1], scale, -top));
+    }
+    return even + odd;
+  }
+
+  // Each lane's parts of two or four sums to whole ones: lane i of a quad gets sum i (of two: i %
+  // 2) by three exchanges (two) where one after the other would take eight (four).
+  template <int kSums>
+  __device__ __forceinline__ float own_sum(const float (&sums)[kSums]) const {
+    static_assert(kSums == 2 || kSums == 4);
+    const bool odd = lane & 1, high = lane & 2;
+    float pair[kSums / 2];
+#pragma unroll
+    for (int i = 0; i < kSums; i += 2) {
+      const float other = __shfl_xor_sync(0xffffffffu, odd ? sums[i] : sums[i + 1], 1);
+      pair[i / 2] = (odd ? sums[i + 1] : sums[i]) + other;
+    }
+    if constexpr (kSums == 2) return pair[0] + __shfl_xor_sync(0xffffffffu, pair[0], 2);
+    if constexpr (kSums == 4) {
+      const float other = __shfl_xor_sync(0xffffffffu, high ? pair[0] : pair[1], 2);
+      return (high ? pair[1] : pair[0]) + other;
     }
   }
 
@@ -273,27 +347,13 @@ struct Consumer {
     }
   }
 
-  template <int kColumns>
-  __device__ __forceinline__ void add(const Logits& logits, int from) {
-    const float scale = step.layout.sm_scale * kLog2E;
+  __device__ __forceinline__ void add(const Logits& logits) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float high[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) high[e] = fmaxf(high[e], logits[from / 2 + 4 * n + 2 * r + e]);
-      }
-      const float top = fmaxf(partial.max[r], quad_max(fmaxf(high[0], high[1])) * scale);
-      // Two sums: half the length of the chain of additions.
-      float even = partial.sum[r] * ptx::exp2_approx(partial.max[r] - top), odd = 0.0f;
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
-        even += ptx::exp2_approx(fmaf(logits[from / 2 + 4 * n + 2 * r], scale, -top));
-        odd += ptx::exp2_approx(fmaf(logits[from / 2 + 4 * n + 2 * r + 1], scale, -top));
-      }
+      const float top = fmaxf(partial.max[r], top_of(logits, r));
+      const float before = partial.sum[r] * ptx::exp2_approx(partial.max[r] - top);
       partial.max[r] = top;
-      partial.sum[r] = even + odd;
+      partial.sum[r] = before + sum_of<T::kTokens>(logits, 0, r, top);
     }
   }
 
@@ -310,7 +370,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void write(const Tile& tile) {
-    if (lane % 4 < held.count) {
+    if (lane % 4 < held.count && held.block >= 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int64_t to = row + 8 * r;

@@ -168,6 +168,10 @@ _FLAGS = {
     "choose sampled_exact, quoka, xattention or streaming",
 }
 _CHOICES: dict[str, tuple[tuple[Any, ...], str]] = {
+    "kv_cache_dtype": (
+        ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3"),
+        "KV cache dtype {}: not offered; auto, fp8 or fp8_e4m3 (--kv-cache-dtype)",
+    ),
     "attn_type": (("decoder",), "attention type {}: decoder only"),
     "head_size": ((64, 96, 128, 256), "head size {}: there are kernels for 64, 96, 128 and 256"),
     "dtype": (("bfloat16", "float16"), "dtype {}: bfloat16 or float16 on a GPU"),

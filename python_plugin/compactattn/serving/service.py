@@ -13,7 +13,7 @@ from ..batch import Batch
 from ..errors import CompactAttnError
 from ..plan import Plan, PlanDesc
 from ..settings import Settings
-from ..tensors import view
+from ..tensors import none, view
 from ..workspace import Borrowed
 from .policy import PAGE_SIZES
 from .report import REPORT
@@ -35,6 +35,8 @@ class Shape:
     max_num_reqs: int
     max_total_q: int
     max_kv_len: int
+    # Of the KV cache, where it is not dtype: e4m3.
+    kv_dtype: str | None = None
     # Under the engine's batch invariance 1: results then depend on no neighbour, by no bit.
     num_splits: int = 0
 
@@ -92,17 +94,23 @@ class Call:
         """Whether a layer's rows lie as those it was made for."""
         return (_layout(query), _layout(out)) == self._layouts
 
-    def run(self, query: Any, kv: tuple[Any, Any], out: Any, own: Any) -> None:
+    def run(self, query: Any, kv: tuple[Any, ...], out: Any, own: Any) -> None:
         """One layer: its rows, its cache as the library sees it (:func:`seen`), its settings or None."""
         args, struct = self._args, self._batch.struct
-        struct.q.data, struct.k, struct.v = query.data_ptr(), *kv
+        struct.q.data = query.data_ptr()
+        struct.k, struct.v, struct.k_scale, struct.v_scale = kv
         args.out.data, args.settings = out.data_ptr(), own
         self._plan.run(args)
 
 
-def seen(kv: tuple[Any, Any]) -> tuple[Any, Any]:
-    """Keys and values as the library's tensors. They hold no memory: the cache stays the engine's to free."""
-    return view("k_cache", kv[0]).tensor, view("v_cache", kv[1]).tensor
+def seen(kv: tuple[Any, ...], scales: tuple[Any, ...] = ()) -> tuple[Any, ...]:
+    """Keys, values and their scales (f32, of an e4m3 cache alone) as the library's tensors.
+
+    They hold no memory: the cache and its scales stay the engine's to free.
+    """
+    names = ("k_scale", "v_scale")
+    found = [view(name, scale.reshape(-1)).tensor for name, scale in zip(names, scales, strict=False)]
+    return view("k_cache", kv[0]).tensor, view("v_cache", kv[1]).tensor, *(found or (none(), none()))
 
 
 def refusal(shape: Shape, page_size: int, options: Options) -> str | None:

@@ -94,10 +94,20 @@ def layer_refusal(impl: Any) -> str | None:
         "attention sinks": getattr(impl, "sinks", None) is not None,
         "sliding window": window not in (None, -1, (-1, -1)),
         "attention type other than decoder": str(getattr(impl.attn_type, "value", impl.attn_type)) != "decoder",
-        f"KV cache dtype {impl.kv_cache_dtype}": impl.kv_cache_dtype not in ("auto", "float16", "bfloat16"),
+        f"KV cache dtype {impl.kv_cache_dtype}": impl.kv_cache_dtype not in ("auto", "float16", "bfloat16", *FP8),
         "context parallel": getattr(impl, "dcp_world_size", 1) > 1,
     }
     return next((reason for reason, holds in facts.items() if holds), None)
+
+
+def model_dtype(vllm_config: Any) -> str:
+    """The library's word for the type of queries and results, whatever the cache's is."""
+    return dtype_name(vllm_config.model_config.dtype)
+
+
+def plain_query(query: Any, layer: Any, out: Any) -> Any:
+    """Queries in the type of the results: over an fp8 cache the engine has quantised them for its own kernels."""
+    return query if query.dtype == out.dtype else query.to(out.dtype) * layer._q_scale.to(out.dtype)
 
 
 def service(shape: Shape, page_size: int, chosen: Options) -> Service:
@@ -148,6 +158,9 @@ def _is_alibi_family(text: Any) -> bool:
     # These give slopes to their attention layers without a word in the configuration.
     return getattr(text, "model_type", "") in ("bloom", "mpt", "baichuan", "jais")
 
+
+# Names of e4m3 caches; of fp8 with other bits, fp8_e5m2, no kernel is offered.
+FP8 = ("fp8", "fp8_e4m3")
 
 _latest: tuple[dict[str, Any], Options] | None = None
 _services: dict[tuple[Shape, int], tuple[Options, Service]] = {}

@@ -13,6 +13,7 @@ from ..serving import policy
 from ..serving.policy import Part, Step
 from ..serving.report import REPORT
 from ..serving.service import Call, Service, Shape, kv_views, layer_number, refusal, reserve, seen
+from ..tensors import e4m3
 from . import current
 
 
@@ -102,7 +103,7 @@ class SplitImpl:
     kv_axis: int | None = None
     _reserved = False
     _where: tuple[Any, ...] | None = None
-    _seen: tuple[Any, Any]
+    _seen: tuple[Any, ...]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -112,13 +113,16 @@ class SplitImpl:
         self._service: Service | None = None
         self._layer = -1
         self._off = current.layer_refusal(self)
+        self._is_fp8 = self.kv_cache_dtype in current.FP8  # type: ignore[attr-defined]
+        self._dtype = "" if self._options.is_dense else current.model_dtype(vllm_config)
 
     def bind(self, name: str, spec: Any) -> bool:
         """Told by the builder, once pages are known: whether this layer is served."""
         self._layer = layer_number(name)
         if self._off is None and self._options.keeps_dense(self._layer, self._limits.num_layers):  # type: ignore[union-attr]
             return False
-        shape = self._shape(current.dtype_name(spec.dtype))
+        # A cache of fp8 is one of bytes, to the engine.
+        shape = self._shape(self._dtype if self._is_fp8 else current.dtype_name(spec.dtype))
         self._off = self._off or refusal(shape, spec.block_size, self._options)
         if self._off is not None:
             REPORT.fallback(f"layer: {self._off}")
@@ -149,28 +153,33 @@ class SplitImpl:
         for piece in pieces:
             rows = piece.part.tokens
             if piece.part.ours:
-                self._attend(piece, query[rows], kv_cache, output[rows])
+                self._attend(layer, piece, query[rows], kv_cache, output[rows])
             else:
                 new = [None if tensor is None else tensor[rows] for tensor in (key, value)]
                 self.engine_step(layer, query[rows], *new, kv_cache, piece.metadata, output[rows])
         return output
 
-    def _attend(self, piece: Piece, query: Any, kv_cache: Any, output: Any) -> None:
+    def _attend(self, layer: Any, piece: Piece, query: Any, kv_cache: Any, output: Any) -> None:
         service: Service = self._service  # type: ignore[assignment]
         out = output.view(-1, self.num_heads, self.head_size)  # type: ignore[attr-defined]
+        if self._is_fp8:
+            query = current.plain_query(query, layer, out)
         call = piece.calls.get(service)
         if call is None or not call.fits(query, out):
-            views = kv_views(kv_cache, self.head_size, self.kv_axis)  # type: ignore[attr-defined]
-            call = piece.calls[service] = service.call(query, views, piece.metadata, out)
-        call.run(query, self._cache(kv_cache), out, service.own(self._layer))
+            call = piece.calls[service] = service.call(query, self._views(kv_cache), piece.metadata, out)
+        call.run(query, self._cache(kv_cache, layer), out, service.own(self._layer))
 
-    def _cache(self, kv_cache: Any) -> tuple[Any, Any]:
+    def _cache(self, kv_cache: Any, layer: Any) -> tuple[Any, ...]:
         """The layer's cache as the library sees it, looked at once for as long as it lies where it does."""
-        where = (kv_cache.data_ptr(), kv_cache.shape, kv_cache.stride())
+        scales = (layer._k_scale, layer._v_scale) if self._is_fp8 else ()
+        where = (kv_cache.data_ptr(), kv_cache.shape, kv_cache.stride(), *(scale.data_ptr() for scale in scales))
         if where != self._where:
-            views = kv_views(kv_cache, self.head_size, self.kv_axis)  # type: ignore[attr-defined]
-            self._where, self._seen = where, seen(views)
+            self._where, self._seen = where, seen(self._views(kv_cache), scales)
         return self._seen
+
+    def _views(self, kv_cache: Any) -> tuple[Any, Any]:
+        keys, values = kv_views(kv_cache, self.head_size, self.kv_axis)  # type: ignore[attr-defined]
+        return (e4m3(keys), e4m3(values)) if self._is_fp8 else (keys, values)
 
     def engine_step(self, *args: Any, **kwargs: Any) -> Any:
         """Attention as the engine does it, of a whole step or a piece; arguments as forward's."""
@@ -181,7 +190,7 @@ class SplitImpl:
         if self._reserved or self._off is not None or self._options.is_dense:
             return
         self._reserved = True
-        shape = self._shape(current.dtype_name(query.dtype))
+        shape = self._shape(self._dtype if self._is_fp8 else current.dtype_name(query.dtype))
         if refusal(shape, policy.PAGE_SIZES[0], self._options) is None:
             reserve(shape, self._options)
 
@@ -193,6 +202,7 @@ class SplitImpl:
             head_dim=self.head_size,  # type: ignore[attr-defined]
             sm_scale=self.scale,  # type: ignore[attr-defined]
             dtype=dtype,
+            kv_dtype="e4m3" if self._is_fp8 else None,
             device=limits.device,  # type: ignore[union-attr]
             max_num_reqs=limits.max_num_reqs,  # type: ignore[union-attr]
             max_total_q=limits.max_total_q,  # type: ignore[union-attr]

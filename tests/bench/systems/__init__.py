@@ -18,7 +18,7 @@ ALL: dict[str, System] = {
         Attend("ours-tile-group", heads_per_list=0, span=128),
         Forward("ours-op", mode="compactattn"),
         Forward("ours-op-block64", mode="compactattn", block_size=64),
-        Forward("ours-op-block32", mode="compactattn", block_size=32),
+        Forward("ours-op-block128", mode="compactattn", block_size=128),
         Forward("ours-op-means", mode="compactattn", mean_correction=True),
         Forward("ours-op-flashprefill", selector="flashprefill"),
         Forward("ours-op-pooled_mass", selector="pooled_mass"),

@@ -42,6 +42,8 @@ class System(ABC):
     name: str
     # Reads the paged pool; else contiguous K and V, whatever the cell's page size.
     paged: bool = True
+    # Reads the whole context, whatever share of it the cell's lists read: answers once a shape and page size.
+    reads_all: bool = False
 
     @abstractmethod
     def missing(self) -> str | None:

@@ -64,18 +64,19 @@ class Forward(_Ours):
 
     def __init__(self, name: str, *, mode: str = "", selector: str = "", **changes: object) -> None:
         self.name, self._mode, self._selector, self._changes = name, mode, selector, changes
+        self.reads_all = mode == "dense"
 
     def prepare(self, problem: Problem) -> Prepared:
         """Binds one call to each copy of the data."""
-        if problem.sparse:
+        exact = self.reads_all
+        if problem.sparse and not exact:
             raise Refused("chooses by itself what it reads")
         settings = package().Settings
         base = settings.mode(self._mode) if self._mode else settings.of(self._selector)
-        exact = self._mode == "dense"
         chosen = base if exact else base.replace(**problem.question.settings | self._changes)
         plan = self._plan(problem, chosen)
         calls = [_forward(problem, copy, plan, chosen) for copy in problem.copies]
-        return Prepared(Runner(calls), exact=exact, density=lambda: None if exact else _density(plan, problem, chosen))
+        return Prepared(Runner(calls), exact=exact, density=lambda: 1.0 if exact else _density(plan, problem, chosen))
 
 
 class Attend(_Ours):
@@ -175,12 +176,12 @@ def _table(problem: Problem, copy: Copy, plan: Any, lists: tuple[int, int]) -> A
     starts = torch.arange(0, shape.context, box, device=problem.device)
     kept = problem.kept(*lists).to(problem.device)
     spans, count = kept.shape[1:3]
-    rows = shape.batch * spans * count
     ints = {"dtype": torch.int32, "device": problem.device}
-    # What lies behind a row's count must not be read: no page has such a number.
-    boxes = torch.full((rows, sizes.max_boxes), 2**30, **ints)
-    counts, lens = torch.zeros(rows, **ints), torch.zeros(rows, **ints)
-    for row in range(rows):
+    # As many rows as a step of such requests can have: chunks that are cut into spans could lie otherwise. What lies
+    # behind a row's count, and behind the rows, must not be read: no page has such a number.
+    boxes = torch.full((sizes.list_rows, sizes.max_boxes), 2**30, **ints)
+    counts, lens = torch.full((sizes.list_rows,), 2**30, **ints), torch.full((sizes.list_rows,), 2**30, **ints)
+    for row in range(shape.batch * spans * count):
         req, at, which = row // (spans * count), row // count % spans, row % count
         end = shape.context - shape.chunk + min((at + 1) * (lists[1] or shape.chunk), shape.chunk)
         chosen = starts[kept[req, at, which, starts // BLOCK] & (starts < end)]

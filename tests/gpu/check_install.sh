@@ -1,0 +1,86 @@
+#!/bin/sh
+# The wheel on a GPU machine, as a user meets it: check_install.sh WHEEL
+# A fresh environment without a compiler on its PATH, without torch and without an index: install, doctor, a layer of
+# real tensors through the kernels, each timed; then, where the machine has torch, its CUDA tensors against its own sdpa.
+set -eu
+root=$(cd "$(dirname "$0")/../.." && pwd)
+wheel=$(readlink -f "$1")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+begin=$(date +%s%N)
+
+timed() {
+    what=$1
+    shift
+    start=$(date +%s%N)
+    "$@" || {
+        echo "failed: $what" >&2
+        cat "$work"/*.json >&2 || true
+        exit 1
+    }
+    echo "$what: $((($(date +%s%N) - start) / 1000000)) ms"
+}
+# What a driver may need to be found is all that is passed on.
+fresh() {
+    env -i HOME="$work" PATH="$work/env/bin" LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}" "$@"
+}
+
+timed "environment" python3 -m venv --without-pip "$work/env"
+timed "pip install" python3 -m pip --disable-pip-version-check --python "$work/env/bin/python" install -q --no-index --no-deps "$wheel"
+if fresh python -c 'import shutil, sys; sys.exit(shutil.which("nvcc") is None)'; then
+    echo "there is an nvcc on PATH" >&2
+    exit 1
+fi
+timed "doctor" fresh compactattn doctor --json >"$work/doctor.json"
+fresh python - "$work/doctor.json" <<'PY'
+import json, sys
+
+lines = open(sys.argv[1]).read()
+end = lines.rindex("}") + 1
+report = json.loads(lines[:end])
+print(lines[end:].strip())
+print({name: report[name] for name in ("build", "cuda", "self_test", "gpu_self_test", "collisions")})
+assert report["gpu_self_test"]["result"] == report["self_test"]["result"] == "passed"
+assert report["python"]["library"].startswith("loaded")
+PY
+timed "a layer on the GPU" fresh compactattn attend --device cuda --output "$work/out.safetensors" \
+    --input "$root/tests/data/smollm2_layer26.safetensors"
+timed "import and context" fresh python - <<'PY'
+import time
+
+begin = time.perf_counter()
+import compactattn
+
+imported = time.perf_counter()
+from compactattn.context import Context
+
+Context("cuda:0")
+# The driver's own start is part of the second.
+print(f"import {1e3 * (imported - begin):.0f} ms, library and CUDA context {1e3 * (time.perf_counter() - imported):.0f} ms")
+PY
+total=$((($(date +%s%N) - begin) / 1000000))
+echo "from nothing to a kernel's answer: $total ms"
+[ "$total" -lt 60000 ]
+
+python3 -c 'import torch' 2>/dev/null || exit 0
+site=$(fresh python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+PYTHONPATH=$site python3 - <<'PY'
+import torch
+import compactattn
+
+torch.manual_seed(0)
+shapes = (512, 8, 128), (160, 64, 2, 128), (160, 64, 2, 128)
+q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+order = torch.randperm(160).tolist()
+table, lens, cu = (torch.tensor(x, device="cuda", dtype=torch.int32) for x in ([order], [10240], [0, 512]))
+settings = compactattn.Settings.of("dense")
+out = compactattn.forward(q, k, v, table, lens, cu, settings=settings).float()
+flat = [x[order].reshape(-1, 2, 128).repeat_interleave(4, 1).transpose(0, 1).float() for x in (k, v)]
+mask = torch.arange(10240, device="cuda")[None] <= torch.arange(512, device="cuda")[:, None] + 10240 - 512
+want = torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1).float(), *flat, attn_mask=mask).transpose(0, 1)
+error = ((out - want).norm() / want.norm()).item()
+# Weights and outputs are rounded to bf16, 2^-9 each, independently; sdpa in f32 may use TF32's 2^-11 for its products.
+print(f"torch's CUDA tensors: relative error {error:.1e}")
+assert error < 2**-7
+PY
+echo "passed"

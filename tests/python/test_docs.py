@@ -1,0 +1,84 @@
+"""Every snippet of docs/ runs as written, or says why it does not; what is generated is what its script prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import compactattn
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"(?:<!-- (run|not run: [^>]+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
+RUNNABLE = {"sh", "python"}
+
+
+def snippets() -> list[tuple[str, str, str, str]]:
+    """Page, what the comment above says, language, code."""
+    found = []
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        found += [(page.stem, mark, language, code) for mark, language, code in BLOCK.findall(text)]
+    return [each for each in found if each[2] in RUNNABLE]
+
+
+MARKED = [(page, language, code) for page, mark, language, code in snippets() if mark == "run"]
+
+
+def test_every_snippet_runs_or_says_why_not() -> None:
+    silent = [(page, code) for page, mark, _, code in snippets() if not mark]
+    assert silent == [] and len(MARKED) >= 6
+
+
+@pytest.mark.parametrize(
+    ("language", "code"),
+    [each[1:] for each in MARKED],
+    ids=[f"{page}{n}" for n, (page, _, _) in enumerate(MARKED)],
+)
+def test_a_snippet_does_what_it_says(language: str, code: str, tmp_path: Path) -> None:
+    scripts = Path(sysconfig.get_path("scripts"))
+    tool = scripts / "compactattn"
+    if language == "sh" and "compactattn " in code and not tool.exists():
+        pytest.skip("no tool: make test-python installs it")
+    env = {**os.environ, "ROOT": str(ROOT), "PATH": f"{scripts}:{os.environ['PATH']}"}
+    env["PYTHONPATH"] = str(Path(compactattn.__file__).parents[1])
+    command = ["bash", "-euo", "pipefail", "-c", code] if language == "sh" else [sys.executable, "-c", code]
+    ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_the_capacity_page_is_what_its_script_prints() -> None:
+    printed = subprocess.check_output([sys.executable, str(DOCS / "capacity.py")], text=True)
+    page = (DOCS / "capacity.md").read_text(encoding="utf-8")
+    assert page.split("<!-- capacity.py -->\n\n")[1].split("\n<!-- end of")[0] == printed
+
+
+def test_the_abi_page_has_every_function_struct_and_enum_of_the_header(tmp_path: Path) -> None:
+    header = ROOT / "include" / "compactattn.h"
+    page = subprocess.check_output([sys.executable, str(DOCS / "abi.py"), str(header)], text=True)
+    text = header.read_text(encoding="utf-8")
+    functions = set(re.findall(r"^(?:\w+ )*\w+[ *]+(compactattn_\w+)\(", text, re.MULTILINE))
+    structs = set(re.findall(r"^(?:typedef )?(?:struct|enum) (compactattn_\w+)\s*\{?$", text, re.MULTILINE))
+    assert len(functions) > 20 and len(structs) > 15
+    for name in functions | structs:
+        # Handles are opaque: there is nothing to tell of them.
+        opaque = f"struct {name};" in text and f"struct {name} {{" not in text
+        assert opaque or f"### {name}\n" in page, name
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in DOCS.glob("*.md"):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            # Made of the header when the site is built.
+            assert target == "abi.md" or (DOCS / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_board_is_json_that_grafana_imports() -> None:
+    board = json.loads((DOCS / "grafana.json").read_text(encoding="utf-8"))
+    assert board["schemaVersion"] >= 36 and len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
