@@ -392,10 +392,8 @@ fn cpu_context() -> *mut compactattn_context {
     };
     let mut context = std::ptr::null_mut();
     // SAFETY: both point to locals.
-    assert_eq!(
-        unsafe { compactattn_context_create(&raw const desc, &raw mut context) },
-        status::COMPACTATTN_OK
-    );
+    let made = unsafe { compactattn_context_create(&raw const desc, &raw mut context) };
+    assert_eq!(made, status::COMPACTATTN_OK);
     context
 }
 

@@ -91,17 +91,15 @@ pub(crate) fn row_bytes(case: &Case, results: &[Vec<u8>], lse_stride: usize, tok
 
 /// `to` gets the contents of page `from`, bit by bit.
 pub(crate) fn copy_page(case: &mut Case, from: usize, to: usize) {
-    let shape = case.shape;
-    for row in 0..shape.page_size {
-        for head in 0..shape.num_kv_heads {
-            for v in [false, true] {
-                let [from, to] = [from, to].map(|page| case.pools.offset(v, (page, row), head));
-                match &mut case.pools.store {
-                    Store::Bf16(x) => x.copy_within(from..from + shape.head_dim, to),
-                    Store::F16(x) => x.copy_within(from..from + shape.head_dim, to),
-                    Store::F32(x) => x.copy_within(from..from + shape.head_dim, to),
-                    Store::E4m3(x) => x.copy_within(from..from + shape.head_dim, to),
-                }
+    let (shape, dim) = (case.shape, case.shape.head_dim);
+    for (row, head) in (0..shape.page_size).flat_map(|row| (0..shape.num_kv_heads).map(move |h| (row, h))) {
+        for v in [false, true] {
+            let [from, to] = [from, to].map(|page| case.pools.offset(v, (page, row), head));
+            match &mut case.pools.store {
+                Store::Bf16(x) => x.copy_within(from..from + dim, to),
+                Store::F16(x) => x.copy_within(from..from + dim, to),
+                Store::F32(x) => x.copy_within(from..from + dim, to),
+                Store::E4m3(x) => x.copy_within(from..from + dim, to),
             }
         }
     }
