@@ -19,7 +19,7 @@ SOVERSION := $(firstword $(subst ., ,$(VERSION)))
 HF_VERSIONS := 5.17.0 5.23.0
 # The newest SGLang, and the last on torch 2.11.
 SGLANG_VERSIONS := 0.5.17 0.5.23
-PYTHON_SOURCES := python_plugin packaging docs tests/python tests/package tests/vllm tests/sglang tests/gpu tests/bench
+PYTHON_SOURCES := python_plugin packaging docs tests/python tests/package tests/vllm tests/sglang tests/gpu tests/bench tests/supply
 SMOLLM2 := $(CACHE)/models/SmolLM2-135M-Instruct.Q4_1.gguf
 TRACE ?=
 
@@ -30,7 +30,7 @@ COMPACTATTN_CUDA := $(if $(wildcard /dev/nvidia0)$(shell command -v nvidia-smi 2
 endif
 export COMPACTATTN_CUDA
 
-.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize lint format header install dist test-dist docs clean
+.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize gates classes tables reuse metamorphic big-pool soak perturb faults fuzz fuzz-coverage supply audit lint format header install dist test-dist docs clean
 
 # The main job: chunked prefill over real tensors. TRACE=FILE runs another trace.
 demo: toolkit
@@ -146,6 +146,53 @@ differential:
 
 sanitize:
 	tests/c/sanitize.sh
+
+# Gates of docs/reliability.md, each by itself: on a GPU where there is one, else in miniature on the CPU context.
+# ARGS="--seed 7 --seconds 600" and the like; a failure prints the command that repeats its case.
+ON := $(if $(wildcard /dev/nvidia0),,--device cpu)
+classes tables reuse metamorphic big-pool soak perturb: toolkit
+	$(CARGO) test --release --locked --test gpu_suite -- $@ $(ON) $(ARGS)
+
+# All of them in a minute on two cores: that they run, and can fail, without a GPU.
+gates: export COMPACTATTN_CUDA = off
+gates:
+	$(MAKE) classes ARGS="--count 40" ON="--device cpu"
+	$(MAKE) tables ARGS="--count 120" ON="--device cpu"
+	$(MAKE) reuse ARGS="--count 40" ON="--device cpu"
+	$(MAKE) metamorphic ARGS="--count 8" ON="--device cpu"
+	$(MAKE) big-pool ARGS="--count 20" ON="--device cpu"
+	$(MAKE) soak ARGS="--count 1000" ON="--device cpu"
+	$(MAKE) perturb ARGS="--count 1" ON="--device cpu"
+
+# Every call of the driver fails once, on a driver that is none; needs kernels in the library, no GPU.
+faults: export COMPACTATTN_CUDA = require
+faults: toolkit
+	COMPACTATTN_FAULTS=all $(CARGO) test --release --locked --test faults
+
+# A million calls with garbage on that driver, and mutated bytes for every parser, so many seconds each.
+FUZZ_SECONDS ?= 20
+fuzz: export COMPACTATTN_CUDA = require
+fuzz: toolkit
+	COMPACTATTN_FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO) test --release --locked --test fuzz -- --nocapture
+
+# The same parsers, guided by coverage, under AddressSanitizer: a nightly toolchain, and cargo-fuzz from the registry.
+fuzz-coverage: export COMPACTATTN_CUDA = off
+fuzz-coverage: $(BUILD)/supply/ready
+	cd fuzz && for target in config environment safetensors structs; do PATH="$(abspath $(BUILD))/supply/bin:$$PATH" \
+	    $(CARGO) +nightly fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS) -seed=1 || exit 1; done
+
+# Licences, sources and duplicates of what is linked; the bill of materials. Advisories want the network: `make audit`.
+supply: $(BUILD)/supply/ready
+	PATH="$(abspath $(BUILD))/supply/bin:$$PATH" $(CARGO) deny --locked check licenses bans sources
+	$(PYTHON) tests/supply/sbom.py $(BUILD)/sbom.cdx.json
+
+audit: $(BUILD)/supply/ready
+	PATH="$(abspath $(BUILD))/supply/bin:$$PATH" $(CARGO) audit
+
+$(BUILD)/supply/ready: tests/supply/requirements.txt
+	$(PYTHON) -m venv $(BUILD)/supply
+	$(BUILD)/supply/bin/pip install -q -r $<
+	touch $@
 
 lint: $(VENV)/ready
 	$(CARGO) fmt --check

@@ -243,7 +243,7 @@ proptest! {
             }
         }
         let [all, a, b, open] = sets.map(|lists| pipeline::attend_lists(&case, &layout, None, &lists));
-        let merged = variants::merge(&case, [&a, &b, &open], &all);
+        let merged = variants::merge(&case, [&a, &b, &open], &all, 1.0);
         prop_assert!(merged.is_ok(), "{:?}", merged);
     }
 

@@ -25,7 +25,7 @@ impl Stream {
     /// The special streams belong to whichever context is current, hence to every device that is entered.
     ///
     /// # Errors
-    /// [`Status::Stream`] for a stream of another context.
+    /// [`Status::Stream`] for a stream of another context; [`Status::ContextLost`] and the like as they are.
     pub(crate) fn check(self, device: &Device) -> Result<()> {
         if SPECIAL.contains(&self.0.addr()) {
             return Ok(());
@@ -37,8 +37,13 @@ impl Stream {
         if code == 0 && context == device.context() {
             return Ok(());
         }
+        let answer = driver.check(code, "cuStreamGetCtx");
+        // A lost context, say, is not the stream's fault.
+        if answer.as_ref().is_err_and(|error| error.status() != Status::Cuda) {
+            return answer;
+        }
         let wanted = format!("one of the primary context of GPU {}", device.ordinal());
-        let got = driver.check(code, "cuStreamGetCtx").map_or_else(|e| e.to_string(), |()| OTHER.to_owned());
+        let got = answer.map_or_else(|e| e.to_string(), |()| OTHER.to_owned());
         Err(Error::new(Status::Stream, "stream", wanted, got))
     }
 

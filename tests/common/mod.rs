@@ -8,4 +8,5 @@ pub(crate) mod judge;
 pub(crate) mod pipeline;
 pub(crate) mod pool;
 pub(crate) mod rng;
+pub(crate) mod tenants;
 pub(crate) mod variants;

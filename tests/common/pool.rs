@@ -116,6 +116,20 @@ impl Strides {
         Self { page, token, head, v_from, len, scales }
     }
 
+    /// NHD without padding, values after keys.
+    pub(crate) fn packed(shape: &Shape, pages: usize) -> Self {
+        let (head, token) = (shape.head_dim, shape.head_dim * shape.num_kv_heads);
+        let page = token * shape.page_size;
+        Self {
+            page,
+            token,
+            head,
+            v_from: page * pages,
+            len: 2 * page * pages,
+            scales: [Scales { count: 0, first: 1.0 }; 2],
+        }
+    }
+
     /// Where K (`v = false`) or V starts in the buffer, and its strides.
     pub(crate) fn of(&self, v: bool) -> (usize, [usize; 4]) {
         (if v { self.v_from } else { 0 }, [self.page, self.token, self.head, 1])

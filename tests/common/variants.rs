@@ -6,7 +6,7 @@ use compactattn::reference::{Request, table};
 use super::case::Case;
 use super::judge::list_bits;
 use super::pipeline::Attended;
-use super::pool::Pools;
+use super::pool::{Pools, Strides};
 use super::rng::Rng;
 
 /// The step with its pages shuffled and the table following.
@@ -22,6 +22,13 @@ pub(crate) fn on_other_pages(case: &Case, rng: &mut Rng) -> Case {
         }
     }
     moved
+}
+
+/// The step's pool in another layout.
+pub(crate) fn restrided(case: &Case, strides: Strides) -> Pools {
+    let mut pools = Pools::poisoned(&case.shape, strides, case.pools.num_pages);
+    each_vector(case, |v, slot, head, x| pools.write(v, slot, head, x));
+    pools
 }
 
 /// Request `req` as the only one, on the same pages.
@@ -88,10 +95,16 @@ pub(crate) fn double_values(case: &mut Case) {
 }
 
 /// Checks `all = a + b - open` in weights and weighted values, where `a` and `b` share the open region only.
-pub(crate) fn merge(case: &Case, parts: [&Attended; 3], all: &Attended) -> Result<(), String> {
+/// `roundings`: to the type of values, of each result.
+pub(crate) fn merge(
+    case: &Case,
+    parts: [&Attended; 3],
+    all: &Attended,
+    roundings: f64,
+) -> Result<(), String> {
     for token in 0..case.batch().total_q() {
         for head in 0..case.shape.num_q_heads {
-            merge_row(case, parts, all, (token, head))
+            merge_row((case, roundings), parts, all, (token, head))
                 .map_err(|e| format!("token {token}, head {head}: {e}"))?;
         }
     }
@@ -99,7 +112,7 @@ pub(crate) fn merge(case: &Case, parts: [&Attended; 3], all: &Attended) -> Resul
 }
 
 fn merge_row(
-    case: &Case,
+    (case, roundings): (&Case, f64),
     [a, b, open]: [&Attended; 3],
     all: &Attended,
     (token, head): (usize, usize),
@@ -124,7 +137,7 @@ fn merge_row(
     }
     for i in (0..case.shape.head_dim).step_by(17) {
         let merged: f64 = signed.iter().map(|(w, x)| w * out(x, i)).sum();
-        if (merged - out(all, i)).abs() > (rounding + 2e-4) * 3.75 * spread {
+        if (merged - out(all, i)).abs() > (roundings * rounding + 2e-4) * 3.75 * spread {
             return Err(format!("{merged}, not {}", out(all, i)));
         }
     }

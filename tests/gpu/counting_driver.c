@@ -8,6 +8,9 @@
 //   from launches capture                               the stream is captured: 900 from what a
 //   capture forbids ccNN                                  compute capability N.N instead of 9.0
 //   forward                               the real driver does the work; only counts are kept
+//
+// FAKE_FAIL, or fake_fail: "function:n:code" makes the n-th call of it ("*" of any) end in that
+// code; one that loses the context (700, 702, 709 .. 719) ends every later call that needs it.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>
@@ -58,11 +61,20 @@ static char primary_context, foreign_context, stream, foreign_stream;
 static __thread void* current[kMaxDepth];
 static __thread size_t depth;
 
+#include "counting_faults.h"
+
 // ---- what tests see ----
 
 void fake_set_mode(const char* words) {
   snprintf(mode, sizeof mode, "%s", words);
   mode_is_set = 1;
+}
+
+// Allocations that nobody has freed.
+size_t fake_blocks(void) {
+  size_t live = 0;
+  for (int i = 0; i < kMaxBlocks; ++i) live += blocks[i].start != NULL;
+  return live;
 }
 
 // Of one function, or of all for "*".
@@ -100,15 +112,6 @@ static int is(const char* word) {
   return strstr(mode, word) != NULL;
 }
 
-static void count(const char* name) {
-  pthread_mutex_lock(&lock);
-  int i = 0;
-  while (i < kMaxNames - 1 && counts[i].name && strcmp(counts[i].name, name)) ++i;
-  counts[i].name = name;
-  ++counts[i].calls;
-  pthread_mutex_unlock(&lock);
-}
-
 static void* real(const char* name) {
   const char* path = getenv("FAKE_CUDA_REAL");
   void* library = dlopen(path ? path : "libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
@@ -125,7 +128,8 @@ static void* real(const char* name) {
   static Code fake_##name parameters;                                   \
   Code name parameters {                                                \
     static Code(*forward) parameters;                                   \
-    count(#name);                                                       \
+    int made = count(#name);                                            \
+    if (made) return made;                                              \
     if (!is("forward")) return fake_##name arguments;                   \
     if (!forward) forward = (Code(*) parameters)(uintptr_t)real(#name); \
     return forward arguments;                                           \
@@ -203,28 +207,7 @@ static Code copy(void* to, const void* from, size_t bytes, Address device) {
   return kOk;
 }
 
-// Parameters of a kernel. "FAKE name:bytes,bytes; .." after a fatbin's header says them; for a real
-// image they are those of cuda/params.h: maps of 128 bytes, Step 456, AttendParams 272.
-static int describe(struct Function* function, const char* image, const char* name) {
-  const char* text = image + 16;
-  if (strncmp(text, "FAKE ", 5)) {
-    int attends = strstr(name, "_attend_") || strstr(name, "_combine_");
-    if (strstr(name, "_attend_sm90_")) {
-      for (int i = 0; i < 3; ++i) function->param_bytes[function->num_params++] = 128;
-    }
-    function->param_bytes[function->num_params++] = attends ? 272 : 456;
-    return 1;
-  }
-  char key[98];
-  snprintf(key, sizeof key, " %.95s:", name);
-  const char* at = strstr(text, key);
-  if (!at) return 0;
-  at += strlen(key) - 1;
-  do {
-    function->param_bytes[function->num_params++] = strtoul(at + 1, (char**)&at, 10);
-  } while (*at == ',' && function->num_params < 8);
-  return 1;
-}
+#include "counting_kernels.h"
 
 // ---- the driver's functions ----
 

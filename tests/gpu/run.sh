@@ -5,7 +5,8 @@
 #
 # BINARIES holds gpu_suite (target/release/deps/gpu_suite-*, built by `cargo test --release --no-run`) and, for the
 # counters, libcounting_driver.so (cc -shared -fPIC tests/gpu/counting_driver.c -ldl). RECORD is the file to write, for
-# tests/bench/record/<gpu>/<date>-suite.txt. CASES, COUNT, REPLAYS and SANITIZERS ("" for none) cut a run short.
+# tests/bench/record/<gpu>/<date>-suite.txt. CASES, COUNT, REPLAYS, HEAVY (cases of tables and reuse), SOAK (seconds) and
+# SANITIZERS ("" for none) cut a run short; SEED starts all parts elsewhere.
 # Exits with 1 if any part failed; what could not run is said in the record and fails too.
 set -u
 binaries=$(cd "$1" && pwd)
@@ -13,6 +14,7 @@ record=$2
 shift 2
 suite=$binaries/gpu_suite
 cases=${CASES:-20000} count=${COUNT:-1000} replays=${REPLAYS:-1000}
+heavy=${HEAVY:-10000} soak=${SOAK:-60} seed=${SEED:-1}
 sanitizers=${SANITIZERS-memcheck racecheck initcheck synccheck}
 failed=0
 mkdir -p "$(dirname "$record")"
@@ -74,18 +76,30 @@ for tool in $sanitizers; do
   # driver calls are the library's to judge: it asks for parameters until the driver has no more.
   begin "$tool" compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 "$suite" sanitizer-cases "$@"
 done
-part differential "$suite" differential --cases "$cases" "$@"
+case " $sanitizers " in *" memcheck "*)
+  begin memcheck-tables compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 "$suite" tables \
+    --count 200 --apart 1 --threads 2 --seed "$seed" "$@" ;;
+esac
+part differential "$suite" differential --cases "$cases" --seed "$seed" "$@"
+part metamorphic "$suite" metamorphic --count $((count / 2)) --seed "$seed" "$@"
+part tables "$suite" tables --count "$heavy" --seed "$seed" "$@"
+part reuse "$suite" reuse --count "$heavy" --seed "$seed" "$@"
+part classes "$suite" classes --count 100 --seed "$seed" "$@"
+part big-pool "$suite" big-pool --count 200 --seed "$seed" "$@"
 part laws "$suite" laws "$@"
 part stale "$suite" stale --count 100 "$@"
 part combine "$suite" combine "$@"
 part gate "$suite" gate "$@"
 part sanitizer-cases "$suite" sanitizer-cases "$@"
 part repeats "$suite" repeats --count "$count" "$@"
+part perturb "$suite" perturb --count "$count" --seed "$seed" "$@"
+part soak "$suite" soak --seconds "$soak" --count 1000000 --seed "$seed" "$@"
 part graph "$suite" graph --replays "$replays" "$@"
 part bad-input "$suite" bad-input "$@"
 part counters env FAKE_CUDA=forward COMPACTATTN_LIBCUDA="$binaries/libcounting_driver.so" "$suite" counters "$@"
 for tool in $sanitizers; do
   finish "$tool"
+  if [ "$tool" = memcheck ]; then finish memcheck-tables; fi
 done
 
 say

@@ -109,7 +109,7 @@ pub(crate) fn tensor(
     tensor
 }
 
-fn desc_of(case: &Case, settings: &compactattn_settings) -> compactattn_plan_desc {
+pub(crate) fn desc_of(case: &Case, settings: &compactattn_settings) -> compactattn_plan_desc {
     compactattn_plan_desc {
         struct_size: struct_size::<compactattn_plan_desc>(),
         num_q_heads: case.shape.num_q_heads as i32,
@@ -139,7 +139,7 @@ fn desc_of(case: &Case, settings: &compactattn_settings) -> compactattn_plan_des
     }
 }
 
-fn settings_of(s: &Settings) -> compactattn_settings {
+pub(crate) fn settings_of(s: &Settings) -> compactattn_settings {
     use compactattn_keep as keep;
     let (keep, keep_value) = match s.keep {
         Keep::Threshold(x) => (keep::COMPACTATTN_KEEP_THRESHOLD, x),

@@ -21,7 +21,7 @@ use crate::common::case::{Case, Lens};
 use crate::common::rng::Rng;
 
 /// A change to a good call.
-type Spoil<'a> = dyn Fn(&mut compactattn_batch, &mut compactattn_forward_args) + 'a;
+pub(crate) type Spoil<'a> = dyn Fn(&mut compactattn_batch, &mut compactattn_forward_args) + 'a;
 
 pub(crate) fn run(device: &Device) -> bool {
     let mut right = said("68: a driver that is missing, or none at all", &drivers());
@@ -72,7 +72,7 @@ fn on_good_step(device: &Device, selector: Selector, body: impl FnOnce(&mut Step
 }
 
 /// out and lse of a call that ends in `want`; untouched if that is a refusal.
-fn results(step: &Step, want: status, spoil: &Spoil) -> Result<[Vec<u8>; 2], String> {
+pub(crate) fn results(step: &Step, want: status, spoil: &Spoil) -> Result<[Vec<u8>; 2], String> {
     step.poison_results();
     let poison = step.parts.whole.map(|part| step.memory.get(part));
     let got = step.forward_with(spoil);
@@ -93,7 +93,7 @@ fn refused(step: &Step, want: status, name: &str, spoil: &Spoil) -> Done {
 }
 
 /// Tensors of a call by their names in messages.
-fn tensors<'a>(
+pub(crate) fn tensors<'a>(
     batch: &'a mut compactattn_batch,
     args: &'a mut compactattn_forward_args,
 ) -> [(&'static str, &'a mut compactattn_tensor); 8] {
@@ -206,17 +206,23 @@ fn contents(device: &Device) -> Done {
 /// A request refused on the device gives what an empty one gives: out 0, lse -inf, all others as if it were not there.
 fn refused_request(step: &mut Step, req: usize) -> Done {
     let (parts, case) = (step.parts, step.case);
-    let emptied = spoiled(step, parts.lens, &case.seq_lens, (req, 0))?;
+    let emptied = spoiled(step, parts.lens, &case.seq_lens, (req, 0), status::COMPACTATTN_OK)?;
     blind(step, req, &emptied)?;
     for bad in [-1, i32::MIN, i32::MAX, 301, (case.table_width * 16) as i32 + 1] {
-        let got = spoiled(step, parts.lens, &case.seq_lens, (req, bad))?;
+        let got = spoiled(step, parts.lens, &case.seq_lens, (req, bad), status::COMPACTATTN_OK)?;
         same(&got, &emptied, &format!("seq_lens[{req}] = {bad}"))?;
     }
     // Of 16 tokens each.
     let pages = case.seq_lens[req].unsigned_abs().div_ceil(16) as usize;
     let bads = [-1, i32::MIN, i32::MAX, case.pools.num_pages as i32, 1 << 28];
     for (entry, bad) in [0, pages / 2, pages - 1].into_iter().flat_map(|at| bads.map(|bad| (at, bad))) {
-        let got = spoiled(step, parts.table, &case.table, (req * case.table_stride + entry, bad))?;
+        let got = spoiled(
+            step,
+            parts.table,
+            &case.table,
+            (req * case.table_stride + entry, bad),
+            status::COMPACTATTN_OK,
+        )?;
         same(&got, &emptied, &format!("page {entry} of request {req} = {bad}"))?;
     }
     Ok(())
@@ -225,25 +231,26 @@ fn refused_request(step: &mut Step, req: usize) -> Done {
 /// A last chunk that ends outside q asks nothing.
 fn broken_offsets(step: &mut Step) -> Done {
     let (part, cu) = (step.parts.cu, step.case.cu_seqlens_q.clone());
-    let idle = spoiled(step, part, &cu, (3, cu[2]))?;
+    let idle = spoiled(step, part, &cu, (3, cu[2]), status::COMPACTATTN_OK)?;
     for bad in [cu[3] + 1, i32::MAX, -1, i32::MIN, cu[2] - 1] {
-        let got = spoiled(step, part, &cu, (3, bad))?;
+        let got = spoiled(step, part, &cu, (3, bad), status::COMPACTATTN_OK)?;
         same(&got, &idle, &format!("cu_seqlens_q[3] = {bad}"))?;
     }
     Ok(())
 }
 
 /// Results with one entry of a tensor changed; the tensor is put right again.
-fn spoiled(
+pub(crate) fn spoiled(
     step: &mut Step,
     part: super::memory::Part,
     good: &[i32],
     (at, bad): (usize, i32),
+    want: status,
 ) -> Result<[Vec<u8>; 2], String> {
     let mut changed = good.to_vec();
     changed[at] = bad;
     step.memory.set(part, bytemuck::cast_slice(&changed));
-    let got = results(step, status::COMPACTATTN_OK, &|_, _| {});
+    let got = results(step, want, &|_, _| {});
     step.memory.set(part, bytemuck::cast_slice(good));
     got
 }
@@ -253,7 +260,7 @@ fn same(got: &[Vec<u8>; 2], want: &[Vec<u8>; 2], what: &str) -> Done {
 }
 
 /// Every row of the request has seen nothing.
-fn blind(step: &Step, req: usize, [out, lse]: &[Vec<u8>; 2]) -> Done {
+pub(crate) fn blind(step: &Step, req: usize, [out, lse]: &[Vec<u8>; 2]) -> Done {
     let (case, size) = (step.case, step.case.shape.dtype.size_bytes());
     let lse: Vec<f32> = bytemuck::pod_collect_to_vec(lse);
     let tokens = case.cu_seqlens_q[req] as usize..case.cu_seqlens_q[req + 1] as usize;

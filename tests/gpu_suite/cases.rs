@@ -38,6 +38,23 @@ pub(crate) fn random(seed: u64, index: u64) -> Case {
     Case::with(&mut rng, shape, settings, &lens)
 }
 
+/// Two to six requests, as many as tests of isolation need, nothing split: so no result depends on the others.
+pub(crate) fn several(rng: &mut Rng) -> Case {
+    let shape = plain_shape(rng);
+    let settings = settings(rng);
+    let count = rng.within(2, 6);
+    let each = 8_000_000 / count / (shape.num_q_heads * shape.head_dim);
+    let units = [shape.page_size, settings.block_size];
+    let lens: Vec<Lens> = (0..count).map(|_| one_lens(rng, units, each, true)).collect();
+    Case { splits: 1, ..Case::with(rng, shape, settings, &lens) }
+}
+
+/// A shape whose cache has its queries' type.
+pub(crate) fn plain_shape(rng: &mut Rng) -> Shape {
+    let drawn = shape(rng);
+    Shape { kv_dtype: drawn.dtype, ..drawn }
+}
+
 /// Whether the GPU serves such a cache under such settings.
 fn is_offered(shape: &Shape, settings: &Settings) -> bool {
     shape.kv_dtype != Dtype::E4m3
@@ -89,7 +106,7 @@ pub(crate) fn shape(rng: &mut Rng) -> Shape {
     }
 }
 
-fn settings(rng: &mut Rng) -> Settings {
+pub(crate) fn settings(rng: &mut Rng) -> Settings {
     let drawn = case::settings(rng);
     let selector = rng.pick(&SELECTORS);
     let by_token = matches!(selector, Selector::Dense | Selector::External) && rng.once_in(4);

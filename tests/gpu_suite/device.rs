@@ -120,6 +120,27 @@ impl Device {
     }
 }
 
+impl Device {
+    /// Copies within the device, on `stream` where there are streams.
+    pub(super) fn copy(&self, to: u64, from: u64, bytes: usize, stream: Option<Handle>) {
+        match (&self.cuda, stream) {
+            (Some(cuda), Some(stream)) => cuda.copy_on(to, from, bytes, stream),
+            // SAFETY: callers pass two allocations of that size.
+            _ => unsafe { host(to).copy_from_nonoverlapping(host(from), bytes) },
+        }
+    }
+
+    /// Sets every byte.
+    pub(super) fn fill(&self, to: u64, byte: u8, bytes: usize) {
+        match &self.cuda {
+            _ if bytes == 0 => {}
+            Some(cuda) => cuda.fill(to, byte, bytes),
+            // SAFETY: callers pass an address within their own allocation that holds as many bytes.
+            None => unsafe { host(to).write_bytes(byte, bytes) },
+        }
+    }
+}
+
 fn host(address: u64) -> *mut u8 {
     std::ptr::with_exposed_provenance_mut(address as usize)
 }

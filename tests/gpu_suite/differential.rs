@@ -89,7 +89,7 @@ fn judge(worker: &mut Worker, (seed, index): (u64, u64), tally: &Mutex<Tally>) -
     true
 }
 
-fn text_of(panic: &(dyn std::any::Any + Send)) -> String {
+pub(crate) fn text_of(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().cloned();
     text.or(panic.downcast_ref::<&str>().map(ToString::to_string)).unwrap_or("no text".into())
 }

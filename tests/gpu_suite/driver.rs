@@ -40,6 +40,9 @@ functions! {
     free = c"cuMemFree_v2"(u64);
     to_device = c"cuMemcpyHtoD_v2"(u64, *const c_void, usize);
     to_host = c"cuMemcpyDtoH_v2"(*mut c_void, u64, usize);
+    copy_on = c"cuMemcpyDtoDAsync_v2"(u64, u64, usize, Handle);
+    fill = c"cuMemsetD8_v2"(u64, u8, usize);
+    mem_info = c"cuMemGetInfo_v2"(*mut usize, *mut usize);
     stream_create = c"cuStreamCreate"(*mut Handle, c_uint);
     stream_destroy = c"cuStreamDestroy_v2"(Handle);
     stream_sync = c"cuStreamSynchronize"(Handle);
@@ -150,6 +153,34 @@ impl Cuda {
         // SAFETY: the handle is writable.
         must("cuStreamCreate", unsafe { (self.functions.stream_create)(&raw mut stream, 0) });
         stream
+    }
+
+    /// A stream that waits for no other.
+    pub(crate) fn free_stream(&self) -> Handle {
+        let mut stream = std::ptr::null_mut();
+        // SAFETY: the handle is writable; 1 is CU_STREAM_NON_BLOCKING.
+        must("cuStreamCreate", unsafe { (self.functions.stream_create)(&raw mut stream, 1) });
+        stream
+    }
+
+    /// Copies within the device, in the order of `stream`.
+    pub(crate) fn copy_on(&self, to: u64, from: u64, bytes: usize, stream: Handle) {
+        // SAFETY: callers pass allocations of that size and a live stream.
+        must("cuMemcpyDtoDAsync", unsafe { (self.functions.copy_on)(to, from, bytes, stream) });
+    }
+
+    /// Sets every byte.
+    pub(crate) fn fill(&self, to: u64, byte: u8, bytes: usize) {
+        // SAFETY: callers pass an address within their own allocation that holds as many bytes.
+        must("cuMemsetD8", unsafe { (self.functions.fill)(to, byte, bytes) });
+    }
+
+    /// Free bytes of the GPU's memory.
+    pub(crate) fn free_bytes(&self) -> usize {
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: both numbers are writable.
+        must("cuMemGetInfo", unsafe { (self.functions.mem_info)(&raw mut free, &raw mut total) });
+        free
     }
 
     pub(crate) fn destroy_stream(&self, stream: Handle) {

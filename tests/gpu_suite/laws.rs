@@ -24,7 +24,7 @@ pub(crate) fn one(
 }
 
 /// Permuting physical pages, and the table with them, changes no bit.
-fn on_other_pages(
+pub(crate) fn on_other_pages(
     worker: &mut Worker,
     rng: &mut Rng,
     case: &Case,
@@ -57,7 +57,7 @@ fn alone(worker: &mut Worker, rng: &mut Rng, case: &Case, ran: &Ran) -> Result<(
 }
 
 /// Keeping everything equals dense, bit for bit.
-fn everything_kept(worker: &mut Worker, case: &Case) -> Result<(), Refusal> {
+pub(crate) fn everything_kept(worker: &mut Worker, case: &Case) -> Result<(), Refusal> {
     let mut kept = case.clone();
     if kept.settings.selector == Selector::External {
         kept.settings.selector = Selector::SampledExact;

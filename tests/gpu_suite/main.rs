@@ -13,8 +13,10 @@
 
 mod abi;
 mod bad_input;
+mod big_pool;
 mod cases;
 mod check;
+mod classes;
 mod combine;
 #[path = "../common/mod.rs"]
 mod common;
@@ -22,15 +24,24 @@ mod counters;
 mod device;
 mod differential;
 mod driver;
+mod engine;
 mod exports;
 mod gate;
 mod graph;
 mod laws;
 mod memory;
+mod metamorphic;
+mod perturb;
 mod repeats;
+mod reuse;
+mod rounds;
+mod rows;
 mod scenes;
+mod soak;
+mod spoils;
 mod stale;
 mod step;
+mod tables;
 mod views;
 
 use std::process::ExitCode;
@@ -39,20 +50,28 @@ use std::time::Instant;
 use device::{Device, Missing};
 use differential::Range;
 use memory::Packing;
+use rounds::Rounds;
 
 const USAGE: &str = "gpu_suite [PART] [OPTION VALUE]...
   differential      random cases against the f64 oracle   --cases 20000 --seed 1 --case I --threads N
   laws              each request of batches of 16 alone
+  metamorphic       laws M1 to M12                        --count (of each) --seed --case --seconds
+  tables            corrupted block tables, canary pages  --count --seed --case --seconds --apart 1
+  big-pool          pools of more than 2^31 elements      --count 200 --seed --case --seconds
+  reuse             pages another tenant has used         --count --seed --case --seconds
+  soak              an engine's life: arrivals, aborts, a full pool, modes    --seconds --count (steps) --seed
   stale             summaries kept while pages are used again     --count
   combine           two results merged, against f64       --count
   gate              selector attn_gate, its weights in every form  --count
   sanitizer-cases   40 small cases through every kernel, for compute-sanitizer
   repeats           bits over repeats                     --count 1000
+  perturb           bits over repeats beside a hog of bandwidth    --count 1000 --seed
   graph             replays against eager calls           --replays 1000
   counters          no synchronisation, no allocation     (FAKE_CUDA=forward COMPACTATTN_LIBCUDA=libcounting_driver.so)
-  bad-input         what must be refused, and how
+  classes           the table of bad inputs, class by class  --count --seed --case --seconds
+  bad-input         what must be refused with a GPU at hand, and how
   quick             a little of each (the default)
- --device cpu runs a part on the CPU context.";
+ --device cpu runs a part on the CPU context; --seconds S starts no case after S seconds.";
 
 struct Options {
     part: String,
@@ -63,19 +82,28 @@ struct Options {
     threads: usize,
     count: usize,
     replays: usize,
+    seconds: u64,
+    apart: bool,
 }
 
 /// Parts of [`USAGE`], in the order they run.
-const PARTS: [&str; 10] = [
+const PARTS: [&str; 17] = [
     "differential",
     "laws",
+    "metamorphic",
+    "tables",
+    "reuse",
+    "big-pool",
+    "soak",
     "stale",
     "combine",
     "gate",
     "sanitizer-cases",
     "repeats",
+    "perturb",
     "graph",
     "counters",
+    "classes",
     "bad-input",
 ];
 
@@ -121,7 +149,7 @@ fn by_cargo() -> bool {
 
 fn run(device: &Device, options: &Options) -> bool {
     let quick = options.part == "quick";
-    let parts: Vec<&str> = PARTS.into_iter().filter(|&part| quick || part == options.part).collect();
+    let parts: Vec<&'static str> = PARTS.into_iter().filter(|&part| quick || part == options.part).collect();
     let mut right = true;
     for part in parts {
         let start = Instant::now();
@@ -133,7 +161,7 @@ fn run(device: &Device, options: &Options) -> bool {
     right
 }
 
-fn run_part(device: &Device, options: &Options, part: &str, quick: bool) -> bool {
+fn run_part(device: &Device, options: &Options, part: &'static str, quick: bool) -> bool {
     let few = |full: usize| if quick { full.min(20) } else { full };
     match part {
         "differential" => {
@@ -143,6 +171,13 @@ fn run_part(device: &Device, options: &Options, part: &str, quick: bool) -> bool
             differential::run(device, range)
         }
         "laws" => differential::batches_of_16(device),
+        "metamorphic" => metamorphic::run(device, &options.rounds(part, quick)),
+        "tables" => tables::run(device, &options.rounds(part, quick)),
+        "reuse" => reuse::run(device, &options.rounds(part, quick)),
+        "big-pool" => big_pool::run(device, &options.rounds(part, quick)),
+        "soak" => soak::run(device, &options.rounds(part, quick)),
+        "classes" => classes::run(device, &options.rounds(part, quick)),
+        "perturb" => perturb::run(device, few(options.count), options.seed),
         "stale" => stale::run(device, few(options.count)),
         "combine" => combine::run(device, few(options.count.min(200)), Packing::Together),
         "gate" => gate::run(device, few(options.count.min(120)), Packing::Together),
@@ -163,6 +198,25 @@ fn run_part(device: &Device, options: &Options, part: &str, quick: bool) -> bool
     }
 }
 
+impl Options {
+    fn rounds(&self, part: &'static str, quick: bool) -> Rounds {
+        let few = match part {
+            "metamorphic" => 4,
+            "soak" => 400,
+            _ => 40,
+        };
+        Rounds {
+            part,
+            seed: self.seed,
+            case: self.case,
+            count: if quick { few } else { self.count as u64 },
+            seconds: self.seconds,
+            threads: self.threads,
+            packing: if self.apart { Packing::Apart } else { Packing::Together },
+        }
+    }
+}
+
 fn parse(args: impl Iterator<Item = String>) -> Result<Options, String> {
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let mut options = Options {
@@ -174,6 +228,8 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Options, String> {
         threads,
         count: 1000,
         replays: 1000,
+        seconds: 0,
+        apart: false,
     };
     let mut args = args.peekable();
     if let Some(part) = args.next_if(|arg| !arg.starts_with('-')) {
@@ -192,6 +248,8 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Options, String> {
             "--case" => options.case = Some(number()?),
             "--threads" => options.threads = number()?.max(1) as usize,
             "--count" => options.count = number()? as usize,
+            "--seconds" => options.seconds = number()?,
+            "--apart" => options.apart = number()? > 0,
             "--replays" => options.replays = number()? as usize,
             _ => return Err(format!("no option {name} {value}")),
         }

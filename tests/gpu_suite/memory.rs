@@ -123,6 +123,26 @@ impl Memory<'_> {
         self.device.write(self.place(part), bytes);
     }
 
+    /// Writes bytes of one part, in the image and on the device.
+    pub(crate) fn set_at(&mut self, part: Part, offset: usize, bytes: &[u8]) {
+        let at = part.at + offset;
+        self.image[at..at + bytes.len()].copy_from_slice(bytes);
+        self.device.write(self.place(part) + offset as u64, bytes);
+    }
+
+    /// Sets bytes of one part on the device.
+    pub(crate) fn fill_at(&self, part: Part, offset: usize, byte: u8, bytes: usize) {
+        self.device.fill(self.place(part) + offset as u64, byte, bytes);
+    }
+
+    /// Waits; bytes of one part as they are on the device now.
+    pub(crate) fn get_at(&self, part: Part, offset: usize, bytes: usize) -> Vec<u8> {
+        let mut got = vec![0; bytes];
+        self.device.sync();
+        self.device.read(self.place(part) + offset as u64, &mut got);
+        got
+    }
+
     /// Poisons one part on the device.
     pub(crate) fn poison(&self, part: Part) {
         self.device.write(self.place(part), &vec![POISON; part.len]);

@@ -208,7 +208,7 @@ impl<'a, 'd> Step<'a, 'd> {
 }
 
 /// Inputs first, then all that calls write.
-fn place(memory: &mut Memory, case: &Case, given: &Given, sizes: &compactattn_sizes) -> Parts {
+pub(crate) fn place(memory: &mut Memory, case: &Case, given: &Given, sizes: &compactattn_sizes) -> Parts {
     let heads = case.shape.num_q_heads;
     memory.clear();
     let mut parts = Parts {
