@@ -141,8 +141,11 @@ class _Key(NamedTuple):
     settings: Settings | None
 
     def plan(self) -> Plan:
-        dtype, kv_dtype = (of and of.name.lower() for of in self.dtypes)
-        desc = PlanDesc(*self.shape, dtype, *self.limits, kv_dtype, self.sm_scale, self.settings)
+        of_q, of_kv = self.dtypes
+        kv_dtype = None if of_kv is None else of_kv.name.lower()
+        desc = PlanDesc(
+            *self.shape, of_q.name.lower(), *self.limits, kv_dtype, sm_scale=self.sm_scale, settings=self.settings
+        )
         return Plan(desc, self.on)
 
 
