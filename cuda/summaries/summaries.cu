@@ -145,7 +145,7 @@ __device__ __forceinline__ void add(const uint2& words, double (&sums)[kUnit]) {
 template <class Element>
 __device__ __forceinline__ void sum_tokens(const Step& step, const Pool& pool, const Found& at,
                                            int lanes, double (&sums)[kUnit]) {
-  constexpr int kAtOnce = 8;
+  constexpr int kAtOnce = sizeof(Element) == 1 ? 2 : 8;  // of bytes more spill on some targets
   const Layout& layout = step.layout;
   const int units = layout.head_dim / kUnit, tokens = 1 << layout.log2_block_tokens;
   const int start = at.block << layout.log2_block_tokens;
@@ -283,11 +283,10 @@ __device__ __forceinline__ void write_part(const Step& step, const Means& means,
   const int64_t row = slot_of(step, at) * step.layout.num_kv_heads + head;
   if (part != kSeal) {
     const bool keys = part == kKeys;
-    const Pool pool =
-        keys ? Pool{batch.k, key_scale(batch, head), batch.k_page_stride, batch.k_token_stride,
-                    batch.k_head_stride}
-             : Pool{batch.v, value_scale(batch, head), batch.v_page_stride, batch.v_token_stride,
-                    batch.v_head_stride};
+    const Pool pool = keys ? Pool{batch.k, key_scale(batch, head), batch.k_page_stride,
+                                  batch.k_token_stride, batch.k_head_stride}
+                           : Pool{batch.v, value_scale(batch, head), batch.v_page_stride,
+                                  batch.v_token_stride, batch.v_head_stride};
     float* mean = (keys ? means.k : means.v) + row * step.layout.head_dim;
     return write_mean<Element>(step, pool, at, mean);
   }
