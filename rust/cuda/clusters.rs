@@ -15,7 +15,7 @@ const THREADS: u32 = 256;
 impl Scoring<'_> {
     /// Whether clusters score this step.
     pub(super) fn by_clusters(&self) -> bool {
-        self.context.device().properties().has_clusters() && self.tiles() == 1
+        self.context.device().properties().has_clusters() && self.one_tile()
     }
 
     /// What follows the scores in the launch that makes them: the lists, where they are wanted and each is made of whole

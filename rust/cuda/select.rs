@@ -218,7 +218,7 @@ impl Scoring<'_> {
 
     /// Cells of one tile by mean keys.
     fn cells_pool(&self, tile: i32) -> Result<()> {
-        let tails = self.longest_span().div_ceil(128) + 1;
+        let tails = self.longest_span(self.step.batch.total_q.unsigned_abs() as usize).div_ceil(128) + 1;
         let tails = u32::try_from(tails).unwrap_or(u32::MAX);
         let name = cells_name(&POOL, &self.layout.shape);
         self.cells(name, self.blocks().div_ceil(64) + tails, tile)
@@ -242,18 +242,27 @@ impl Scoring<'_> {
         (0..self.tiles()).try_for_each(body)
     }
 
-    pub(super) fn tiles(&self) -> i32 {
-        let longest = self.longest_span();
+    fn tiles(&self) -> i32 {
+        int32(self.tiles_of(self.longest_span(self.step.batch.total_q.unsigned_abs() as usize)))
+    }
+
+    /// Tiles of sampled rows of a span of `longest` tokens.
+    fn tiles_of(&self, longest: usize) -> usize {
         let samples = match self.step.settings.sample_rows {
             0 => longest,
             n => longest.min(n.unsigned_abs() as usize),
         };
         let per_tile = (TILE_ROWS / self.layout.shape.group_size()).max(1);
-        int32(samples.div_ceil(per_tile))
+        samples.div_ceil(per_tile)
     }
 
-    fn longest_span(&self) -> usize {
-        let total_q = self.step.batch.total_q.unsigned_abs() as usize;
+    /// Whether no span of any step of the plan has two tiles of sampled rows. The plan decides, not the step: kernels that
+    /// want one tile round otherwise, and a request's scores must not depend on what is beside it.
+    pub(super) fn one_tile(&self) -> bool {
+        self.tiles_of(self.longest_span(self.layout.limits.max_total_q)) <= 1
+    }
+
+    fn longest_span(&self, total_q: usize) -> usize {
         match self.layout.select_span() {
             0 => total_q,
             span => span.min(total_q),
