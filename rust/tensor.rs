@@ -263,7 +263,7 @@ mod tests {
         let values: Vec<f32> = (1..=9).map(|i| i as f32 * 0.37).collect();
         let b: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
         let h: Vec<f16> = values.iter().map(|&x| f16::from_f32(x)).collect();
-        let e: Vec<u8> = (0..17).map(|i| 37 * i).collect();
+        let e: Vec<u8> = (0..17_u8).map(|i| i.wrapping_mul(37)).collect();
         let bytes: [&[u8]; 4] =
             [bytemuck::cast_slice(&b), bytemuck::cast_slice(&h), bytemuck::cast_slice(&values), &e];
         let elements = [Elements::Bf16(&b), Elements::F16(&h), Elements::F32(&values), Elements::E4m3(&e)];

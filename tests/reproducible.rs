@@ -1,6 +1,6 @@
-//! Kernel images depend on their sources and the compiler alone, and not on whether the cache of images was used. (Their
-//! line tables name the folder of the build: releases that are to be compared are built in one place.) Runs where there
-//! is an nvcc; elsewhere it says that it did not.
+//! Kernel images depend on their sources and the compiler alone, and not on whether the cache of images was used. (Line
+//! tables, which `NVCC_APPEND_FLAGS=-lineinfo` adds, would name the folder of the build.) Runs where there is an nvcc;
+//! elsewhere it says that it did not.
 #![cfg(unix)]
 #![expect(clippy::unwrap_used, reason = "tests")]
 

@@ -14,8 +14,9 @@ use super::units::{self, Unit};
 use super::{Place, make_folder, report, search};
 
 /// One cubin, no PTX: PTX newer than the driver is refused, and that of an `a` architecture runs nowhere else anyway.
-/// `CUTLASS_ENABLE_GDC_FOR_SM90`: without it waits for and signals to other kernels compile to nothing.
-const FLAGS: [&str; 10] = [
+/// `CUTLASS_ENABLE_GDC_FOR_SM90`: without it waits for and signals to other kernels compile to nothing. Line tables would
+/// be three quarters of an image; `NVCC_APPEND_FLAGS=-lineinfo` brings them back for a profiler.
+const FLAGS: [&str; 9] = [
     "-fatbin",
     "-Xfatbin=-compress-all",
     "-O3",
@@ -23,7 +24,6 @@ const FLAGS: [&str; 10] = [
     "-DNDEBUG",
     "-DCUTLASS_ENABLE_GDC_FOR_SM90",
     "--expt-relaxed-constexpr",
-    "-lineinfo",
     "-Xptxas",
     "-v",
 ];
