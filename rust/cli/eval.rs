@@ -13,7 +13,7 @@ use crate::Failure;
 #[derive(Debug, clap::Args)]
 #[command(disable_help_flag = true)]
 pub(crate) struct Args {
-    /// The interpreter: one that has this package, torch and transformers.
+    /// The interpreter: one that has this package and transformers.
     #[arg(long, default_value = "python3", value_name = "PROGRAM")]
     python: PathBuf,
     /// Options of `python -m compactattn eval`; --help lists them.
@@ -29,7 +29,7 @@ pub(crate) fn run(args: &Args, out: &mut impl Write) -> std::result::Result<Exit
     out.flush()?;
     let command = ["-m", "compactattn.eval"];
     let status = Command::new(&args.python).args(command).args(&args.arguments).status().map_err(|e| {
-        let wanted = "a Python with compactattn, torch and transformers";
+        let wanted = "a Python with compactattn and transformers";
         Error::new(Status::Io, "--python", wanted, format!("{} ({e})", args.python.display()))
     })?;
     let code = status.code().and_then(|code| u8::try_from(code).ok());

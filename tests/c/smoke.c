@@ -21,7 +21,7 @@ AT(compactattn_plan_desc, max_total_q, 40);
 AT(compactattn_plan_desc, settings, 56);
 AT(compactattn_plan_desc, num_splits, 96);
 AT(compactattn_plan_desc, reserved, 116);
-SAME(sizeof(compactattn_batch) == 608);
+SAME(sizeof(compactattn_batch) == 800);
 AT(compactattn_batch, block_table, 488);
 SAME(sizeof(compactattn_summaries) == 296);
 AT(compactattn_summaries, seals, 200);
