@@ -95,6 +95,7 @@ impl Compact {
             head_dim: config.head_dim,
             page_size: PAGE_SIZE,
             dtype: Dtype::F32,
+            kv_dtype: Dtype::F32,
             sm_scale: (config.head_dim as f32).sqrt().recip(),
         };
         let limits = Limits { max_num_reqs: 1, max_total_q: max_tokens, max_kv_len };
@@ -238,5 +239,6 @@ fn pool<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Pool<'a>> {
         stride_page,
         stride_token,
         stride_head,
+        scales: &[],
     })
 }
