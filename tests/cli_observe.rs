@@ -2,6 +2,8 @@
 #![cfg(feature = "cli")]
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
+mod tool_run;
+
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -11,6 +13,7 @@ use std::process::{Command, Output, Stdio};
 use half::bf16;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::Value;
+use tool_run::{stderr, stdout, text};
 
 const LAYERS: [usize; 2] = [2, 11];
 const VIEW: [&str; 7] = ["view", "--density", "0.3", "--scope", "group", "--block-size", "128"];
@@ -212,22 +215,7 @@ fn tool(arguments: &[&str]) -> Output {
     command.output().unwrap()
 }
 
-fn stdout(run: &Output) -> String {
-    String::from_utf8_lossy(&run.stdout).into_owned()
-}
-
-fn stderr(run: &Output) -> String {
-    String::from_utf8_lossy(&run.stderr).into_owned()
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
 /// An empty folder of the test's own.
 fn scratch(name: &str) -> PathBuf {
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("observe_{name}"));
-    let _ = std::fs::remove_dir_all(&dir);
-    std::fs::create_dir_all(&dir).unwrap();
-    dir
+    tool_run::scratch(&format!("observe_{name}"))
 }

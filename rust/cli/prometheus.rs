@@ -65,11 +65,7 @@ const METRICS: [(&str, &str, &str); 9] = [
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const FILE: &str = r#"{"pid": 7, "steps": 18, "split_steps": 12, "our_requests": 21, "our_tokens": 126682,
-        "left_to_engine": {"decode": 17}, "fallbacks": {"layer: \"odd\"": 4},
-        "plans": [{"page_size": 16, "density": 0.25, "refused": 1, "dense": 896},
-                  {"page_size": 64, "density": null, "refused": 0, "dense": 0}]}"#;
+    use crate::stats::tests::FILE;
 
     #[test]
     fn each_counter_of_each_process_is_a_sample_under_one_heading() {

@@ -148,10 +148,11 @@ fn fields(plan: &Value) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    const FILE: &str = r#"{"pid": 7, "steps": 18, "split_steps": 12, "our_requests": 21, "our_tokens": 126682,
+    /// Counters of one process as a server writes them.
+    pub(crate) const FILE: &str = r#"{"pid": 7, "steps": 18, "split_steps": 12, "our_requests": 21, "our_tokens": 126682,
         "left_to_engine": {"decode": 17}, "fallbacks": {"layer: \"odd\"": 4},
         "plans": [{"page_size": 16, "density": 0.25, "refused": 1, "dense": 896},
                   {"page_size": 64, "density": null, "refused": 0, "dense": 0}]}"#;
