@@ -384,10 +384,9 @@ impl Run<'_> {
     fn union_table(&self) -> Result<()> {
         let lists = self.step.layout.num_kv_heads * self.step.layout.lists_per_kv_head;
         let blocks = self.step.stages.max_list_spans * lists;
-        let from_masks = matches!(self.call.external, Some(External::Masks(_)));
-        let masks = i32::from(from_masks);
-        let is_wide = self.step.layout.max_blocks >= WIDE_BLOCKS
-            && blocks <= int32(self.plan.context.num_sms());
+        let masks = i32::from(matches!(self.call.external, Some(External::Masks(_))));
+        let is_wide =
+            self.step.layout.max_blocks >= WIDE_BLOCKS && blocks <= int32(self.plan.context.num_sms());
         let (name, threads) =
             if is_wide { ("compactattn_union_table_wide", 1024) } else { ("compactattn_union_table", 256) };
         let grid = grid_i(blocks, threads, self.keep_bytes());

@@ -123,8 +123,7 @@ fn slices_that_shared_memory_does_not_hold_are_scored_from_registers_or_by_kerne
     assert_eq!(kernels(of_groups, 1 << 17), ["compactattn_mass_lists", "compactattn_union_table_wide"]);
     let apart = ["compactattn_cells_mass", "compactattn_union_table_wide"];
     assert_eq!(kernels(base, (1 << 17) + 32), apart);
-    // More lists than SMs, each by a small CTA.
-    assert_eq!(kernels(many_rows, 1 << 17), ["compactattn_cells_mass", "compactattn_union_table"]);
+    assert_eq!(kernels(many_rows, 1 << 17), apart);
 }
 
 #[test]
