@@ -384,11 +384,14 @@ impl Run<'_> {
     fn union_table(&self) -> Result<()> {
         let lists = self.step.layout.num_kv_heads * self.step.layout.lists_per_kv_head;
         let blocks = self.step.stages.max_list_spans * lists;
-        let from_masks = matches!(self.call.external, Some(External::Masks(_)));
-        let masks = i32::from(from_masks);
-        let grid = grid_i(blocks, 256, self.keep_bytes());
+        let masks = i32::from(matches!(self.call.external, Some(External::Masks(_))));
+        let is_wide =
+            self.step.layout.max_blocks >= WIDE_BLOCKS && blocks <= int32(self.plan.context.num_sms());
+        let (name, threads) =
+            if is_wide { ("compactattn_union_table_wide", 1024) } else { ("compactattn_union_table", 256) };
+        let grid = grid_i(blocks, threads, self.keep_bytes());
         let args = [Arg::of(&self.step), Arg::of(&masks)];
-        self.plan.context.kernels().launch(self.stream, "compactattn_union_table", grid, &args)
+        self.plan.context.kernels().launch(self.stream, name, grid, &args)
     }
 
     fn table(&self) -> Result<()> {
@@ -485,6 +488,8 @@ fn check_layer(context: &Context, layout: &Layout, gate: Option<GateShape>) -> R
     shared::check(context, layout, gate)
 }
 
+/// Rows from here on are ranked by four times the threads where no SM gets two: lists are the same either way.
+const WIDE_BLOCKS: i32 = 2048;
 /// What `compactattn_plan_spans` can take.
 const MAX_REQS: usize = 1024;
 /// The one cluster of its grid, where the GPU has them.
