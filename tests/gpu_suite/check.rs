@@ -34,13 +34,16 @@ pub(crate) struct Ran {
 pub(crate) struct Worker<'d> {
     pub(crate) device: &'d Device,
     pub(crate) memory: Memory<'d>,
+    /// For a second step beside it.
+    pub(crate) spare: Memory<'d>,
     pub(crate) stream: Handle,
 }
 
 impl<'d> Worker<'d> {
     pub(crate) fn new(device: &'d Device, packing: Packing) -> Self {
         device.enter();
-        Self { device, memory: Memory::new(device, packing), stream: device.new_stream() }
+        let [memory, spare] = [(); 2].map(|()| Memory::new(device, packing));
+        Self { device, memory, spare, stream: device.new_stream() }
     }
 
     /// Stage by stage and as a whole: the same bits, nothing written beside the outputs.

@@ -25,6 +25,7 @@ mod device;
 mod differential;
 mod driver;
 mod engine;
+mod exact;
 mod exports;
 mod gate;
 mod graph;
@@ -47,6 +48,7 @@ mod views;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use compactattn::types::Dtype;
 use device::{Device, Missing};
 use differential::Range;
 use memory::Packing;
@@ -59,7 +61,9 @@ const USAGE: &str = "gpu_suite [PART] [OPTION VALUE]...
   tables            corrupted block tables, canary pages  --count --seed --case --seconds --apart 1
   big-pool          pools of more than 2^31 elements      --count 200 --seed --case --seconds
   reuse             pages another tenant has used         --count --seed --case --seconds
+  exact             contents for which the output is exact, bit by bit    --count --seed --case --seconds
   soak              an engine's life: arrivals, aborts, a full pool, modes    --seconds --count (steps) --seed
+                    --kv e4m3; --shared 1 beside others on the GPU, whose memory and time it then does not judge
   stale             summaries kept while pages are used again     --count
   combine           two results merged, against f64       --count
   gate              selector attn_gate, its weights in every form  --count
@@ -84,11 +88,14 @@ struct Options {
     replays: usize,
     seconds: u64,
     apart: bool,
+    kv: Dtype,
+    shared: bool,
 }
 
 /// Parts of [`USAGE`], in the order they run.
-const PARTS: [&str; 17] = [
+const PARTS: [&str; 18] = [
     "differential",
+    "exact",
     "laws",
     "metamorphic",
     "tables",
@@ -172,6 +179,7 @@ fn run_part(device: &Device, options: &Options, part: &'static str, quick: bool)
         }
         "laws" => differential::batches_of_16(device),
         "metamorphic" => metamorphic::run(device, &options.rounds(part, quick)),
+        "exact" => exact::run(device, &options.rounds(part, quick)),
         "tables" => tables::run(device, &options.rounds(part, quick)),
         "reuse" => reuse::run(device, &options.rounds(part, quick)),
         "big-pool" => big_pool::run(device, &options.rounds(part, quick)),
@@ -212,6 +220,8 @@ impl Options {
             count: if quick { few } else { self.count as u64 },
             seconds: self.seconds,
             threads: self.threads,
+            kv: self.kv,
+            shared: self.shared,
             packing: if self.apart { Packing::Apart } else { Packing::Together },
         }
     }
@@ -230,6 +240,8 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Options, String> {
         replays: 1000,
         seconds: 0,
         apart: false,
+        kv: Dtype::Bf16,
+        shared: false,
     };
     let mut args = args.peekable();
     if let Some(part) = args.next_if(|arg| !arg.starts_with('-')) {
@@ -249,6 +261,10 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Options, String> {
             "--threads" => options.threads = number()?.max(1) as usize,
             "--count" => options.count = number()? as usize,
             "--seconds" => options.seconds = number()?,
+            "--kv" if value == "e4m3" || value == "bf16" => {
+                options.kv = if value == "e4m3" { Dtype::E4m3 } else { Dtype::Bf16 };
+            }
+            "--shared" => options.shared = number()? > 0,
             "--apart" => options.apart = number()? > 0,
             "--replays" => options.replays = number()? as usize,
             _ => return Err(format!("no option {name} {value}")),
