@@ -215,6 +215,9 @@ fn counts(layout: &Layout, requests: &[Request], ran: &Ran) -> Done {
     if (got.lists, got.candidates) != (lists as u64, candidates as u64) {
         return Err(format!("statistics: {got:?}, not {lists} lists and {candidates} candidates"));
     }
+    if got.refused > 0 {
+        return Err(format!("{} requests or lists of a good step refused", got.refused));
+    }
     Ok(())
 }
 

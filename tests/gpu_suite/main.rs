@@ -16,6 +16,7 @@ mod bad_input;
 mod big_pool;
 mod cases;
 mod check;
+mod checked;
 mod classes;
 mod combine;
 #[path = "../common/mod.rs"]
@@ -72,6 +73,7 @@ const USAGE: &str = "gpu_suite [PART] [OPTION VALUE]...
   perturb           bits over repeats beside a hog of bandwidth    --count 1000 --seed
   graph             replays against eager calls           --replays 1000
   counters          no synchronisation, no allocation     (FAKE_CUDA=forward COMPACTATTN_LIBCUDA=libcounting_driver.so)
+  checked           tables damaged before attend            --count --seed --case (COMPACTATTN_CHECK=1)
   classes           the table of bad inputs, class by class  --count --seed --case --seconds
   bad-input         what must be refused with a GPU at hand, and how
   quick             a little of each (the default)
@@ -93,7 +95,7 @@ struct Options {
 }
 
 /// Parts of [`USAGE`], in the order they run.
-const PARTS: [&str; 18] = [
+const PARTS: [&str; 19] = [
     "differential",
     "exact",
     "laws",
@@ -110,6 +112,7 @@ const PARTS: [&str; 18] = [
     "perturb",
     "graph",
     "counters",
+    "checked",
     "classes",
     "bad-input",
 ];
@@ -174,7 +177,8 @@ fn run_part(device: &Device, options: &Options, part: &'static str, quick: bool)
         "differential" => {
             let count = if quick { 200 } else { options.cases };
             let (first, count) = options.case.map_or((0, count), |case| (case, 1));
-            let range = Range { seed: options.seed, first, count, threads: options.threads };
+            let until = options.rounds(part, quick).until();
+            let range = Range { seed: options.seed, first, count, threads: options.threads, until };
             differential::run(device, range)
         }
         "laws" => differential::batches_of_16(device),
@@ -202,6 +206,11 @@ fn run_part(device: &Device, options: &Options, part: &'static str, quick: bool)
             true
         }
         "counters" => counters::run(device),
+        "checked" if quick && !checked::available(device) => {
+            println!("  not run: {}", checked::WANTED);
+            true
+        }
+        "checked" => checked::run(device, &options.rounds(part, quick)),
         _ => bad_input::run(device),
     }
 }
