@@ -47,8 +47,8 @@ kernels: toolkit
 	mkdir -p $(BUILD)
 	$(CARGO) build --release --locked --features cli --message-format=json-render-diagnostics > $(BUILD)/kernels.json
 	$(PYTHON) tests/gpu/check_sass.py $(BUILD)/kernels.json
-	for name in lists turns order; do \
-	  c++ -O2 -std=c++17 -ffp-contract=off -D__host__= -D__device__= -o $(BUILD)/$${name}_host tests/gpu/$${name}_host.cpp && \
+	for name in lists turns order check; do \
+	  c++ -O2 -std=c++17 -ffp-contract=off -pthread -D__host__= -D__device__= -o $(BUILD)/$${name}_host tests/gpu/$${name}_host.cpp && \
 	  $(BUILD)/$${name}_host || exit 1; done
 
 # A compiler for the kernels, where they are to be built and there is none. Under auto the CPU's build will do as well.
