@@ -86,17 +86,20 @@ fn same_bits(case: &Case, ran: &Ran) -> Done {
     for (head, rows) in attend::attend(&layout, &requests, &bits).iter().enumerate() {
         for (token, row) in rows.iter().enumerate() {
             let got = ran.attended.out.read(token, head, case.shape.head_dim);
-            for (x, (&want, got)) in row.out.iter().zip(got).enumerate() {
-                // What the reference, whose weights are shares of 1, leaves of a sum that is 0.
-                let want = if want.abs() < 1e-9 { 0.0 } else { want };
-                let beside = [-1.0, 1.0].map(|sign| rounded(case.shape.dtype, want * (1.0 + sign * COUNT)));
-                if !beside.contains(&got) {
-                    return Err(format!("token {token}, head {head}: out[{x}] {got}, not {}", beside[0]));
-                }
+            let agrees = |x: &usize| is_rounded(case.shape.dtype, row.out[*x], got[*x]);
+            if let Some(x) = (0..got.len()).find(|x| !agrees(x)) {
+                return Err(format!("token {token}, head {head}: out[{x}] {}, not {}", got[x], row.out[x]));
             }
         }
     }
     Ok(())
+}
+
+/// Whether `got` has the bits of `want` in that type.
+fn is_rounded(dtype: Dtype, want: f64, got: f32) -> bool {
+    // What the reference, whose weights are shares of 1, leaves of a sum that is 0.
+    let want = if want.abs() < 1e-9 { 0.0 } else { want };
+    [-1.0, 1.0].map(|sign| rounded(dtype, want * (1.0 + sign * COUNT))).contains(&got)
 }
 
 /// Relative error of the sum of weights that a mean is divided by: a largest logit of 512, in units of ln 2, is rounded
