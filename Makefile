@@ -30,7 +30,7 @@ COMPACTATTN_CUDA := $(if $(wildcard /dev/nvidia0)$(shell command -v nvidia-smi 2
 endif
 export COMPACTATTN_CUDA
 
-.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize gates classes tables reuse metamorphic big-pool soak perturb faults fuzz fuzz-coverage supply audit lint format header install dist test-dist docs clean
+.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize tsan gates classes tables reuse metamorphic exact big-pool soak perturb faults fuzz fuzz-coverage supply audit lint format header install dist test-dist docs clean
 
 # The main job: chunked prefill over real tensors. TRACE=FILE runs another trace.
 demo: toolkit
@@ -47,8 +47,8 @@ kernels: toolkit
 	mkdir -p $(BUILD)
 	$(CARGO) build --release --locked --features cli --message-format=json-render-diagnostics > $(BUILD)/kernels.json
 	$(PYTHON) tests/gpu/check_sass.py $(BUILD)/kernels.json
-	for name in lists turns order; do \
-	  c++ -O2 -std=c++17 -ffp-contract=off -D__host__= -D__device__= -o $(BUILD)/$${name}_host tests/gpu/$${name}_host.cpp && \
+	for name in lists turns order check; do \
+	  c++ -O2 -std=c++17 -ffp-contract=off -pthread -D__host__= -D__device__= -o $(BUILD)/$${name}_host tests/gpu/$${name}_host.cpp && \
 	  $(BUILD)/$${name}_host || exit 1; done
 
 # A compiler for the kernels, where they are to be built and there is none. Under auto the CPU's build will do as well.
@@ -147,10 +147,14 @@ differential:
 sanitize:
 	tests/c/sanitize.sh
 
+# Threads that share a context, a plan and handles, under ThreadSanitizer; a nightly toolchain, two minutes to build.
+tsan:
+	tests/c/tsan.sh $(ARGS)
+
 # Gates of docs/reliability.md, each by itself: on a GPU where there is one, else in miniature on the CPU context.
 # ARGS="--seed 7 --seconds 600" and the like; a failure prints the command that repeats its case.
 ON := $(if $(wildcard /dev/nvidia0),,--device cpu)
-classes tables reuse metamorphic big-pool soak perturb: toolkit
+classes tables reuse metamorphic exact big-pool soak perturb: toolkit
 	$(CARGO) test --release --locked --test gpu_suite -- $@ $(ON) $(ARGS)
 
 # All of them in a minute on two cores: that they run, and can fail, without a GPU.
@@ -160,6 +164,7 @@ gates:
 	$(MAKE) tables ARGS="--count 120" ON="--device cpu"
 	$(MAKE) reuse ARGS="--count 40" ON="--device cpu"
 	$(MAKE) metamorphic ARGS="--count 8" ON="--device cpu"
+	$(MAKE) exact ARGS="--count 60" ON="--device cpu"
 	$(MAKE) big-pool ARGS="--count 20" ON="--device cpu"
 	$(MAKE) soak ARGS="--count 1000" ON="--device cpu"
 	$(MAKE) perturb ARGS="--count 1" ON="--device cpu"

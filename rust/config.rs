@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `COMPACTATTN_MODE` | `dense` (default), `compactattn` or `block_sparse`: which preset to start from |
 //! | `COMPACTATTN_CONFIG` | a JSON file whose fields replace the preset's, with `"layers": {"0": {..}}` per layer |
+//! | `COMPACTATTN_CHECK` | `1`: plans look at every list once more before attend follows it (`rust/check.rs`) |
 //! | `COMPACTATTN_LIBCUDA` | the driver's library; `libcuda.so.1`, wherever the loader finds it, by default |
 //!
 //! `dense` means dense: the file is still checked, but none of it applies.
@@ -97,6 +98,22 @@ pub fn libcuda() -> Result<CString> {
     libcuda_of(std::env::var_os(LIBCUDA))
 }
 
+/// Whether plans of the C ABI work in checked mode: `COMPACTATTN_CHECK`.
+///
+/// # Errors
+/// [`Status::Config`] for what is neither 0 nor 1.
+pub fn check() -> Result<bool> {
+    check_of(std::env::var_os(CHECK).map(|value| value.to_string_lossy().into_owned()).as_deref())
+}
+
+fn check_of(value: Option<&str>) -> Result<bool> {
+    match value.map(str::trim) {
+        None | Some("" | "0") => Ok(false),
+        Some("1") => Ok(true),
+        Some(other) => Err(Error::new(Status::Config, CHECK, "0 or 1", format!("{other:?}"))),
+    }
+}
+
 fn libcuda_of(value: Option<OsString>) -> Result<CString> {
     let path = value.filter(|path| !path.is_empty());
     let path = path.as_deref().unwrap_or(OsStr::new("libcuda.so.1"));
@@ -127,9 +144,12 @@ pub fn resolve(
         (config.settings, config.layers) = (mode.settings(), BTreeMap::new());
         config.sources.retain(|(_, _, source)| source == MODE);
     }
+    if check_of(vars.get(CHECK).map(String::as_str))? {
+        config.sources.push(("check".into(), "1".into(), CHECK.into()));
+    }
     config.unknown = vars
         .into_keys()
-        .filter(|name| ![MODE, FILE, LIBCUDA].contains(&name.as_str()) && !of_kubernetes(name))
+        .filter(|name| ![MODE, FILE, LIBCUDA, CHECK].contains(&name.as_str()) && !of_kubernetes(name))
         .collect();
     Ok(config)
 }
@@ -258,6 +278,7 @@ const PREFIX: &str = "COMPACTATTN_";
 const MODE: &str = "COMPACTATTN_MODE";
 const FILE: &str = "COMPACTATTN_CONFIG";
 const LIBCUDA: &str = "COMPACTATTN_LIBCUDA";
+const CHECK: &str = "COMPACTATTN_CHECK";
 
 #[cfg(test)]
 mod tests {
@@ -278,6 +299,15 @@ mod tests {
     fn a_mode_is_trimmed_and_case_does_not_matter() {
         let config = of(&[("COMPACTATTN_MODE", " CompactAttn ")], "").unwrap();
         assert_eq!(config.settings, Settings::of(Selector::SampledExact));
+    }
+
+    #[test]
+    fn checked_mode_is_0_or_1_and_shown_in_every_mode() {
+        let on = of(&[("COMPACTATTN_CHECK", "1")], "").unwrap();
+        assert_eq!(on.sources, [("check".to_owned(), "1".to_owned(), "COMPACTATTN_CHECK".to_owned())]);
+        assert_eq!(of(&[("COMPACTATTN_CHECK", "0")], "").unwrap().sources, []);
+        assert!(of(&[("COMPACTATTN_CHECK", "yes")], "").unwrap_err().to_string().contains("0 or 1"));
+        assert!(on.unknown.is_empty());
     }
 
     #[test]

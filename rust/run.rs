@@ -2,6 +2,7 @@
 
 use crate::attend::{self, Correction, Partials};
 use crate::batch::Batch;
+use crate::check;
 use crate::combine;
 use crate::error::{Error, Result, Status};
 use crate::parallel::Parallel;
@@ -42,6 +43,7 @@ pub struct Plan {
     parallel: Parallel,
     gate: Option<Gate>,
     stats: Vec<LayerStats>,
+    checked: bool,
 }
 
 /// The caller's own verdict for selector `external`.
@@ -91,12 +93,31 @@ impl Plan {
         let layout = |settings: &Settings| Layout::new(desc.shape, *settings, desc.limits);
         let layouts = desc.layers.iter().map(layout).collect::<Result<Vec<_>>>()?;
         let stats = layouts.iter().map(|_| LayerStats::default()).collect();
-        let plan = Self { layouts, splits: desc.splits.max(1), parallel, gate: desc.gate.clone(), stats };
+        let plan = Self {
+            layouts,
+            splits: desc.splits.max(1),
+            parallel,
+            gate: desc.gate.clone(),
+            stats,
+            checked: false,
+        };
         for (layer, layout) in plan.layouts.iter().enumerate() {
             plan.gate(layer, layout)?;
         }
         tracing::debug!(layers = plan.layouts.len(), threads = parallel.threads(), "plan: CPU backend");
         Ok(plan)
+    }
+
+    /// The plan in checked mode ([`crate::check`]) or, as it is made, out of it.
+    #[must_use]
+    pub fn checked(self, checked: bool) -> Self {
+        Self { checked, ..self }
+    }
+
+    /// Whether it is in checked mode.
+    #[must_use]
+    pub fn is_checked(&self) -> bool {
+        self.checked
     }
 
     /// The layer's layout.
@@ -240,7 +261,13 @@ impl Plan {
         let mut own = OwnSummaries::default();
         let summaries = own.or_given(&layout, batch, step.summaries, self.parallel);
         let input = Input { layout: &layout, batch, summaries, gate };
-        let counts = select_lists(&input, step.external, &mut buffers, self.parallel);
+        let mut counts = select_lists(&input, step.external, &mut buffers, self.parallel);
+        let Buffers { lists, counts: boxes, stream_lens, boxes: ids, .. } = &mut buffers;
+        let mut table = TableMut { counts: boxes, stream_lens, boxes: ids };
+        tracing::trace_span!("table").in_scope(|| table::build(&layout, batch, lists, &mut table));
+        if self.checked {
+            counts.refused += check::lists(&layout, batch, lists, &mut table);
+        }
         self.stats[step.layer].add(&counts);
         self.attend_lists(&input, &mut buffers, output)
     }
@@ -266,13 +293,10 @@ impl Plan {
         Ok(layout)
     }
 
-    /// table → attend → combine over `buffers.lists`.
+    /// attend → combine over the table of `buffers.lists`.
     fn attend_lists(&self, input: &Input, buffers: &mut Buffers, output: &mut Output) -> Result<()> {
         let Input { layout, batch, summaries, .. } = *input;
         let Buffers { lists, counts, stream_lens, boxes, .. } = buffers;
-        tracing::trace_span!("table").in_scope(|| {
-            table::build(layout, batch, lists, &mut TableMut { counts, stream_lens, boxes });
-        });
         let table = Table { counts, stream_lens, boxes };
         let corrected = summaries.filter(|_| layout.settings.mean_correction);
         let correction = corrected.map(|summaries| Correction::new(lists, summaries)).transpose()?;

@@ -132,7 +132,8 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
 }
 
 /// Kernels with the bytes of their parameters: `Step` 480, `GateParams` 56, `AttendParams` 296, `Means` 72, maps 128.
-const ALONE: [(&str, &str); 18] = [
+const ALONE: [(&str, &str); 19] = [
+    ("check_lists", "480,8,8"),
     ("plan_spans", "480"),
     ("keep_rows", "480"),
     ("union_table", "480,4"),

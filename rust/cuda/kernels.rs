@@ -314,7 +314,7 @@ fn check_image(image: &Image) -> Result<()> {
 
 /// Kernels that wait for themselves, without the dtype and head_dim that follow. Never the first of a step: what the
 /// caller put on the stream before it need not be done when the kernel before the step's is.
-const OVERLAPPING: [&str; 27] = [
+const OVERLAPPING: [&str; 28] = [
     "attend_sm80",
     "attend_sm90",
     "attn_gate",
@@ -326,6 +326,7 @@ const OVERLAPPING: [&str; 27] = [
     "cells_read_candidates",
     "cells_read_candidates_sm90",
     "cells_read_sm90",
+    "check_lists",
     "fill_scores",
     "flashprefill",
     "flashprefill_relate",

@@ -11,6 +11,7 @@
 
 mod attend;
 mod batch;
+mod checked;
 mod clusters;
 mod context;
 mod device;

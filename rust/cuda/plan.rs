@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use super::attend::{self, DeviceOutput, Kernel};
 use super::batch::{DeviceBatch, int32};
+use super::checked;
 use super::context::Context;
 use super::gate::DeviceGate;
 use super::kernels::{Arg, Grid};
@@ -39,6 +40,8 @@ pub struct Plan {
     gates: Vec<Option<DeviceGate>>,
     /// Cuts fall between items only.
     whole_items: bool,
+    /// Lists are looked at once more before attend.
+    pub(super) checked: bool,
 }
 
 /// The caller's verdict for selector `external`, in device memory.
@@ -96,7 +99,7 @@ impl Plan {
         let mut stats = DeviceBuffer::new(context.device(), words * 8)?;
         stats.upload(0, &vec![0_u64; words])?;
         let mirror = MappedHost::new(context.device(), words * 2)?;
-        Ok(Self { context, stats, mirror, gates, whole_items: splits == 1 })
+        Ok(Self { context, stats, mirror, gates, whole_items: splits == 1, checked: plan.is_checked() })
     }
 
     /// The context it lives on.
@@ -308,7 +311,7 @@ pub(super) struct Run<'a> {
     pub(super) plan: &'a Plan,
     call: &'a Call<'a>,
     kernel: Kernel,
-    scratch: Scratch,
+    pub(super) scratch: Scratch,
     pub(super) step: params::Step,
     /// With mean correction.
     means: Option<params::Means>,
@@ -382,8 +385,7 @@ impl Run<'_> {
     }
 
     fn union_table(&self) -> Result<()> {
-        let lists = self.step.layout.num_kv_heads * self.step.layout.lists_per_kv_head;
-        let blocks = self.step.stages.max_list_spans * lists;
+        let blocks = self.list_rows();
         let masks = i32::from(matches!(self.call.external, Some(External::Masks(_))));
         let is_wide =
             self.step.layout.max_blocks >= WIDE_BLOCKS && blocks <= int32(self.plan.context.num_sms());
@@ -395,9 +397,13 @@ impl Run<'_> {
     }
 
     fn table(&self) -> Result<()> {
+        self.launch("compactattn_table", grid_i(self.list_rows(), 256, 0))
+    }
+
+    /// The most that a step of these extents can have.
+    pub(super) fn list_rows(&self) -> i32 {
         let lists = self.step.layout.num_kv_heads * self.step.layout.lists_per_kv_head;
-        let blocks = self.step.stages.max_list_spans * lists;
-        self.launch("compactattn_table", grid_i(blocks, 256, 0))
+        self.step.stages.max_list_spans * lists
     }
 
     fn keep_bytes(&self) -> u32 {
@@ -418,11 +424,12 @@ impl Run<'_> {
         context.kernels().launch(self.stream, names[usize::from(is_bf16)], grid(ctas, 1024, 0), &args)
     }
 
-    fn attend(&self, output: &DeviceOutput) -> Result<()> {
+    fn attend(&mut self, output: &DeviceOutput) -> Result<()> {
         // No query, no map of queries.
         if self.call.batch.total_q == 0 {
             return Ok(());
         }
+        checked::check_lists(self)?;
         self.plan_work()?;
         let scratch = Scratch { stages: self.step.stages, ..self.scratch };
         let means = self.means.as_ref();

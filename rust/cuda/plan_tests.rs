@@ -81,6 +81,19 @@ fn over_e4m3(settings: Settings, dtype: Dtype, head_dim: usize) -> PlanDesc {
 }
 
 #[test]
+fn checked_mode_looks_at_lists_right_before_work_is_planned_and_adds_nothing_else() {
+    for selector in [Selector::Dense, Selector::SampledExact, Selector::FlashPrefill] {
+        let mut world = World::new("", desc(Settings::of(selector), Dtype::Bf16, 128)).unwrap();
+        let plain = world.run(world.stream()).unwrap();
+        world.plan.checked = true;
+        let mut checked = world.run(world.stream()).unwrap();
+        let at = plain.iter().position(|line| line.starts_with("compactattn_plan_work ")).unwrap();
+        assert!(checked.remove(at).starts_with("compactattn_check_lists "), "{selector:?}");
+        assert_eq!(checked, plain, "{selector:?}");
+    }
+}
+
+#[test]
 fn where_every_request_is_dense_nothing_is_launched_for_scores() {
     for selector in [
         Selector::SampledExact,

@@ -22,6 +22,7 @@ HEAD_DIMS = (64, 96, 128, 256)
 
 ALONE = (
     "plan_spans",
+    "check_lists",
     "summaries_e4m3",
     "fill_scores",
     "cells_mass",
