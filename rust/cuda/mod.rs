@@ -25,6 +25,7 @@ mod interop;
 mod kernels;
 mod memory;
 mod merge;
+pub mod nvtx;
 mod owned;
 mod params;
 mod plan;
