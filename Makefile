@@ -203,6 +203,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check $(PYTHON_SOURCES)
 	$(VENV)/bin/ruff format --check $(PYTHON_SOURCES)
 	$(VENV)/bin/mypy --strict python_plugin/compactattn
+	$(PYTHON) docs/style_table.py --check
 
 format: $(VENV)/ready
 	$(CARGO) fmt
