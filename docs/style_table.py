@@ -1,7 +1,7 @@
 """The tree against thirty qualities of well-kept libraries, each by a command: style_table.py > style_table.md.
 
-A row is at its bar, or it has the reason why not; a row that only a person can judge says so. With ``--check`` rows that
-style_table.md judges otherwise are printed, and are a failure: numbers may drift, judgements may not.
+A row is at its bar, or it has the reason why not; a row that only a person can judge says so. With ``--check`` rows
+that style_table.md judges otherwise are printed, and are a failure: numbers may drift, judgements may not.
 """
 
 from __future__ import annotations
