@@ -199,7 +199,7 @@ CASES: list[tuple[Callable[[Environment], None], int, str, str]] = [
     (python_has_no_package, 0, "python.error", "has no report of this package"),
     (library_is_cut, 1, "python.library", "error: E_IO"),
     (library_is_missing, 1, "python.library", "is missing; install the package"),
-    (sglang_exits, 0, "engines.sglang", "import fails: SystemExit"),
+    (sglang_exits, 0, "engines.sglang", "import fails: exit code 3"),
     (ranges_are_neither_on_nor_off, 2, "settings.error", "COMPACTATTN_NVTX: wanted 0 or 1"),
     (profiler_is_missing, 0, "settings.nvtx", "/nowhere/profiler.so could not be loaded"),
 ]
