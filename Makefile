@@ -241,9 +241,10 @@ docs: $(VENV)/ready
 dist: $(VENV)/ready toolkit
 	PYTHON="$(abspath $(VENV))/bin/python" CARGO="$(CARGO)" packaging/dist.sh "$(BUILD)/dist"
 
-# The same files once more from a clone elsewhere, kernels compiled anew: every byte the same. Many minutes.
+# The same files once more from a clone, kernels compiled anew unless KERNEL_CACHE names a folder of them: every byte the
+# same. Many minutes.
 reproducible: $(VENV)/ready toolkit
-	PYTHON="$(abspath $(VENV))/bin/python" CARGO="$(CARGO)" packaging/again.sh "$(BUILD)/dist"
+	PYTHON="$(abspath $(VENV))/bin/python" CARGO="$(CARGO)" packaging/again.sh "$(BUILD)/dist" $(KERNEL_CACHE)
 
 # What is in those files, and the wheel at work in a fresh environment without a compiler.
 test-dist: $(VENV)/ready
