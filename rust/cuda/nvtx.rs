@@ -165,7 +165,7 @@ unsafe extern "C" fn table_of_module(module: c_int, table: *mut *const Table, si
     }
     if !size.is_null() {
         // SAFETY: not NULL, and writable by this function's contract.
-        unsafe { size.write(NUM_FUNCTIONS as c_uint) };
+        unsafe { size.write(TABLE_SIZE) };
     }
     if !table.is_null() {
         // SAFETY: as above.
@@ -199,6 +199,8 @@ const CORE_MODULE: c_int = 1;
 const RANGE_PUSH: usize = 9;
 const RANGE_POP: usize = 11;
 const NUM_FUNCTIONS: usize = 16;
+const TABLE_SIZE: c_uint = 16;
+const _: () = assert!(TABLE_SIZE as usize == NUM_FUNCTIONS);
 
 #[cfg(test)]
 #[path = "nvtx_tests.rs"]
