@@ -7,6 +7,7 @@ use crate::cuda::batch::{DevicePool, DeviceTokens};
 use crate::cuda::export::{DeviceCsr, DevicePadded};
 use crate::cuda::fake::{Fake, context};
 use crate::cuda::merge::DeviceSide;
+use crate::cuda::nvtx::tests::ranges_of;
 use crate::error::Status;
 use crate::fixture;
 use crate::parallel::Parallel;
@@ -52,6 +53,23 @@ fn assert_launches(selector: Selector, dtype: Dtype, head_dim: usize) {
     let overlaps = |words: &&Vec<&str>| words.last() == Some(&"overlaps");
     assert!(words[1..].iter().all(|words| overlaps(&words)), "{launches:?}");
     assert!(!overlaps(&&words[0]), "{launches:?}");
+}
+
+#[test]
+fn a_profiler_sees_each_stage_of_a_call_around_its_launches() {
+    let settings = Settings { keep_at: KeepAt::Row, ..Settings::of(Selector::PooledMass) };
+    let world = World::new("", desc(settings, Dtype::Bf16, 128)).unwrap();
+    let stages =
+        |words: &[&str]| words.iter().map(|word| format!("(compactattn {word})")).collect::<String>();
+    let forward = ranges_of(|| drop(world.run(world.stream()).unwrap()));
+    assert_eq!(forward, stages(&["plan", "select", "union", "union", "attend"]));
+    let means = MeansAt { k: SOMEWHERE, v: 0, seals: 0 };
+    // SAFETY: the fake driver follows no address.
+    let update = |call: &Call| unsafe { world.plan.update_summaries(call, Which::Completed, means) };
+    assert_eq!(ranges_of(|| drop(world.launches_of(world.stream(), update))), stages(&["summaries"]));
+    // A stage that fails is closed like any other.
+    world.fake.set_mode("lost");
+    assert_eq!(ranges_of(|| assert!(world.run(world.stream()).is_err())), stages(&["plan"]));
 }
 
 #[test]
