@@ -30,7 +30,7 @@ COMPACTATTN_CUDA := $(if $(wildcard /dev/nvidia0)$(shell command -v nvidia-smi 2
 endif
 export COMPACTATTN_CUDA
 
-.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize tsan gates classes tables reuse metamorphic exact big-pool soak perturb faults fuzz fuzz-coverage supply audit lint format header install dist reproducible test-dist docs clean
+.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize sanitize-candle tsan gates classes tables reuse metamorphic exact big-pool soak perturb faults fuzz fuzz-coverage supply audit lint format header install dist reproducible test-dist docs clean
 
 # The main job: chunked prefill over real tensors. TRACE=FILE runs another trace.
 demo: toolkit
@@ -133,6 +133,14 @@ test-candle: export COMPACTATTN_CUDA = off
 test-candle: $(SMOLLM2)
 	SMOLLM2_GGUF="$<" CARGO_TARGET_DIR="$(abspath $(BUILD)/candle)" \
 	    $(CARGO) test --release --locked --manifest-path examples/candle/Cargo.toml
+
+# The same under AddressSanitizer, with leak detection, which wants a nightly toolchain. Candle is checked along.
+sanitize-candle: export COMPACTATTN_CUDA = off
+sanitize-candle: $(SMOLLM2)
+	SMOLLM2_GGUF="$<" CARGO_TARGET_DIR="$(abspath $(BUILD)/candle)" \
+	    RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_leaks=1:strict_init_order=1 \
+	    $(CARGO) +nightly test --release --locked --target "$$(rustc -vV | sed -n 's/^host: //p')" \
+	    --manifest-path examples/candle/Cargo.toml
 
 $(SMOLLM2):
 	mkdir -p $(@D)
