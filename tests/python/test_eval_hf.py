@@ -19,7 +19,8 @@ pytest.importorskip("transformers", reason="needs torch and transformers: make t
 from compactattn.eval import cli, finetune, gguf, lora, model, prefill, report  # noqa: E402
 from compactattn.eval.clock import Clock  # noqa: E402
 from compactattn.eval.methods import find_keep_value, methods  # noqa: E402
-from compactattn.eval.prefill import Limits, Refused  # noqa: E402
+from compactattn.eval.engine import Refused
+from compactattn.eval.prefill import Limits  # noqa: E402
 from compactattn.eval.protocol import Folder, Study, at_density, facts, measure  # noqa: E402
 from compactattn.eval.tasks import make  # noqa: E402
 from eval_models import checkpoint, codec, subject  # noqa: E402
