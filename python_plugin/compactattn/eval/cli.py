@@ -77,9 +77,9 @@ def _report(folder: Any, record: Path | None) -> int:
 def _rows(asked: argparse.Namespace, study: Any, subject: Any, length: int, folder: Any) -> Any:
     """The methods as they come, then those that are asked for at a density; what their lists miss is probed here."""
     from .methods import methods
-    from .protocol import Rows, at_density, probe_rows
+    from .protocol import Bench, Rows
 
-    table = methods()
+    table, bench = methods(), Bench(study, subject, length, folder)
     names = [name for name in _names(asked.methods, list(table)) if name != "dense"]
     at_names = [name for name in _names(asked.at_density, list(table)) if name != "dense" and not table[name].missing]
     main, few = [], []
@@ -87,15 +87,15 @@ def _rows(asked: argparse.Namespace, study: Any, subject: Any, length: int, fold
         # At a density a method is as main, or not, as it is by itself.
         own = [table[name]] if name in names else []
         targets = asked.density if name in at_names else []
-        set_to = (at_density(study, subject, table[name], target, length, folder) for target in targets)
+        set_to = (bench.at_density(table[name], target) for target in targets)
         (main if name in _names(asked.main, list(table)) else few).extend([*own, *(one for one in set_to if one)])
     if asked.probe:
-        probe_rows(study, subject, [*main, *few], length, folder)
+        bench.probe([*main, *few])
     return Rows(table["dense"], main, few)
 
 
 def _repro(where: str, study: Any, subject: Any, folder: Any) -> int:
-    """Makes the lines of ``TASK,LENGTH,INDEX,METHOD`` again, in its batch, and says whether the folder's are the same."""
+    """Makes the lines of ``TASK,LENGTH,INDEX,METHOD`` again, in its batch; says whether the folder's are the same."""
     from .clock import Clock
     from .methods import methods
     from .protocol import Group, batch

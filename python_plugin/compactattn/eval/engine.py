@@ -49,7 +49,8 @@ class Engine:
 
     def reserve(self, tokens: int) -> None:
         """An empty pool of at least so many tokens."""
-        pages = -(-tokens // PAGE)
+        # Rounded up, as what was captured over the old one is lost.
+        pages = rounded(-(-tokens // PAGE))
         if self.pool.pages < pages:
             self.loops, self._means = {}, {}
             # The old one goes first, so that both are never held.

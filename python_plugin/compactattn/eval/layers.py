@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -33,7 +34,7 @@ def ours_at(probes: list[Record], errors: list[float]) -> tuple[float, float] | 
     error = mean_error(errors)
     free = [line for line in probes if line["method"].startswith(f"{OURS}~")]
     curve = sorted((mean_error(line["error"]), line["density"], line["executed"]) for line in free)
-    for (low, *at_low), (high, *at_high) in zip(curve, curve[1:], strict=False):
+    for (low, *at_low), (high, *at_high) in pairwise(curve):
         if 0 < low <= error <= high and low < high:
             share = math.log(error / low) / math.log(high / low)
             density, executed = (a + share * (b - a) for a, b in zip(at_low, at_high, strict=True))

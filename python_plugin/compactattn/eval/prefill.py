@@ -69,7 +69,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Result:
-    """A batch under one method: outcomes ``[context][question][final]``, and what a prompt of it has read on average."""
+    """A batch under one method: outcomes ``[context][question][final]``, and what its prompts have read."""
 
     outcomes: list[list[list[Outcome]]]
     work: Work
@@ -117,12 +117,6 @@ def run(
     return Result([[next(it) for _ in context.questions] for context in contexts], work, logits[0])
 
 
-def density(subject: Subject, contexts: list[Context], method: Method, limits: Limits) -> float:
-    """The share of past blocks that the method reads of the contexts, their questions left out; 1 if all was dense."""
-    found = Prefill(subject, contexts, method.settings, limits).contexts().density
-    return 1.0 if found is None else found
-
-
 def work_of(contexts: list[Context], settings: Settings, limits: Limits) -> Work:
     """The pairs of the contexts' prefill; what was selected is for the caller to say."""
     work = Work()
@@ -138,10 +132,11 @@ def _outcome(final: str, found: scores.Scores, recall: float) -> Outcome:
 
 @dataclass
 class _Asked:
-    """A question of the batch: the pages it is answered in, and the prompt's length once it has been put."""
+    """A question of the batch: its sequence, the pages that are its own, the prompt's length once it has been put."""
 
     question: Question
     sequence: Sequence
+    own: Any
     prompt: int = 0
 
 
@@ -204,14 +199,16 @@ class Prefill:
 
     def _said(self, pairs: list[tuple[_Asked, scores.Scores]]) -> list[tuple[int, ...]]:
         """Greedy answers; those without a miss are decoded along, and nobody looks."""
-        tokens, steps = [], []
+        sequences, tokens, steps = [], [], []
         for asked, found in pairs:
             position, token = found.miss or (0, asked.question.answer[0])
             asked.sequence.length = asked.prompt + position
+            # One that is done begins afresh in its own pages, where it costs next to nothing.
+            sequences.append(asked.sequence if found.miss else Sequence(asked.own))
             tokens.append(token)
             whole = len(asked.question.answer) + self._limits.slack
             steps.append(whole - position - 1 if found.miss else 0)
-        more = greedy(self._engine, [asked.sequence for asked, _ in pairs], tokens, steps)
+        more = greedy(self._engine, sequences, tokens, steps)
         ends, said = ends_of(self._engine.model), []
         for (asked, found), token, behind, count in zip(pairs, tokens, more, steps, strict=True):
             whole = (*asked.question.answer[: found.miss[0] if found.miss else 0], token, *behind[:count])
@@ -231,7 +228,7 @@ class Prefill:
                 if sequence.length % PAGE:
                     copies[0].append(int(sequence.pages[sequence.length // PAGE]))
                     copies[1].append(int(fresh[0]))
-                made.append(_Asked(question, sequence.fork(fresh)))
+                made.append(_Asked(question, sequence.fork(fresh), fresh))
         pool.copy(*copies)
         self.asked[final] = made
         return made

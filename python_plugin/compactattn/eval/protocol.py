@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import count, islice
+from functools import cached_property
+from itertools import chain, islice
 from multiprocessing import get_context
 from typing import Any
 
@@ -72,8 +73,8 @@ class Group:
     task: str
     first: int
     count: int
-    # Whether the rows that have fewer items have these.
-    few: bool = True
+    # Whether the main rows go through it, or the others.
+    main: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Rows:
 
 
 def measure(study: Study, subject: Subject, rows: dict[int, Rows], folder: Folder, clock: Clock) -> None:
-    """Goes through batches of all lengths, each as far along as the others, until all are done or time is up.
+    """Main rows first, then the others: batches of all lengths, each as far along as the others, until time is up.
 
     A batch is begun only if all its rows are likely to end in time: rows have the same items.
     """
@@ -129,46 +130,55 @@ def batch(
         yield _lines(group, row, result, seconds)
 
 
-def at_density(study: Study, subject: Subject, method: Method, target: float, length: int, folder: Folder) -> Any:
-    """``method`` with the number that gives ``target`` on contexts of that length that are no items; None if refused.
+class Bench:
+    """Where rows of one length are set to densities, and probed: contexts that are no items, prefilled once."""
 
-    The number is noted in the folder and found there again.
-    """
-    name = f"{method.name}@{target:g}:{length}"
-    if {name, method.name} & folder.gaps.keys():
-        return None
-    if name not in folder.keep:
-        contexts = apart(study, subject.codec, length)
-        limits = study.limits(length)
+    def __init__(self, study: Study, subject: Subject, length: int, folder: Folder) -> None:
+        self._study, self._subject, self._length, self._folder = study, subject, length, folder
+        self._limits = study.limits(length)
 
-        def found(value: float) -> float:
-            return prefill.density(subject, contexts, method.at(value, target), limits)
+    def at_density(self, method: Method, target: float) -> Method | None:
+        """``method`` with the number that gives ``target``; None if refused.
 
-        try:
-            value, density = find_keep_value(method, target, found)
-        except NO_ROW as reason:
-            folder.note("gaps", method.name, str(reason))
+        The number is noted in the folder and found there again.
+        """
+        folder, name = self._folder, f"{method.name}@{target:g}:{self._length}"
+        if {name, method.name} & folder.gaps.keys():
             return None
-        if abs(density - target) > 0.1 * target:
-            folder.note("gaps", name, f"{density:.3f} is the nearest density that it comes to")
-            return None
-        folder.note("keep", name, value)
-    return method.at(folder.keep[name], target)
+        if name not in folder.keep:
+            sample = self._sample
+            try:
+                value, density = find_keep_value(
+                    method, target, lambda value: sample.density(method.at(value, target).settings)
+                )
+            except NO_ROW as reason:
+                folder.note("gaps", method.name, str(reason))
+                return None
+            if abs(density - target) > 0.1 * target:
+                folder.note("gaps", name, f"{density:.3f} is the nearest density that it comes to")
+                return None
+            folder.note("keep", name, value)
+        return method.at(folder.keep[name], target)
 
+    def probe(self, rows: list[Method]) -> None:
+        """Probes what is not probed yet: all rows, and the curves of OURS and FAITHFUL where they are among them."""
+        curves = [one for row in rows if row.name in (layers.OURS, layers.FAITHFUL) for one in probe.rungs(row)]
+        known = {line["method"] for line in self._folder.probes if line["length"] == self._length}
+        for row in [*rows, *curves]:
+            if row.name in known or row.name in self._folder.gaps or row.missing:
+                continue
+            try:
+                self._folder.add_probes([{"length": self._length} | self._sample.line(row)])
+            except NO_ROW as reason:
+                self._folder.note("gaps", row.name, str(reason))
 
-def probe_rows(study: Study, subject: Subject, rows: list[Method], length: int, folder: Folder) -> None:
-    """Probes what is not probed yet: all rows, and the curves of OURS and FAITHFUL where they are among them."""
-    curves = [one for row in rows if row.name in (layers.OURS, layers.FAITHFUL) for one in probe.rungs(row)]
-    known = {line["method"] for line in folder.probes if line["length"] == length}
-    due = [row for row in [*rows, *curves] if row.name not in known and row.name not in folder.gaps]
-    if due:
-        folder.add_probes(probe.probe(subject, apart(study, subject.codec, length), due, study.limits(length), length))
-
-
-def apart(study: Study, codec: Codec, length: int) -> list[Context]:
-    """Contexts of up to four of the study's tasks that are no items of it."""
-    some = study.tasks[:: -(-len(study.tasks) // 4)]
-    return [make(task, codec, length, "apart", study.items_of(task)) for task in some]
+    @cached_property
+    def _sample(self) -> probe.Sample:
+        # Of up to four of the study's tasks.
+        some = self._study.tasks[:: -(-len(self._study.tasks) // 4)]
+        codec = self._subject.codec
+        contexts = [make(task, codec, self._length, "apart", self._study.items_of(task)) for task in some]
+        return probe.Sample(self._subject, contexts, self._limits)
 
 
 def facts(study: Study, subject: Subject, dtype: str) -> dict[str, Any]:
@@ -180,13 +190,16 @@ def facts(study: Study, subject: Subject, dtype: str) -> dict[str, Any]:
 
 
 def _due(group: Group, rows: Rows, folder: Folder, clock: Clock) -> list[Method]:
-    """The rows that the batch has not been through, behind dense: its logits are not kept, so it runs again for them."""
+    """The rows that the batch has not been through, behind dense: its logits are not kept, it runs again for them."""
 
     def has(row: Method) -> bool:
         return folder.has(group.length, group.task, group.first, row.name)
 
-    wanted = [*rows.main, *(rows.few if group.few else [])]
-    wanted = [row for row in wanted if row.name not in folder.gaps and clock.may(group.length, row.name)]
+    wanted = [
+        row
+        for row in (rows.main if group.main else rows.few)
+        if row.name not in folder.gaps and clock.may(group.length, row.name)
+    ]
     due = [row for row in wanted if not has(row)]
     return [rows.dense, *due] if due or not has(rows.dense) else []
 
@@ -235,18 +248,22 @@ def _adopted(group: Group) -> list[Context]:
 
 
 def _order(study: Study) -> Iterator[Group]:
+    few = study.few or study.items
+    # Without an end there is no behind.
+    both = ((study.items, True), (few, False)) if study.items else ((0, True), (0, False))
+    parts = [_turns(study, items, main) for items, main in both]
+    yield from chain(*parts) if study.items else chain.from_iterable(zip(*parts, strict=True))
+
+
+def _turns(study: Study, items: int, main: bool) -> Iterator[Group]:
     """Batches in turn: the next is of the length that is least far along."""
-    rounds = {length: study.rounds(length, study.items) for length in study.lengths}
+    ends = {length: study.rounds(length, items) * len(study.tasks) for length in study.lengths}
     done = dict.fromkeys(study.lengths, 0)
-    for _ in count():
-        left = [n for n in study.lengths if not study.items or done[n] < rounds[n] * len(study.tasks)]
-        if not left:
-            return
-        length = min(left, key=lambda n: done[n] / max(1, rounds[n]))
+    while left := [n for n in study.lengths if not items or done[n] < ends[n]]:
+        length = min(left, key=lambda n: done[n] / (ends[n] or 1))
         turn, at = divmod(done[length], len(study.tasks))
         size = study.contexts_of(length)
-        few = not study.few or turn < study.rounds(length, study.few)
-        yield Group(length, study.tasks[at], turn * size, size, few)
+        yield Group(length, study.tasks[at], turn * size, size, main)
         done[length] += 1
 
 
