@@ -39,7 +39,7 @@ from eval_models import checkpoint, codec, subject  # noqa: E402
 
 LENGTH = 1200
 LIMITS = Limits(chunk=256, dense_below=512, slack=2)
-STUDY = Study(("single-noise", "multikey-essay"), (LENGTH,), 3, 0, 2, 0, LIMITS.dense_below, LIMITS.chunk, True, 1)
+STUDY = Study(("single-noise", "multikey-essay"), (LENGTH,), 3, 0, 2, 0, LIMITS.dense_below, LIMITS.chunk, "all", 1)
 FREE = {"block_size": 32, "min_density": 0.0, "max_density": 1.0, "density_guard": 1.0}
 
 

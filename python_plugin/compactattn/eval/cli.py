@@ -55,7 +55,7 @@ def _run(asked: argparse.Namespace, arguments: list[str]) -> int:
     study = _study(asked, device)
     folder = Folder(asked.out, protocol.facts(study, subject, dtype))
     if asked.repro:
-        return _repro(asked.repro, study, subject, folder)
+        return _repro(asked, study, subject, folder)
     folder.begin(_place(arguments, device))
     try:
         rows = {length: _rows(asked, study, subject, length, folder) for length in study.lengths}
@@ -94,13 +94,13 @@ def _rows(asked: argparse.Namespace, study: Any, subject: Any, length: int, fold
     return Rows(table["dense"], main, few)
 
 
-def _repro(where: str, study: Any, subject: Any, folder: Any) -> int:
+def _repro(asked: argparse.Namespace, study: Any, subject: Any, folder: Any) -> int:
     """Makes the lines of ``TASK,LENGTH,INDEX,METHOD`` again, in its batch; says whether the folder's are the same."""
     from .clock import Clock
     from .methods import methods
     from .protocol import Group, batch
 
-    task, length, index, name = where.split(",")
+    task, length, index, name = asked.repro.split(",")
     base, _, target = name.partition("@")
     row = methods()[_names(base, list(methods()))[0]]
     if target:
@@ -110,7 +110,8 @@ def _repro(where: str, study: Any, subject: Any, folder: Any) -> int:
         row = row.at(folder.keep[key], float(target))
     rows = [methods()["dense"], row] if base != "dense" else [row]
     size = study.contexts_of(int(length))
-    group = Group(int(length), task, int(index) // size * size, size)
+    main = base in _names(asked.main, list(methods()))
+    group = Group(int(length), task, int(index) // size * size, size, main)
     contexts = [study.context(subject.codec, task, group.length, group.first + i) for i in range(size)]
     found = [line for lines in batch(study, subject, rows, group, contexts, folder, Clock(0)) for line in lines]
     place = {"length": group.length, "task": task, "index": int(index), "method": name}
@@ -208,12 +209,7 @@ def _add_how(add: Any) -> None:
     add("--chunk", type=int, default=2048, help="tokens of a prefill chunk")
     add("--dense-below", type=int, default=0, help="dense below so many tokens; 0: a quarter of the length")
     add("--slack", type=int, default=4, help="greedy tokens beyond the expected answer's length")
-    add(
-        "--no-dense-final",
-        dest="dense_final",
-        action="store_false",
-        help="leave out the column in which the question's own chunk is dense",
-    )
+    add("--dense-final", choices=["all", "main", "none"], default="all", help="rows asked with a dense question, too")
     add("--no-probe", dest="probe", action="store_false", help="leave out captured mass and output error of each layer")
 
 

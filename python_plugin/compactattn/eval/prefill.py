@@ -20,8 +20,8 @@ from .pool import PAGE, Sequence, Step
 from .report import DENSE, OWN
 from .tasks import Context, Question
 
-# What takes a method's row away, and not the study.
-NO_ROW = (Refused, InvalidArgument, DeviceError)
+# What takes a method's row away, and not the study; RuntimeError is torch's, for want of memory say.
+NO_ROW = (Refused, InvalidArgument, DeviceError, RuntimeError)
 
 
 @dataclass(frozen=True)

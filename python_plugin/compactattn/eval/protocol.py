@@ -38,15 +38,17 @@ class Study:
     # 0 = a quarter of the length.
     dense_below: int
     chunk: int
-    dense_final: bool
+    # Whose questions are also asked with their own chunk dense: all, main or none of the rows.
+    dense_final: str
     # Contexts that go through a model together; 0 = as many as hold BATCH_TOKENS.
     batch: int = 0
     # Greedy tokens beyond the expected answer's length.
     slack: int = 4
 
-    def limits(self, length: int) -> Limits:
-        """The limits of a length."""
-        return Limits(self.chunk, self.dense_below or length // 4, self.slack, self.dense_final)
+    def limits(self, length: int, main: bool = True) -> Limits:
+        """The limits of a length, for the main rows or the others."""
+        dense_final = self.dense_final in (("all", "main") if main else ("all",))
+        return Limits(self.chunk, self.dense_below or length // 4, self.slack, dense_final)
 
     def contexts_of(self, length: int) -> int:
         """Contexts in a batch."""
@@ -119,10 +121,13 @@ def batch(
     for row in rows:
         start = time.monotonic()
         try:
-            result = prefill.run(subject, contexts, row, study.limits(group.length), dense)
+            result = prefill.run(subject, contexts, row, study.limits(group.length, group.main), dense)
         except NO_ROW as reason:
             print(f"{row.name}: not run: {reason}", file=sys.stderr)
-            folder.note("gaps", row.name, str(reason))
+            folder.note("gaps", row.name, str(reason).partition("\n")[0])
+            if row is rows[0]:
+                # Nothing to compare with.
+                return
             continue
         dense = result.logits if dense is None else dense
         seconds = time.monotonic() - start
@@ -183,7 +188,7 @@ class Bench:
 
 def facts(study: Study, subject: Subject, dtype: str) -> dict[str, Any]:
     """What must not change between records of one folder. Tasks, lengths, rows and how many items may."""
-    fixed = ("questions", "seed", "dense_below", "chunk", "dense_final", "batch", "slack")
+    fixed = ("questions", "seed", "dense_below", "chunk", "batch", "slack")
     return {"model": subject.name, "dtype": dtype, "essay": words.essay_name(), "page": PAGE} | {
         name: getattr(study, name) for name in fixed
     }
