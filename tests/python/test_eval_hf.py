@@ -202,6 +202,18 @@ def test_every_method_is_served_on_the_cpu(tiny: Any, name: str) -> None:
     assert 0 < result.work.density <= 1
 
 
+def test_quoka_in_torch_is_the_librarys(tiny: Any, monkeypatch: Any) -> None:
+    contexts = [make("multikey-essay", tiny.codec, LENGTH, f"0:{i}", 1 + i) for i in range(2)]
+    theirs = prefill.run(tiny, contexts, methods()["quoka"], LIMITS)
+    monkeypatch.setattr(tiny.engine, "torch_quoka", True)
+    ours = prefill.run(tiny, contexts, methods()["quoka"], LIMITS, theirs.logits)
+    assert ours.work == theirs.work
+    # As above; the lists are the same, but for ties.
+    assert (ours.logits - theirs.logits).abs().max() <= 1.5e-4 * theirs.logits.abs().max()
+    dense = one(tiny, contexts[0], methods()["dense"])
+    assert (dense.logits - ours.logits[: len(dense.logits)]).abs().max() > 0.1 * dense.logits.abs().max()
+
+
 def test_two_methods_come_to_the_same_density(tiny: Any, tmp_path: Path) -> None:
     folder = Folder(tmp_path, facts(STUDY, tiny, "f32"))
     bench = Bench(STUDY, tiny, LENGTH, folder)

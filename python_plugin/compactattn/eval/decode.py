@@ -55,7 +55,8 @@ class _Loop:
     def load(self, step: Step) -> None:
         """Begins anew with another step of the same shape."""
         for name, mine in vars(self._step).items():
-            mine.copy_(getattr(step, name))
+            if name != "spans":
+                mine.copy_(getattr(step, name))
         self._loads += 1
         if self._loads == 1 and self._engine.device.type == "cuda":
             self._capture()

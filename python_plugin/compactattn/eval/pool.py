@@ -82,6 +82,8 @@ class Step:
     seq_lens: Any
     cu_seqlens_q: Any
     rows: Any
+    # (KV tokens, new ones) of each request, on the host.
+    spans: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, requests: list[tuple[Sequence, Any]], device: Any, every: bool = False) -> Step:
@@ -115,6 +117,7 @@ class Step:
             seq_lens=there(np.array(lengths, np.int32)),
             cu_seqlens_q=there(ends.astype(np.int32)),
             rows=there(np.arange(ends[-1]) if every else ends[1:] - 1),
+            spans=tuple(zip(lengths, counts, strict=True)),
         )
 
 

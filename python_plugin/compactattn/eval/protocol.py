@@ -151,11 +151,8 @@ class Bench:
         if {name, method.name} & folder.gaps.keys():
             return None
         if name not in folder.keep:
-            sample = self._sample
             try:
-                value, density = find_keep_value(
-                    method, target, lambda value: sample.density(method.at(value, target).settings)
-                )
+                value, density = self._search(method, target)
             except NO_ROW as reason:
                 folder.note("gaps", method.name, str(reason))
                 return None
@@ -170,12 +167,19 @@ class Bench:
         curves = [one for row in rows if row.name in (layers.OURS, layers.FAITHFUL) for one in probe.rungs(row)]
         known = {line["method"] for line in self._folder.probes if line["length"] == self._length}
         for row in [*rows, *curves]:
-            if row.name in known or row.name in self._folder.gaps or row.missing:
+            torch_only = self._subject.engine.stands_in(row.settings)
+            if row.name in known or row.name in self._folder.gaps or row.missing or torch_only:
                 continue
             try:
                 self._folder.add_probes([{"length": self._length} | self._sample.line(row)])
             except NO_ROW as reason:
                 self._folder.note("gaps", row.name, str(reason))
+
+    def _search(self, method: Method, target: float) -> tuple[float, float]:
+        if method.settings.keep == "density":
+            # The number itself.
+            return target, target
+        return find_keep_value(method, target, lambda value: self._sample.density(method.at(value, target).settings))
 
     @cached_property
     def _sample(self) -> probe.Sample:

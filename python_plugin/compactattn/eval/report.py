@@ -165,6 +165,8 @@ def _markdown(table: list[Row], folder: Folder) -> str:
                 lines += [f"## {length} tokens, {scope}", "", *_HEAD, *map(_line, own), ""]
         lines += [f"## {length} tokens, accuracy by task (n)", "", *_tasks(table, length), ""]
         lines += layers.tables(folder.probes, length)
+    if any(row.method.startswith("quoka") for row in table):
+        lines += ["On a GPU `quoka` is torch code (eval/quoka.py): the library has it on the CPU alone.", ""]
     if folder.gaps:
         lines += ["## Not run", "", *(f"- `{name}`: {reason}" for name, reason in sorted(folder.gaps.items())), ""]
     if folder.runs:
