@@ -81,7 +81,8 @@ def _rows(asked: argparse.Namespace, study: Any, subject: Any, length: int, fold
 
     table, bench = methods(), Bench(study, subject, length, folder)
     names = [name for name in _names(asked.methods, list(table)) if name != "dense"]
-    at_names = [name for name in _names(asked.at_density, list(table)) if name != "dense" and not table[name].missing]
+    at_names = names if asked.at_density == "all" else _names(asked.at_density, list(table))
+    at_names = [name for name in at_names if name != "dense" and not table[name].missing]
     main, few = [], []
     for name in dict.fromkeys([*names, *at_names]):
         # At a density a method is as main, or not, as it is by itself.
@@ -191,7 +192,7 @@ def _add_what(add: Any) -> None:
     add("--tasks", default="all", help="names with commas, or all")
     add("--methods", default=_ROWS, help="rows as they come, with commas, or all")
     add("--density", type=_numbers, default=[], help="densities for the rows of --at-density: .1,.2")
-    add("--at-density", default="default,flashprefill-union", help="rows that are set to each --density")
+    add("--at-density", default="default,flashprefill-union", help="rows that are set to each --density; all: all --methods")
     add("--report", action="store_true", help="measure nothing: tables and plots of what --out holds")
     add("--record", type=Path, metavar="STEM", help="write STEM.csv, STEM.md, .. instead of report.csv, .. in --out")
     add("--repro", metavar="TASK,LENGTH,INDEX,METHOD", help="make one context's lines again")
