@@ -33,7 +33,7 @@ from compactattn.eval.engine import Refused  # noqa: E402
 from compactattn.eval.folder import Folder  # noqa: E402
 from compactattn.eval.methods import find_keep_value, methods  # noqa: E402
 from compactattn.eval.prefill import Limits  # noqa: E402
-from compactattn.eval.protocol import Bench, Rows, Study, facts, measure  # noqa: E402
+from compactattn.eval.protocol import Bench, Rows, Run, Study, facts, measure  # noqa: E402
 from compactattn.eval.tasks import make  # noqa: E402
 from eval_models import checkpoint, codec, subject  # noqa: E402
 
@@ -185,7 +185,7 @@ def test_who_is_not_served_has_no_row_and_a_reason(tiny: Any, tmp_path: Path) ->
     with pytest.raises(Refused, match="gates"):
         one(tiny, make("single-noise", tiny.codec, 600, "0:0"), table["attn_gate"])
     folder = Folder(tmp_path, facts(STUDY, tiny, "f32"))
-    measure(STUDY, tiny, {LENGTH: Rows(table["dense"], [table["attn_gate"]], [])}, folder, Clock(0))
+    measure(Run(STUDY, tiny, folder, Clock(0)), {LENGTH: Rows(table["dense"], [table["attn_gate"]], [])})
     assert "gates" in folder.gaps["attn_gate"]
     assert {r["method"] for r in folder.records} == {"dense"}
     report.write(folder, tmp_path / "other")
@@ -363,7 +363,7 @@ def test_mistakes_are_one_line(more: str, said: str, tiny: Any, tmp_path: Path, 
 
 def test_time_ends_a_study(tiny: Any, tmp_path: Path) -> None:
     folder, rows = Folder(tmp_path, facts(STUDY, tiny, "f32")), Rows(methods()["dense"], [], [])
-    measure(STUDY, tiny, {LENGTH: rows}, folder, Clock(1e-9))
+    measure(Run(STUDY, tiny, folder, Clock(1e-9)), {LENGTH: rows})
     assert not folder.records
 
 

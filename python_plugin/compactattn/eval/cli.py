@@ -59,7 +59,7 @@ def _run(asked: argparse.Namespace, arguments: list[str]) -> int:
     folder.begin(_place(arguments, device))
     try:
         rows = {length: _rows(asked, study, subject, length, folder) for length in study.lengths}
-        protocol.measure(study, subject, rows, folder, clock)
+        protocol.measure(protocol.Run(study, subject, folder, clock), rows)
     finally:
         folder.end(clock.elapsed)
     return _report(folder, asked.record)
@@ -99,7 +99,7 @@ def _repro(asked: argparse.Namespace, study: Any, subject: Any, folder: Any) -> 
     """Makes the lines of ``TASK,LENGTH,INDEX,METHOD`` again, in its batch; says whether the folder's are the same."""
     from .clock import Clock
     from .methods import methods
-    from .protocol import Group, batch
+    from .protocol import Group, Run, batch
 
     task, length, index, name = asked.repro.split(",")
     base, _, target = name.partition("@")
@@ -114,7 +114,8 @@ def _repro(asked: argparse.Namespace, study: Any, subject: Any, folder: Any) -> 
     main = base in _names(asked.main, list(methods()))
     group = Group(int(length), task, int(index) // size * size, size, main)
     contexts = [study.context(subject.codec, task, group.length, group.first + i) for i in range(size)]
-    found = [line for lines in batch(study, subject, rows, group, contexts, folder, Clock(0)) for line in lines]
+    made_by = batch(Run(study, subject, folder, Clock(0)), rows, group, contexts)
+    found = [line for lines in made_by for line in lines]
     place = {"length": group.length, "task": task, "index": int(index), "method": name}
     made, old = ([line for line in lines if place.items() <= line.items()] for lines in (found, folder.lines))
     print(*(json.dumps(line) for line in made), sep="\n")
@@ -192,7 +193,9 @@ def _add_what(add: Any) -> None:
     add("--tasks", default="all", help="names with commas, or all")
     add("--methods", default=_ROWS, help="rows as they come, with commas, or all")
     add("--density", type=_numbers, default=[], help="densities for the rows of --at-density: .1,.2")
-    add("--at-density", default="default,flashprefill-union", help="rows that are set to each --density; all: all --methods")
+    add(
+        "--at-density", default="default,flashprefill-union", help="rows set to each --density; all: those of --methods"
+    )
     add("--report", action="store_true", help="measure nothing: tables and plots of what --out holds")
     add("--record", type=Path, metavar="STEM", help="write STEM.csv, STEM.md, .. instead of report.csv, .. in --out")
     add("--repro", metavar="TASK,LENGTH,INDEX,METHOD", help="make one context's lines again")

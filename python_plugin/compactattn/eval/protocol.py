@@ -88,50 +88,52 @@ class Rows:
     few: list[Method]
 
 
-def measure(study: Study, subject: Subject, rows: dict[int, Rows], folder: Folder, clock: Clock) -> None:
+@dataclass(frozen=True)
+class Run:
+    """What measures what, into where, for how long."""
+
+    study: Study
+    subject: Subject
+    folder: Folder
+    clock: Clock
+
+
+def measure(run: Run, rows: dict[int, Rows]) -> None:
     """Main rows first, then the others: batches of all lengths, each as far along as the others, until time is up.
 
     A batch is begun only if all its rows are likely to end in time: rows have the same items.
     """
-    progress = Progress(folder, clock)
-    processes = MAKERS if subject.engine.device.type == "cuda" else 0
-    for group, contexts in _made(study, subject.codec, processes):
-        due = _due(group, rows[group.length], folder, clock)
+    folder, progress = run.folder, Progress(run.folder, run.clock)
+    processes = MAKERS if run.subject.engine.device.type == "cuda" else 0
+    for group, contexts in _made(run.study, run.subject.codec, processes):
+        due = _due(group, rows[group.length], folder, run.clock)
         if not due:
             continue
-        if not clock.has_time(group.length, [row.name for row in due]):
+        if not run.clock.has_time(group.length, [row.name for row in due]):
             print(f"time is up at context {group.first}, {group.task} of {group.length} tokens", file=sys.stderr)
             return
-        for lines in batch(study, subject, due, group, contexts, folder, clock):
+        for lines in batch(run, due, group, contexts):
             folder.add([line for line in lines if not folder.has(*_place(line), line["method"])])
             progress.tell()
 
 
-def batch(
-    study: Study,
-    subject: Subject,
-    rows: list[Method],
-    group: Group,
-    contexts: list[Context],
-    folder: Folder,
-    clock: Clock,
-) -> Iterator[list[dict[str, Any]]]:
+def batch(run: Run, rows: list[Method], group: Group, contexts: list[Context]) -> Iterator[list[dict[str, Any]]]:
     """The lines of one batch, row by row; ``rows[0]`` is dense. What cannot be run becomes a gap of the folder."""
-    dense = None
+    dense, limits = None, run.study.limits(group.length, group.main)
     for row in rows:
         start = time.monotonic()
         try:
-            result = prefill.run(subject, contexts, row, study.limits(group.length, group.main), dense)
+            result = prefill.run(run.subject, contexts, row, limits, dense)
         except NO_ROW as reason:
             print(f"{row.name}: not run: {reason}", file=sys.stderr)
-            folder.note("gaps", row.name, str(reason).partition("\n")[0])
+            run.folder.note("gaps", row.name, str(reason).partition("\n")[0])
             if row is rows[0]:
                 # Nothing to compare with.
                 return
             continue
         dense = result.logits if dense is None else dense
         seconds = time.monotonic() - start
-        clock.note(group.length, row.name, seconds)
+        run.clock.note(group.length, row.name, seconds)
         yield _lines(group, row, result, seconds)
 
 
