@@ -83,7 +83,7 @@ def _rows(asked: argparse.Namespace, study: Any, subject: Any, length: int, fold
     names = [name for name in _names(asked.methods, list(table)) if name != "dense"]
     at_names = names if asked.at_density == "all" else _names(asked.at_density, list(table))
     at_names = [name for name in at_names if name != "dense" and not table[name].missing]
-    main, few = [], []
+    main, few = list[Any](), list[Any]()
     for name in dict.fromkeys([*names, *at_names]):
         # At a density a method is as main, or not, as it is by itself.
         own = [table[name]] if name in names else []
@@ -91,7 +91,7 @@ def _rows(asked: argparse.Namespace, study: Any, subject: Any, length: int, fold
         set_to = (bench.at_density(table[name], target) for target in targets)
         (main if name in _names(asked.main, list(table)) else few).extend([*own, *(one for one in set_to if one)])
     if asked.probe:
-        bench.probe([*main, *few])
+        bench.look([*main, *few])
     return Rows(table["dense"], main, few)
 
 

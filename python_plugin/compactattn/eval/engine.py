@@ -135,8 +135,9 @@ class Engine:
         means = self._means.get(settings)
         if means is None:
             # Its memory serves every layer, one after the other.
-            given = {"values": settings.mean_correction, "seals": False, "home": batch.home}
-            means = self._means[settings] = Summaries.empty(plan, self.pool.pages, **given)
+            pages, values = self.pool.pages, settings.mean_correction
+            means = Summaries.empty(plan, pages, values=values, seals=False, home=batch.home)
+            self._means[settings] = means
         stages.update_summaries(plan, batch, means, which="all")
         return means
 

@@ -150,8 +150,8 @@ class Prefill:
         room = _Room(contexts, limits)
         self._engine.reserve(room.tokens)
         self._sequences = [Sequence(self._engine.pool.take(len(one.ids))) for one in contexts]
-        self._room, self.asked, self.question_work = room, {}, Work()
-        self.asked: dict[str, list[_Asked]]
+        self._room, self.question_work = room, Work()
+        self.asked: dict[str, list[_Asked]] = {}
 
     def contexts(self, probe: Callable[[int], Probe | None] = lambda _: None) -> Work:
         """Prefills the contexts, cut at multiples of the chunk; what that has read, of all of them.
@@ -206,12 +206,12 @@ class Prefill:
             # One that is done begins afresh in its own pages, where it costs next to nothing.
             sequences.append(asked.sequence if found.miss else Sequence(asked.own))
             tokens.append(token)
-            whole = len(asked.question.answer) + self._limits.slack
-            steps.append(whole - position - 1 if found.miss else 0)
+            most = len(asked.question.answer) + self._limits.slack
+            steps.append(most - position - 1 if found.miss else 0)
         more = greedy(self._engine, sequences, tokens, steps)
-        ends, said = ends_of(self._engine.model), []
+        ends, said = ends_of(self._engine.model), list[tuple[int, ...]]()
         for (asked, found), token, behind, count in zip(pairs, tokens, more, steps, strict=True):
-            whole = (*asked.question.answer[: found.miss[0] if found.miss else 0], token, *behind[:count])
+            whole = (*(asked.question.answer[: found.miss[0]] if found.miss else ()), token, *behind[:count])
             stop = next((i for i, one in enumerate(whole) if one in ends), len(whole))
             said.append(whole[:stop])
         return said
@@ -221,7 +221,8 @@ class Prefill:
         return sum(one.lower() in text for one in question.references) / len(question.references)
 
     def _fork(self, final: str) -> list[_Asked]:
-        pool, made, copies = self._engine.pool, [], ([], [])
+        pool, made = self._engine.pool, list[_Asked]()
+        copies: tuple[list[int], list[int]] = ([], [])
         for context, sequence in zip(self._batch, self._sequences, strict=True):
             for question in context.questions:
                 fresh = pool.take(sequence.length % PAGE + self._room.behind)

@@ -6,7 +6,7 @@ that the blocks read hold; output error is |out - dense out| / |dense out|, squa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,9 +65,12 @@ class Sample:
         """Density, executed share of the whole contexts, and of each layer ``mass`` and ``error``."""
         # Of each layer: squares of the difference, of dense attention's output; mass; how often it was looked at.
         sums = torch.zeros((self._layers, 4), dtype=torch.float64, device=self._engine.device)
-        work = self._work(
-            row.settings, lambda: [self._add(sums[call.layer], call, row.settings) for call in self._calls]
-        )
+
+        def look() -> None:
+            for call in self._calls:
+                self._add(sums[call.layer], call, row.settings)
+
+        work = self._work(row.settings, look)
         numbers = {"density": work.density, "executed": work.executed, "keep_value": row.settings.keep_value}
         difference, whole, mass, times = sums.cpu().unbind(1)
         layers = {"error": (difference / whole).sqrt(), "mass": mass / times}
@@ -77,7 +80,7 @@ class Sample:
     def _keep(self, *told: Any) -> None:
         self._calls.append(_Call(*told))
 
-    def _work(self, settings: Settings, look: Any) -> Work:
+    def _work(self, settings: Settings, look: Callable[[], object]) -> Work:
         settings = self._limited(settings)
         before = self._engine.stats(settings)
         look()

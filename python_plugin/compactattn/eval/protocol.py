@@ -164,7 +164,7 @@ class Bench:
             folder.note("keep", name, value)
         return method.at(folder.keep[name], target)
 
-    def probe(self, rows: list[Method]) -> None:
+    def look(self, rows: list[Method]) -> None:
         """Probes what is not probed yet: all rows, and the curves of OURS and FAITHFUL where they are among them."""
         curves = [one for row in rows if row.name in (layers.OURS, layers.FAITHFUL) for one in probe.rungs(row)]
         known = {line["method"] for line in self._folder.probes if line["length"] == self._length}

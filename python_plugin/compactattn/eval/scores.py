@@ -33,7 +33,8 @@ def score(logits: Any, dense: Any, answers: list[tuple[int, ...]]) -> list[Score
         at += len(answer)
         said = [int(token) for token in best[here]]
         miss = next(((i, one) for i, (one, want) in enumerate(zip(said, answer, strict=True)) if one != want), None)
-        found.append(Scores(*(sum(x[here]) / len(answer) for x in (nll, kl, flips)), miss))
+        means = [sum(x[here]) / len(answer) for x in (nll, kl, flips)]
+        found.append(Scores(means[0], means[1], means[2], miss))
     return found
 
 

@@ -32,7 +32,8 @@ def mcnemar(lost: int, won: int) -> float:
     pairs = lost + won
     tail = sum(comb(pairs, k) for k in range(min(lost, won) + 1))
     # Whole numbers: a float holds no 2^1024.
-    return min(1.0, 2 * tail / 2**pairs)
+    p: float = 2 * tail / 2**pairs
+    return min(1.0, p)
 
 
 def paired_interval(
