@@ -170,6 +170,22 @@ def test_greedy_answers_are_generates_own(tiny: Any) -> None:
         assert (now.recall, then.recall) == (0.5, 0.0)
 
 
+def test_decoding_several_is_generate(tiny: Any) -> None:
+    prompts = [make("single-noise", tiny.codec, size, "0:0").ids for size in (600, 450)]
+    more = {"max_new_tokens": 13, "do_sample": False, "pad_token_id": 0}
+    tiny.model.set_attn_implementation("sdpa")
+    given = [torch.tensor([ids]) for ids in prompts]
+    wanted = [tiny.model.generate(x, attention_mask=torch.ones_like(x), **more)[0, x.shape[1] :] for x in given]
+    engine = tiny.engine
+    engine.reserve(20 * pool.PAGE)
+    sequences = [pool.Sequence(engine.pool.take(len(ids) + 20)) for ids in prompts]
+    step = pool.Step.of(list(zip(sequences, prompts, strict=True)), "cpu")
+    first = engine.run(step, methods()["dense"].settings).argmax(-1).tolist()
+    behind = decode.greedy(engine, sequences, first, [12, 12])
+    for token, said, want in zip(first, behind, wanted, strict=True):
+        assert [token, *said][: len(want)] == want.tolist()
+
+
 def test_decoding_ends_with_the_text(tiny: Any, monkeypatch: Any) -> None:
     tiny.engine.reserve(4 * pool.PAGE)
     said = [decode.greedy(tiny.engine, [pool.Sequence(tiny.engine.pool.take(40))], [7], [n])[0] for n in (1, 20)]
