@@ -30,7 +30,7 @@ COMPACTATTN_CUDA := $(if $(wildcard /dev/nvidia0)$(shell command -v nvidia-smi 2
 endif
 export COMPACTATTN_CUDA
 
-.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize sanitize-candle gates classes tables reuse metamorphic big-pool soak perturb faults fuzz fuzz-coverage supply audit lint format header install dist test-dist docs clean
+.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize sanitize-candle tsan gates classes tables reuse metamorphic exact big-pool soak perturb faults fuzz fuzz-coverage supply audit lint format header install dist reproducible test-dist docs clean
 
 # The main job: chunked prefill over real tensors. TRACE=FILE runs another trace.
 demo: toolkit
@@ -40,15 +40,15 @@ demo: toolkit
 test: test-rust test-cpp test-python
 
 # The library with its GPU kernels, what their machine code must hold, and their arithmetic on the host; needs no GPU.
-kernels dist: export COMPACTATTN_CUDA = require
+kernels dist reproducible: export COMPACTATTN_CUDA = require
 # One word for both, or cargo takes the second for another build.
-kernels dist: export COMPACTATTN_PYTHON = $(PYTHON)
+kernels dist reproducible: export COMPACTATTN_PYTHON = $(PYTHON)
 kernels: toolkit
 	mkdir -p $(BUILD)
 	$(CARGO) build --release --locked --features cli --message-format=json-render-diagnostics > $(BUILD)/kernels.json
 	$(PYTHON) tests/gpu/check_sass.py $(BUILD)/kernels.json
-	for name in lists turns order; do \
-	  c++ -O2 -std=c++17 -ffp-contract=off -D__host__= -D__device__= -o $(BUILD)/$${name}_host tests/gpu/$${name}_host.cpp && \
+	for name in lists turns order check; do \
+	  c++ -O2 -std=c++17 -ffp-contract=off -pthread -D__host__= -D__device__= -o $(BUILD)/$${name}_host tests/gpu/$${name}_host.cpp && \
 	  $(BUILD)/$${name}_host || exit 1; done
 
 # A compiler for the kernels, where they are to be built and there is none. Under auto the CPU's build will do as well.
@@ -155,10 +155,14 @@ differential:
 sanitize:
 	tests/c/sanitize.sh
 
+# Threads that share a context, a plan and handles, under ThreadSanitizer; a nightly toolchain, two minutes to build.
+tsan:
+	tests/c/tsan.sh $(ARGS)
+
 # Gates of docs/reliability.md, each by itself: on a GPU where there is one, else in miniature on the CPU context.
 # ARGS="--seed 7 --seconds 600" and the like; a failure prints the command that repeats its case.
 ON := $(if $(wildcard /dev/nvidia0),,--device cpu)
-classes tables reuse metamorphic big-pool soak perturb: toolkit
+classes tables reuse metamorphic exact big-pool soak perturb: toolkit
 	$(CARGO) test --release --locked --test gpu_suite -- $@ $(ON) $(ARGS)
 
 # All of them in a minute on two cores: that they run, and can fail, without a GPU.
@@ -168,6 +172,7 @@ gates:
 	$(MAKE) tables ARGS="--count 120" ON="--device cpu"
 	$(MAKE) reuse ARGS="--count 40" ON="--device cpu"
 	$(MAKE) metamorphic ARGS="--count 8" ON="--device cpu"
+	$(MAKE) exact ARGS="--count 60" ON="--device cpu"
 	$(MAKE) big-pool ARGS="--count 20" ON="--device cpu"
 	$(MAKE) soak ARGS="--count 1000" ON="--device cpu"
 	$(MAKE) perturb ARGS="--count 1" ON="--device cpu"
@@ -211,6 +216,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check $(PYTHON_SOURCES)
 	$(VENV)/bin/ruff format --check $(PYTHON_SOURCES)
 	$(VENV)/bin/mypy --strict python_plugin/compactattn
+	$(PYTHON) docs/style_table.py --check
 
 format: $(VENV)/ready
 	$(CARGO) fmt
@@ -243,9 +249,15 @@ docs: $(VENV)/ready
 	$(PYTHON) docs/abi.py include/compactattn.h > $(BUILD)/docs/abi.md
 	$(VENV)/bin/mkdocs build -q --strict
 
-# All that a release consists of, in build/dist: wheel, sdist, crate, C package, list of kernel images, checksums.
+# All that a release consists of, in build/dist: wheel, sdist, crate, C package, list of kernel images, bill of
+# materials, checksums.
 dist: $(VENV)/ready toolkit
 	PYTHON="$(abspath $(VENV))/bin/python" CARGO="$(CARGO)" packaging/dist.sh "$(BUILD)/dist"
+
+# The same files once more from a clone, kernels compiled anew unless KERNEL_CACHE names a folder of them: every byte the
+# same. Many minutes.
+reproducible: $(VENV)/ready toolkit
+	PYTHON="$(abspath $(VENV))/bin/python" CARGO="$(CARGO)" packaging/again.sh "$(BUILD)/dist" $(KERNEL_CACHE)
 
 # What is in those files, and the wheel at work in a fresh environment without a compiler.
 test-dist: $(VENV)/ready

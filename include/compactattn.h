@@ -450,7 +450,8 @@ typedef struct compactattn_stats {
   int64_t guarded;
   // Lists that were dense by policy.
   int64_t dense;
-  // CUDA: requests left out for a length or page id out of range, found on the device: out 0, lse -inf.
+  // CUDA: requests left out for a length or page id out of range, found on the device; in checked mode also lists that
+  // were damaged before attend: out 0, lse -inf.
   int64_t refused;
 } compactattn_stats;
 

@@ -4,7 +4,9 @@
 //! |---|---|
 //! | `COMPACTATTN_MODE` | `dense` (default), `compactattn` or `block_sparse`: which preset to start from |
 //! | `COMPACTATTN_CONFIG` | a JSON file whose fields replace the preset's, with `"layers": {"0": {..}}` per layer |
+//! | `COMPACTATTN_CHECK` | `1`: plans look at every list once more before attend follows it (`rust/check.rs`) |
 //! | `COMPACTATTN_LIBCUDA` | the driver's library; `libcuda.so.1`, wherever the loader finds it, by default |
+//! | `COMPACTATTN_NVTX` | `1`: each stage is an NVTX range for the profiler of `NVTX_INJECTION64_PATH`; `0` (default) |
 //!
 //! `dense` means dense: the file is still checked, but none of it applies.
 
@@ -97,10 +99,61 @@ pub fn libcuda() -> Result<CString> {
     libcuda_of(std::env::var_os(LIBCUDA))
 }
 
+/// Whether plans of the C ABI work in checked mode: `COMPACTATTN_CHECK`.
+///
+/// # Errors
+/// [`Status::Config`] for what is neither 0 nor 1.
+pub fn check() -> Result<bool> {
+    check_of(std::env::var_os(CHECK).map(|value| value.to_string_lossy().into_owned()).as_deref())
+}
+
+fn check_of(value: Option<&str>) -> Result<bool> {
+    match value.map(str::trim) {
+        None | Some("" | "0") => Ok(false),
+        Some("1") => Ok(true),
+        Some(other) => Err(Error::new(Status::Config, CHECK, "0 or 1", format!("{other:?}"))),
+    }
+}
+
 fn libcuda_of(value: Option<OsString>) -> Result<CString> {
     let path = value.filter(|path| !path.is_empty());
     let path = path.as_deref().unwrap_or(OsStr::new("libcuda.so.1"));
     CString::new(path.as_bytes()).map_err(|_| Error::new(Status::Config, LIBCUDA, "a path", "a NUL inside"))
+}
+
+/// Whether stages are ranges in a profile, and whose.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Nvtx {
+    /// They are none.
+    Off,
+    /// They would be, but no profiler has named its library.
+    NoProfiler,
+    /// The library of the profiler that takes them.
+    Profiler(CString),
+}
+
+/// `COMPACTATTN_NVTX`, and the library that profilers name in `NVTX_INJECTION64_PATH`.
+///
+/// # Errors
+/// [`Status::Config`] for a wish other than 0 and 1.
+pub fn nvtx() -> Result<Nvtx> {
+    nvtx_of(std::env::var_os(NVTX), std::env::var_os("NVTX_INJECTION64_PATH"))
+}
+
+fn nvtx_of(wish: Option<OsString>, library: Option<OsString>) -> Result<Nvtx> {
+    if !is_wished(wish.unwrap_or_default().to_string_lossy().trim())? {
+        return Ok(Nvtx::Off);
+    }
+    let library = library.filter(|path| !path.is_empty()).and_then(|path| CString::new(path.as_bytes()).ok());
+    Ok(library.map_or(Nvtx::NoProfiler, Nvtx::Profiler))
+}
+
+fn is_wished(nvtx: &str) -> Result<bool> {
+    match nvtx {
+        "" | "0" => Ok(false),
+        "1" => Ok(true),
+        other => Err(Error::new(Status::Config, NVTX, "0 or 1", format!("{other:?}"))),
+    }
 }
 
 /// [`from_env`] over given variables and files.
@@ -119,6 +172,7 @@ pub fn resolve(
     if let Some(value) = vars.get(MODE) {
         config.sources.push(("mode".into(), value.trim().into(), MODE.into()));
     }
+    vars.get(NVTX).map_or(Ok(false), |wish| is_wished(wish.trim()))?;
     if let Some(path) = vars.get(FILE) {
         let text = read(path).map_err(|e| Error::new(Status::Io, FILE, "a readable JSON file", e.kind()))?;
         config.apply_file(&text, path)?;
@@ -127,9 +181,12 @@ pub fn resolve(
         (config.settings, config.layers) = (mode.settings(), BTreeMap::new());
         config.sources.retain(|(_, _, source)| source == MODE);
     }
+    if check_of(vars.get(CHECK).map(String::as_str))? {
+        config.sources.push(("check".into(), "1".into(), CHECK.into()));
+    }
     config.unknown = vars
         .into_keys()
-        .filter(|name| ![MODE, FILE, LIBCUDA].contains(&name.as_str()) && !of_kubernetes(name))
+        .filter(|name| ![MODE, FILE, LIBCUDA, CHECK, NVTX].contains(&name.as_str()) && !of_kubernetes(name))
         .collect();
     Ok(config)
 }
@@ -258,6 +315,8 @@ const PREFIX: &str = "COMPACTATTN_";
 const MODE: &str = "COMPACTATTN_MODE";
 const FILE: &str = "COMPACTATTN_CONFIG";
 const LIBCUDA: &str = "COMPACTATTN_LIBCUDA";
+const CHECK: &str = "COMPACTATTN_CHECK";
+const NVTX: &str = "COMPACTATTN_NVTX";
 
 #[cfg(test)]
 mod tests {
@@ -278,6 +337,15 @@ mod tests {
     fn a_mode_is_trimmed_and_case_does_not_matter() {
         let config = of(&[("COMPACTATTN_MODE", " CompactAttn ")], "").unwrap();
         assert_eq!(config.settings, Settings::of(Selector::SampledExact));
+    }
+
+    #[test]
+    fn checked_mode_is_0_or_1_and_shown_in_every_mode() {
+        let on = of(&[("COMPACTATTN_CHECK", "1")], "").unwrap();
+        assert_eq!(on.sources, [("check".to_owned(), "1".to_owned(), "COMPACTATTN_CHECK".to_owned())]);
+        assert_eq!(of(&[("COMPACTATTN_CHECK", "0")], "").unwrap().sources, []);
+        assert!(of(&[("COMPACTATTN_CHECK", "yes")], "").unwrap_err().to_string().contains("0 or 1"));
+        assert!(on.unknown.is_empty());
     }
 
     #[test]
@@ -325,6 +393,18 @@ mod tests {
         let vars =
             [("COMPACTATTN_MOOD", "x"), ("COMPACTATTN_PORT_80_TCP", "x"), ("COMPACTATTN_SERVICE_HOST", "x")];
         assert_eq!(of(&vars, "").unwrap().unknown, ["COMPACTATTN_MOOD"]);
+    }
+
+    #[test]
+    fn ranges_are_off_unless_wished_for_and_go_to_the_library_that_a_profiler_names() {
+        let of_both = |wish: &str, library: &str| nvtx_of(Some(wish.into()), Some(library.into()));
+        assert_eq!(nvtx_of(None, Some("/x.so".into())).unwrap(), Nvtx::Off);
+        assert_eq!(of_both("0", "/x.so").unwrap(), Nvtx::Off);
+        assert_eq!(of_both("1", "").unwrap(), Nvtx::NoProfiler);
+        assert_eq!(of_both("1", "/x.so").unwrap(), Nvtx::Profiler(c"/x.so".to_owned()));
+        assert_eq!(of_both("yes", "/x.so").unwrap_err().status(), Status::Config);
+        assert!(of(&[("COMPACTATTN_NVTX", "1")], "").unwrap().unknown.is_empty());
+        assert!(of(&[("COMPACTATTN_NVTX", "yes")], "").unwrap_err().to_string().contains("0 or 1"));
     }
 
     #[test]

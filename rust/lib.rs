@@ -16,6 +16,7 @@ pub mod bridge;
 #[allow(unsafe_code)]
 #[allow(rustdoc::broken_intra_doc_links, reason = "its docs are the C header, where [n] is a shape")]
 pub mod capi;
+pub mod check;
 pub mod combine;
 pub mod config;
 pub mod config_file;
@@ -35,6 +36,7 @@ pub mod run;
 pub mod seals;
 pub mod select;
 pub mod settings;
+mod stage;
 pub mod stats;
 pub mod summaries;
 pub mod table;

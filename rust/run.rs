@@ -2,6 +2,7 @@
 
 use crate::attend::{self, Correction, Partials};
 use crate::batch::Batch;
+use crate::check;
 use crate::combine;
 use crate::error::{Error, Result, Status};
 use crate::parallel::Parallel;
@@ -9,6 +10,7 @@ use crate::plan::{Layout, Limits};
 use crate::seals;
 use crate::select::{self, Gate, GateLayer, Input};
 use crate::settings::{Selector, Settings};
+use crate::stage::{self, Stage};
 use crate::stats::{LayerStats, Stats};
 use crate::summaries::{self, Summaries, SummariesMut, Which};
 use crate::table::{self, Table, TableMut};
@@ -42,6 +44,7 @@ pub struct Plan {
     parallel: Parallel,
     gate: Option<Gate>,
     stats: Vec<LayerStats>,
+    checked: bool,
 }
 
 /// The caller's own verdict for selector `external`.
@@ -82,6 +85,7 @@ impl Plan {
     /// # Errors
     /// Those of [`Layout::new`]; [`Status::Value`] for no layers or a wrong `splits`.
     pub fn new(desc: &PlanDesc, parallel: Parallel) -> Result<Self> {
+        stage::watch()?;
         if desc.layers.is_empty() {
             return Err(Error::new(Status::Value, "num_layers", "at least 1", 0));
         }
@@ -91,12 +95,31 @@ impl Plan {
         let layout = |settings: &Settings| Layout::new(desc.shape, *settings, desc.limits);
         let layouts = desc.layers.iter().map(layout).collect::<Result<Vec<_>>>()?;
         let stats = layouts.iter().map(|_| LayerStats::default()).collect();
-        let plan = Self { layouts, splits: desc.splits.max(1), parallel, gate: desc.gate.clone(), stats };
+        let plan = Self {
+            layouts,
+            splits: desc.splits.max(1),
+            parallel,
+            gate: desc.gate.clone(),
+            stats,
+            checked: false,
+        };
         for (layer, layout) in plan.layouts.iter().enumerate() {
             plan.gate(layer, layout)?;
         }
         tracing::debug!(layers = plan.layouts.len(), threads = parallel.threads(), "plan: CPU backend");
         Ok(plan)
+    }
+
+    /// The plan in checked mode ([`crate::check`]) or, as it is made, out of it.
+    #[must_use]
+    pub fn checked(self, checked: bool) -> Self {
+        Self { checked, ..self }
+    }
+
+    /// Whether it is in checked mode.
+    #[must_use]
+    pub fn is_checked(&self) -> bool {
+        self.checked
     }
 
     /// The layer's layout.
@@ -196,7 +219,7 @@ impl Plan {
         if let Some(seals) = &out.seals {
             check_len("summaries.seals", seals.len(), seals::len(layout, batch.k().num_pages))?;
         }
-        summaries::update(layout, batch, which, out, self.parallel);
+        Stage::Summaries.run(|| summaries::update(layout, batch, which, out, self.parallel));
         Ok(())
     }
 
@@ -240,7 +263,13 @@ impl Plan {
         let mut own = OwnSummaries::default();
         let summaries = own.or_given(&layout, batch, step.summaries, self.parallel);
         let input = Input { layout: &layout, batch, summaries, gate };
-        let counts = select_lists(&input, step.external, &mut buffers, self.parallel);
+        let mut counts = select_lists(&input, step.external, &mut buffers, self.parallel);
+        let Buffers { lists, counts: boxes, stream_lens, boxes: ids, .. } = &mut buffers;
+        let mut table = TableMut { counts: boxes, stream_lens, boxes: ids };
+        Stage::Table.run(|| table::build(&layout, batch, lists, &mut table));
+        if self.checked {
+            counts.refused += check::lists(&layout, batch, lists, &mut table);
+        }
         self.stats[step.layer].add(&counts);
         self.attend_lists(&input, &mut buffers, output)
     }
@@ -266,13 +295,10 @@ impl Plan {
         Ok(layout)
     }
 
-    /// table → attend → combine over `buffers.lists`.
+    /// attend → combine over the table of `buffers.lists`.
     fn attend_lists(&self, input: &Input, buffers: &mut Buffers, output: &mut Output) -> Result<()> {
         let Input { layout, batch, summaries, .. } = *input;
         let Buffers { lists, counts, stream_lens, boxes, .. } = buffers;
-        tracing::trace_span!("table").in_scope(|| {
-            table::build(layout, batch, lists, &mut TableMut { counts, stream_lens, boxes });
-        });
         let table = Table { counts, stream_lens, boxes };
         let corrected = summaries.filter(|_| layout.settings.mean_correction);
         let correction = corrected.map(|summaries| Correction::new(lists, summaries)).transpose()?;
@@ -282,10 +308,10 @@ impl Plan {
             out: &mut buffers.partial_out[..self.splits * rows * layout.shape.head_dim],
             lse: &mut buffers.partial_lse[..self.splits * rows],
         };
-        tracing::trace_span!("attend").in_scope(|| {
+        Stage::Attend.run(|| {
             attend::attend(layout, batch, &table, correction.as_ref(), &mut partials, self.parallel);
         });
-        tracing::trace_span!("combine").in_scope(|| {
+        Stage::Combine.run(|| {
             combine::combine(layout, batch, &partials, &mut output.out, output.lse.as_mut(), self.parallel);
         });
         Ok(())
@@ -303,11 +329,13 @@ fn select_lists(
     let Buffers { scores, masks, lists, .. } = buffers;
     let external = external.filter(|_| layout.settings.selector == Selector::External);
     match external {
-        Some(External::Masks(masks)) => union::of_masks(layout, batch, masks, lists),
-        Some(External::Scores(scores)) => union::unite(layout, batch, scores, masks, lists),
+        Some(External::Masks(masks)) => Stage::Union.run(|| union::of_masks(layout, batch, masks, lists)),
+        Some(External::Scores(scores)) => {
+            Stage::Union.run(|| union::unite(layout, batch, scores, masks, lists))
+        }
         None => {
-            tracing::trace_span!("select").in_scope(|| select::score(input, scores, parallel));
-            tracing::trace_span!("union").in_scope(|| union::unite(layout, batch, scores, masks, lists))
+            Stage::Select.run(|| select::score(input, scores, parallel));
+            Stage::Union.run(|| union::unite(layout, batch, scores, masks, lists))
         }
     }
 }
@@ -336,13 +364,8 @@ impl OwnSummaries {
         self.k_mean = vec![0.0; len];
         self.v_mean = if layout.settings.mean_correction { vec![0.0; len] } else { Vec::new() };
         let v_mean = layout.settings.mean_correction.then_some(&mut self.v_mean[..]);
-        summaries::update(
-            layout,
-            batch,
-            Which::All,
-            &mut SummariesMut { k_mean: &mut self.k_mean, v_mean, seals: None },
-            parallel,
-        );
+        let mut out = SummariesMut { k_mean: &mut self.k_mean, v_mean, seals: None };
+        Stage::Summaries.run(|| summaries::update(layout, batch, Which::All, &mut out, parallel));
         let v_mean = layout.settings.mean_correction.then_some(&self.v_mean[..]);
         Some(Summaries { k_mean: &self.k_mean, v_mean })
     }

@@ -1,8 +1,10 @@
-// combine: the pieces of a cut item meet two by two in a fixed tree, warp by warp: whichever of the
-// two comes second adds the other's rows to its own, and goes on. Nobody waits. Sums do not depend
-// on who came second, so every run gives the same bits: a softmax is put together from its parts in
-// any order (online normaliser, arXiv 1805.02867), and both addends are rounded before they are
-// added.
+// combine: the pieces of a cut item meet two by two or four by four in a fixed tree, warp by warp:
+// whichever of them comes last adds the others' rows to its own, and goes on. Nobody waits. Sums do
+// not depend on who came last, so every run gives the same bits: a softmax is put together from its
+// parts in any order (online normaliser, arXiv 1805.02867), all addends are rounded before they are
+// added, and they are added two by two. 9 parts meet four times in a row two by two, each time with
+// a way to memory and back, and twice four by four, which takes registers that not every kernel
+// has.
 #pragma once
 
 #include "../common/epilogue.cuh"
@@ -13,8 +15,10 @@ namespace compactattn {
 constexpr int kWarpRows = 16;  // that a warp's accumulators hold
 static_assert(kTileRows == kWarpRows * kArrivals, "who has arrived is counted by 16 rows");
 
-// A warp's 16 rows of an item's parts from `first` on, divided by their sums.
+// A warp's 16 rows of an item's parts from `first` on, divided by their sums; kMembers meet.
+template <int kMembers>
 struct Meeting {
+  static_assert(kMembers == 2 || kMembers == 4);
   const AttendParams& params;
   int first_cta;  // of the item
   int parts;
@@ -59,77 +63,115 @@ struct Meeting {
     }
   }
 
-  // Whether the parts from `other` on are there. If not, ours are left for who brings them.
+  // Where the parts of step `step` meet whose first is `leader`: one place a meeting.
+  __device__ __forceinline__ int32_t* arrivals(int leader, int step) const {
+    return params.work.arrivals + (first_cta + leader + step) * kArrivals + row / kWarpRows;
+  }
+
+  // Whether all others are there. If not, ours are left for who comes last.
   template <int N>
-  __device__ __forceinline__ bool is_second(int other, const float (&o)[N],
-                                            const RowEnd (&ends)[2]) const {
-    int32_t* arrival =
-        params.work.arrivals + (first_cta + max(first, other)) * kArrivals + row / kWarpRows;
+  __device__ __forceinline__ bool is_last(int32_t* arrivals, int others, const float (&o)[N],
+                                          const RowEnd (&ends)[2]) const {
     const int lane = thread % 32;
-    int arrived = lane == 0 ? *static_cast<volatile int32_t*>(arrival) : 0;
+    int arrived = lane == 0 ? *static_cast<volatile int32_t*>(arrivals) : 0;
     arrived = __shfl_sync(0xffffffffu, arrived, 0);
-    if (!arrived) {
+    if (arrived != others) {
       leave(o, ends);
-      ptx::fence_device();
       __syncwarp();
-      if (lane == 0) arrived = atomicAdd(arrival, 1);
+      if (lane == 0) {
+        ptx::fence_device();
+        arrived = atomicAdd(arrivals, 1);
+      }
       arrived = __shfl_sync(0xffffffffu, arrived, 0);
     }
     ptx::fence_device();
     __syncwarp();
-    return arrived != 0;
+    return arrived == others;
   }
 
-  // Past the first-level cache: other CTAs wrote it. kAtOnce loads of 4 columns are in flight.
+  // Adds the `members` parts `step` apart from `leader` on, of which this is one. Past the
+  // first-level cache: other CTAs wrote them. kAtOnce loads of 4 columns are in flight, of each.
   template <int kAtOnce, int N>
-  __device__ __forceinline__ void add(int other, float (&o)[N], RowEnd (&ends)[2]) const {
-    float own[2], others[2];
+  __device__ __forceinline__ void add(int leader, int step, int members, float (&o)[N],
+                                      RowEnd (&ends)[2]) const {
+    // Ours, the one that ours is added to, and the two of the other sum.
+    const int mine = (first - leader) / step;
+    const float4* from[kMembers];
+    bool comes[kMembers];
+    float weights[kMembers][2];
+#pragma unroll
+    for (int m = 1; m < kMembers; ++m) {
+      comes[m] = (mine ^ m) < members;
+      const int part = leader + (comes[m] ? mine ^ m : mine) * step;
+      from[m] = out<N>(part);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) weights[m][r] = comes[m] ? __ldcg(lse(part) + 8 * r) : -INFINITY;
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float theirs = __ldcg(lse(other) + 8 * r), top = fmaxf(ends[r].lse, theirs);
-      own[r] = weight_of(ends[r].lse, top);
-      others[r] = weight_of(theirs, top);
-      const float sum = own[r] + others[r], inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-      own[r] *= inverse;
-      others[r] *= inverse;
-      ends[r].lse = sum > 0.0f ? top + kLn2 * __log2f(sum) : -INFINITY;
+      weights[0][r] = ends[r].lse;
+      ends[r].lse = weigh(weights, r);
     }
-    const float4* from = out<N>(other);
 #pragma unroll
-    for (int first = 0; first < N / 4; first += kAtOnce) {
-      float4 x[kAtOnce];
+    for (int at = 0; at < N / 4; at += kAtOnce) {
+      float4 x[kMembers][kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
-        if (first + i < N / 4) x[i] = __ldcg(from + 32 * (first + i));
+      for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+        for (int m = 1; m < kMembers; ++m)
+          if (at + i < N / 4) x[m][i] = comes[m] ? __ldcg(from[m] + 32 * (at + i)) : float4{};
+      }
       float done = 0.0f;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i >= N / 4) continue;
-        float* mine = o + 4 * (first + i);
-        mine[0] = sum_of(mine[0], own[0], x[i].x, others[0]);
-        mine[1] = sum_of(mine[1], own[0], x[i].y, others[0]);
-        mine[2] = sum_of(mine[2], own[1], x[i].z, others[1]);
-        mine[3] = sum_of(mine[3], own[1], x[i].w, others[1]);
-        done += fabsf(mine[0]) + fabsf(mine[1]) + fabsf(mine[2]) + fabsf(mine[3]);
+        if (at + i >= N / 4) continue;
+        float* to = o + 4 * (at + i);
+        x[0][i] = {to[0], to[1], to[2], to[3]};
+        to[0] = sum_of(weights, 0, [&](int m) { return x[m][i].x; });
+        to[1] = sum_of(weights, 0, [&](int m) { return x[m][i].y; });
+        to[2] = sum_of(weights, 1, [&](int m) { return x[m][i].z; });
+        to[3] = sum_of(weights, 1, [&](int m) { return x[m][i].w; });
+        done += fabsf(to[0]) + fabsf(to[1]) + fabsf(to[2]) + fabsf(to[3]);
       }
       // The assembler would have all loads in flight, and spill.
       if (kAtOnce < N / 8) ptx::wait_no_earlier(done);
     }
   }
 
-  __device__ __forceinline__ static float weight_of(float lse, float top) {
-    return lse == -INFINITY ? 0.0f : ptx::exp2_approx((lse - top) * kLog2E);
+  // Row r's weights from its parts' LSE; the LSE of all.
+  __device__ __forceinline__ static float weigh(float (&weights)[kMembers][2], int r) {
+    float top = weights[0][r];
+#pragma unroll
+    for (int m = 1; m < kMembers; ++m) top = fmaxf(top, weights[m][r]);
+#pragma unroll
+    for (int m = 0; m < kMembers; ++m)
+      weights[m][r] =
+          weights[m][r] == -INFINITY ? 0.0f : ptx::exp2_approx((weights[m][r] - top) * kLog2E);
+    const float sum = in_pairs([&](int m) { return weights[m][r]; });
+    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+#pragma unroll
+    for (int m = 0; m < kMembers; ++m) weights[m][r] *= inverse;
+    return sum > 0.0f ? top + kLn2 * __log2f(sum) : -INFINITY;
   }
 
-  // The same whichever comes first.
-  __device__ __forceinline__ static float sum_of(float a, float weight_a, float b, float weight_b) {
-    return __fadd_rn(__fmul_rn(a, weight_a), __fmul_rn(b, weight_b));
+  template <class Value>
+  __device__ __forceinline__ static float sum_of(const float (&weights)[kMembers][2], int r,
+                                                 const Value& value) {
+    return in_pairs([&](int m) { return __fmul_rn(value(m), weights[m][r]); });
+  }
+
+  // The same whoever comes last: ours and who it is added to, then the other two.
+  template <class Value>
+  __device__ __forceinline__ static float in_pairs(const Value& value) {
+    const float ours = __fadd_rn(value(0), value(1));
+    if constexpr (kMembers == 2) return ours;
+    return __fadd_rn(ours, __fadd_rn(value(kMembers - 2), value(kMembers - 1)));
   }
 };
 
 // What becomes of a piece's rows; `row` is the thread's first row of the tile. A whole warp, with
-// 4 * kAtOnce registers to spare.
-template <class Element, int kAtOnce, int N>
+// 4 * (kMembers - 1) * kAtOnce registers to spare.
+template <class Element, int kMembers, int kAtOnce, int N>
 __device__ __forceinline__ void finish_rows(const AttendParams& params, const LoadedPiece& piece,
                                             int row, float (&o)[N], const RowState& rows) {
   row = ptx::not_before(row);
@@ -138,14 +180,14 @@ __device__ __forceinline__ void finish_rows(const AttendParams& params, const Lo
 #pragma unroll
     for (int i = 0; i < N; ++i) o[i] *= ends[i / 2 % 2].inverse;
     ends[0].inverse = ends[1].inverse = 1.0f;
-    Meeting meeting(params, piece, row);
-    for (int step = 1; step < piece.parts; step *= 2) {
-      const bool is_earlier = meeting.first / step % 2 == 0;
-      const int other = is_earlier ? meeting.first + step : meeting.first - step;
-      if (other >= piece.parts) continue;
-      if (!meeting.is_second(other, o, ends)) return;
-      meeting.template add<kAtOnce>(other, o, ends);
-      meeting.first = min(meeting.first, other);
+    Meeting<kMembers> meeting(params, piece, row);
+    for (int step = 1; step < piece.parts; step *= kMembers) {
+      const int leader = meeting.first - meeting.first % (kMembers * step);
+      const int members = min(kMembers, (piece.parts - leader + step - 1) / step);
+      if (members == 1) continue;
+      if (!meeting.is_last(meeting.arrivals(leader, step), members - 1, o, ends)) return;
+      meeting.template add<kAtOnce>(leader, step, members, o, ends);
+      meeting.first = leader;
     }
   }
   store_rows<Element>(params, piece.item, row, o, ends);

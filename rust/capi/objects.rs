@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::structs::compactattn_device_kind;
 use super::tensor::Device;
+use crate::config;
 use crate::cuda;
 use crate::error::{Error, Result, Status};
 use crate::parallel::Parallel;
@@ -56,7 +57,7 @@ pub(super) struct PlanObject {
 impl PlanObject {
     /// What `desc` asks for, on `context`.
     pub(super) fn new(context: Arc<Context>, desc: &PlanDesc) -> Result<Self> {
-        let plan = Plan::new(desc, context.parallel)?;
+        let plan = Plan::new(desc, context.parallel)?.checked(config::check()?);
         let on_gpu = |gpu: &Arc<cuda::Context>| cuda::Plan::new(gpu.clone(), &plan, desc.splits);
         let cuda = context.cuda.as_ref().map(on_gpu).transpose()?;
         Ok(Self { context, plan, cuda, poisoned: AtomicBool::new(false) })

@@ -259,7 +259,8 @@ pub struct compactattn_stats {
     pub guarded: i64,
     /// Lists that were dense by policy.
     pub dense: i64,
-    /// CUDA: requests left out for a length or page id out of range, found on the device: out 0, lse -inf.
+    /// CUDA: requests left out for a length or page id out of range, found on the device; in checked mode also lists that
+    /// were damaged before attend: out 0, lse -inf.
     pub refused: i64,
 }
 

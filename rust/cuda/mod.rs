@@ -11,6 +11,7 @@
 
 mod attend;
 mod batch;
+mod checked;
 mod clusters;
 mod context;
 mod device;
@@ -25,6 +26,7 @@ mod interop;
 mod kernels;
 mod memory;
 mod merge;
+pub mod nvtx;
 mod owned;
 mod params;
 mod plan;

@@ -119,9 +119,9 @@ fn weighted_mean(q: &[f64], scale: f64, terms: &[(f64, &Vec<f64>, &Vec<f64>)]) -
     row.means.slope = q.iter().map(|x| x.abs()).sum::<f64>() * scale;
     for ((n, k, v), w) in terms.iter().zip(&weights) {
         let share = w / sum;
-        for (x, value) in v.iter().enumerate() {
-            row.out[x] += share * value;
-            row.spread[x] += share * value.abs();
+        for ((out, spread), value) in row.out.iter_mut().zip(&mut row.spread).zip(v.iter()) {
+            *out += share * value;
+            *spread += share * value.abs();
         }
         // A mean stands for at least 16 tokens.
         if *n > 1.0 {

@@ -1,5 +1,7 @@
 //! K and V pools in the layouts engines use; every slot that no request owns is NaN.
 
+use std::ops::Range;
+
 use compactattn::e4m3;
 use compactattn::tensor::{Elements, ElementsMut, Pool, Tokens, TokensMut};
 use compactattn::types::{Dtype, Shape};
@@ -44,8 +46,30 @@ impl Store {
         }
     }
 
+    /// All bits of those elements set: NaN.
+    pub(crate) fn poison(&mut self, range: Range<usize>) {
+        match self {
+            Self::Bf16(x) => x[range].fill(bf16::from_bits(0xFFFF)),
+            Self::F16(x) => x[range].fill(f16::from_bits(0xFFFF)),
+            Self::F32(x) => x[range].fill(f32::from_bits(u32::MAX)),
+            Self::E4m3(x) => x[range].fill(0xFF),
+        }
+    }
+
+    /// Those elements become those of `other`, of the same type, from `first` on.
+    pub(crate) fn copy(&mut self, to: Range<usize>, other: &Self, first: usize) {
+        let from = first..first + to.len();
+        match (self, other) {
+            (Self::Bf16(x), Self::Bf16(y)) => x[to].copy_from_slice(&y[from]),
+            (Self::F16(x), Self::F16(y)) => x[to].copy_from_slice(&y[from]),
+            (Self::F32(x), Self::F32(y)) => x[to].copy_from_slice(&y[from]),
+            (Self::E4m3(x), Self::E4m3(y)) => x[to].copy_from_slice(&y[from]),
+            _ => unreachable!("stores of two types"),
+        }
+    }
+
     /// Rounds `values` into the elements from `offset` on.
-    fn put(&mut self, offset: usize, values: &[f32]) {
+    pub(crate) fn put(&mut self, offset: usize, values: &[f32]) {
         match self {
             Self::E4m3(x) => {
                 x[offset..].iter_mut().zip(values).for_each(|(x, &value)| *x = e4m3::encode(value));
@@ -128,6 +152,11 @@ impl Strides {
             len: 2 * page * pages,
             scales: [Scales { count: 0, first: 1.0 }; 2],
         }
+    }
+
+    /// The scales of another pool of the same shape.
+    pub(crate) fn scaled_as(self, other: Self) -> Self {
+        Self { scales: other.scales, ..self }
     }
 
     /// Where K (`v = false`) or V starts in the buffer, and its strides.

@@ -8,6 +8,7 @@ use super::judge::list_bits;
 use super::pipeline::Attended;
 use super::pool::{Pools, Strides};
 use super::rng::Rng;
+use compactattn::types::Dtype;
 
 /// The step with its pages shuffled and the table following.
 pub(crate) fn on_other_pages(case: &Case, rng: &mut Rng) -> Case {
@@ -84,7 +85,15 @@ pub(crate) fn perturb(case: &mut Case, rng: &mut Rng, t: usize) {
     }
 }
 
+/// An e4m3 pool may have no room for them: its scale is doubled instead.
 pub(crate) fn double_values(case: &mut Case) {
+    if case.shape.kv_dtype == Dtype::E4m3 {
+        let scales = &mut case.pools.scales[1];
+        if scales.is_empty() {
+            scales.push(1.0);
+        }
+        return scales.iter_mut().for_each(|scale| *scale *= 2.0);
+    }
     let mut doubled = case.pools.clone();
     each_vector(case, |v, slot, head, x| {
         if v {
@@ -128,8 +137,8 @@ fn merge_row(
     // Each part is off by its own log-sum-exp (below 1e-4) and by one rounding of values, which stay below 3.75 (3.5, rounded to 4 bits).
     let spread: f64 = signed.iter().map(|(w, _)| w.abs()).sum::<f64>() + 1.0;
     let rounding = match case.shape.dtype {
-        compactattn::types::Dtype::Bf16 => 1.0 / 256.0,
-        compactattn::types::Dtype::F16 => 1.0 / 2048.0,
+        Dtype::Bf16 => 1.0 / 256.0,
+        Dtype::F16 => 1.0 / 2048.0,
         _ => 1.0 / (1 << 24) as f64,
     };
     if (sum - 1.0).abs() > 1e-4 * spread {

@@ -22,15 +22,18 @@ HEAD_DIMS = (64, 96, 128, 256)
 
 ALONE = (
     "plan_spans",
+    "check_lists",
     "summaries_e4m3",
     "fill_scores",
     "cells_mass",
     "cells_lists",
+    "mass_lists",
     "two_level_candidates",
     "two_level_mass",
     "flashprefill_relate",
     "keep_rows",
     "union_table",
+    "union_table_wide",
     "table",
     "plan_work",
     "export_padded",

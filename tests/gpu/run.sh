@@ -82,6 +82,7 @@ case " $sanitizers " in *" memcheck "*)
 esac
 part differential "$suite" differential --cases "$cases" --seed "$seed" "$@"
 part metamorphic "$suite" metamorphic --count $((count / 2)) --seed "$seed" "$@"
+part exact "$suite" exact --count $((count * 5)) --seed "$seed" "$@"
 part tables "$suite" tables --count "$heavy" --seed "$seed" "$@"
 part reuse "$suite" reuse --count "$heavy" --seed "$seed" "$@"
 part classes "$suite" classes --count 100 --seed "$seed" "$@"

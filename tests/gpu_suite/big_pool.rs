@@ -23,18 +23,18 @@ use crate::common::tenants;
 
 const SELECTORS: [Selector; 4] =
     [Selector::Dense, Selector::SampledExact, Selector::XAttention, Selector::FlashPrefill];
-/// Elements of one pool; keys and values have one each, in one buffer or beside one another.
-const ELEMENTS: usize = (1 << 31) + (1 << 28);
+/// Bytes of keys and values together: in 16-bit types 2^31 elements and more each, of e4m3 twice as many.
+const BYTES: usize = 4 * ((1 << 31) + (1 << 28));
 
 pub(crate) fn run(device: &Device, rounds: &Rounds) -> bool {
     device.enter();
     let Some(large) = Large::new(device) else {
-        println!("  not run: no room for {} bytes", 2 * ELEMENTS * 2);
+        println!("  not run: no room for {BYTES} bytes");
         return false;
     };
     // One pool, so one thread.
     let rounds = Rounds { threads: 1, ..*rounds };
-    println!("  pools of {ELEMENTS} elements each, {} bytes together", 4 * ELEMENTS);
+    println!("  pools of {} elements each or twice as many, {BYTES} bytes together", BYTES / 4);
     rounds.run(device, |worker, rng, index| one(worker, rng, (&large, index)))
 }
 
@@ -43,7 +43,10 @@ fn one(worker: &mut Worker, rng: &mut Rng, (large, index): (&Large, u64)) -> Res
     let dtype = rng.pick(&[Dtype::Bf16, Dtype::F16]);
     let page = rng.pick(&[16, 64, 128]);
     let heads = rng.pick(&[[4, 2], [8, 8], [8, 1]]);
-    let shape = scenes::shape(heads, rng.pick(&[64, 128]), page, dtype);
+    let mut shape = scenes::shape(heads, rng.pick(&[64, 128]), page, dtype);
+    if selector != Selector::XAttention && rng.once_in(3) {
+        shape.kv_dtype = Dtype::E4m3;
+    }
     let settings = scenes::settings(selector, rng.pick(&[16, 32, 64]));
     let lens: Vec<Lens> = (0..rng.within(1, 3))
         .map(|_| (rng.within(1, 60), rng.below(400)))
@@ -112,7 +115,7 @@ unsafe impl Sync for Large {}
 
 impl Large {
     fn new(device: &Device) -> Option<Self> {
-        let bytes = 4 * ELEMENTS;
+        let bytes = BYTES;
         if let Some(cuda) = &device.cuda {
             if cuda.free_bytes() < bytes + (4 << 30) {
                 return None;
@@ -145,26 +148,30 @@ struct Pool {
     /// Elements from one page to the next, and from keys to values.
     page: usize,
     v_from: usize,
+    /// Bytes of an element.
+    size: usize,
 }
 
 impl Pool {
-    /// Keys and values apart, or beside one another page by page.
+    /// Keys and values apart, or beside one another page by page: then offsets pass 2^32 elements in every type.
     fn new(large: &Large, shape: &Shape, rng: &mut Rng) -> Self {
-        let own = shape.page_size * shape.num_kv_heads * shape.head_dim;
-        let pages = ELEMENTS / own;
-        let (page, v_from) = if rng.once_in(2) { (own, own * pages) } else { (2 * own, own) };
-        Self { base: large.base, shape: *shape, pages, page, v_from }
+        let (own, size) =
+            (shape.page_size * shape.num_kv_heads * shape.head_dim, shape.kv_dtype.size_bytes());
+        let pages = BYTES / 2 / size / own;
+        let (page, v_from) = if rng.once_in(3) { (own, own * pages) } else { (2 * own, own) };
+        Self { base: large.base, shape: *shape, pages, page, v_from, size }
     }
 
-    /// For each page of the case's pool, a page of this one: the ends, the borders of 2^31 and 2^32 elements and of
-    /// 2^31 and 2^32 bytes, and any others.
+    /// For each page of the case's pool, a page of this one: the farthest beyond 2^32 for what every query reads, then
+    /// the ends, the borders of 2^31 and 2^32 elements and of 2^31 and 2^32 bytes, and any others. All else is NaN (on
+    /// a CPU 0), so wherever an offset that was cut leads, it shows.
     fn pages_for(&self, case: &Case, rng: &mut Rng) -> Vec<Option<usize>> {
         let borders = [1_usize << 30, 1 << 31, 1 << 32].map(|at| at / self.page);
         let near = |at: usize| [at.saturating_sub(1), at, at + 1];
-        let mut wanted: Vec<usize> =
-            borders.into_iter().flat_map(near).chain([0, 1, self.pages - 1, self.pages - 2]).collect();
+        let mut wanted: Vec<usize> = borders.into_iter().flat_map(near).chain([0, 1]).collect();
         wanted.retain(|&page| page < self.pages);
         rng.shuffle(&mut wanted);
+        wanted.extend([self.pages - 2 - rng.below(8), self.pages - 1]);
         let mut taken = std::collections::HashSet::new();
         let mut next = || loop {
             let page = wanted.pop().unwrap_or_else(|| rng.below(self.pages));
@@ -172,18 +179,25 @@ impl Pool {
                 return page;
             }
         };
-        tenants::owned_pages(case).into_iter().map(|owned| (owned > 0).then(&mut next)).collect()
+        let mut to = vec![None; case.pools.num_pages];
+        for page in read_by_all(case) {
+            to[page] = to[page].or_else(|| Some(next()));
+        }
+        for (to, owned) in to.iter_mut().zip(tenants::owned_pages(case)) {
+            *to = to.or_else(|| (owned > 0).then(&mut next));
+        }
+        to
     }
 
     /// Copies the case's pages; NHD here, whatever the case has.
     fn fill(&self, device: &Device, case: &Case, to: &[Option<usize>]) {
         let mut flat = case.clone();
-        let dense = Strides::packed(&case.shape, case.pools.num_pages);
+        let dense = Strides::packed(&case.shape, case.pools.num_pages).scaled_as(case.pools.strides);
         flat.pools = crate::common::variants::restrided(case, dense);
-        let own = self.shape.page_size * self.shape.num_kv_heads * self.shape.head_dim * 2;
+        let own = self.page_bytes();
         for (from, to) in to.iter().enumerate().filter_map(|(from, to)| Some((from, (*to)?))) {
             for v in [false, true] {
-                let at = flat.pools.offset(v, (from, 0), 0) * 2;
+                let at = flat.pools.offset(v, (from, 0), 0) * self.size;
                 let bytes = &store_bytes(&flat.pools.store)[at..at + own];
                 device.write(self.address(v, to), bytes);
             }
@@ -192,7 +206,7 @@ impl Pool {
 
     /// NaN again, or on the CPU nothing at all.
     fn clear(&self, device: &Device, to: &[Option<usize>]) {
-        let own = self.shape.page_size * self.shape.num_kv_heads * self.shape.head_dim * 2;
+        let own = self.page_bytes();
         for to in to.iter().flatten() {
             for v in [false, true] {
                 device.fill(self.address(v, *to), POISON, own);
@@ -200,16 +214,21 @@ impl Pool {
         }
     }
 
+    /// Of its keys, or of its values.
+    fn page_bytes(&self) -> usize {
+        self.shape.page_size * self.shape.num_kv_heads * self.shape.head_dim * self.size
+    }
+
     fn address(&self, v: bool, page: usize) -> u64 {
-        self.base + 2 * (page * self.page + if v { self.v_from } else { 0 }) as u64
+        self.base + (self.size * (page * self.page + if v { self.v_from } else { 0 })) as u64
     }
 
     fn tensor(&self, v: bool) -> compactattn_tensor {
         let s = &self.shape;
         let strides = [self.page, s.num_kv_heads * s.head_dim, s.head_dim, 1];
         let dims = [self.pages, s.page_size, s.num_kv_heads, s.head_dim];
-        let skip = if v { 2 * self.v_from } else { 0 };
-        tensor(pointer(self.base + skip as u64), 4 * ELEMENTS - skip, s.dtype as i32, &dims, Some(&strides))
+        let skip = if v { self.size * self.v_from } else { 0 };
+        tensor(pointer(self.base + skip as u64), BYTES - skip, s.kv_dtype as i32, &dims, Some(&strides))
     }
 }
 
@@ -252,6 +271,14 @@ fn moved_table(case: &Case, to: &[Option<usize>]) -> Vec<i32> {
         page.map_or(entry, |page| page as i32)
     };
     case.table.iter().map(moved).collect()
+}
+
+/// First and last page of each request: sink and open region, which every list has.
+fn read_by_all(case: &Case) -> Vec<usize> {
+    let batch = case.batch();
+    let reqs = (0..batch.num_reqs()).filter(|&req| batch.q_len(req) > 0 && batch.kv_len(req) > 0);
+    reqs.flat_map(|req| [(batch.kv_len(req) - 1) / case.shape.page_size, 0].map(|i| batch.page(req, i)))
+        .collect()
 }
 
 fn pointer(address: u64) -> *mut u8 {

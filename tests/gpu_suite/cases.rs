@@ -40,8 +40,8 @@ pub(crate) fn random(seed: u64, index: u64) -> Case {
 
 /// Two to six requests, as many as tests of isolation need, nothing split: so no result depends on the others.
 pub(crate) fn several(rng: &mut Rng) -> Case {
-    let shape = plain_shape(rng);
     let settings = settings(rng);
+    let shape = shape_for(rng, &settings);
     let count = rng.within(2, 6);
     let each = 8_000_000 / count / (shape.num_q_heads * shape.head_dim);
     let units = [shape.page_size, settings.block_size];
@@ -49,10 +49,12 @@ pub(crate) fn several(rng: &mut Rng) -> Case {
     Case { splits: 1, ..Case::with(rng, shape, settings, &lens) }
 }
 
-/// A shape whose cache has its queries' type.
-pub(crate) fn plain_shape(rng: &mut Rng) -> Shape {
+/// A shape; a third of its caches are of e4m3 where that is served, the others of the queries' type.
+pub(crate) fn shape_for(rng: &mut Rng, settings: &Settings) -> Shape {
     let drawn = shape(rng);
-    Shape { kv_dtype: drawn.dtype, ..drawn }
+    let plain = Shape { kv_dtype: drawn.dtype, ..drawn };
+    let small = Shape { kv_dtype: Dtype::E4m3, ..drawn };
+    if rng.once_in(3) && is_offered(&small, settings) { small } else { plain }
 }
 
 /// Whether the GPU serves such a cache under such settings.

@@ -34,13 +34,16 @@ pub(crate) struct Ran {
 pub(crate) struct Worker<'d> {
     pub(crate) device: &'d Device,
     pub(crate) memory: Memory<'d>,
+    /// For a second step beside it.
+    pub(crate) spare: Memory<'d>,
     pub(crate) stream: Handle,
 }
 
 impl<'d> Worker<'d> {
     pub(crate) fn new(device: &'d Device, packing: Packing) -> Self {
         device.enter();
-        Self { device, memory: Memory::new(device, packing), stream: device.new_stream() }
+        let [memory, spare] = [(); 2].map(|()| Memory::new(device, packing));
+        Self { device, memory, spare, stream: device.new_stream() }
     }
 
     /// Stage by stage and as a whole: the same bits, nothing written beside the outputs.
@@ -211,6 +214,9 @@ fn counts(layout: &Layout, requests: &[Request], ran: &Ran) -> Done {
     let lists = spans * layout.lists_per_span();
     if (got.lists, got.candidates) != (lists as u64, candidates as u64) {
         return Err(format!("statistics: {got:?}, not {lists} lists and {candidates} candidates"));
+    }
+    if got.refused > 0 {
+        return Err(format!("{} requests or lists of a good step refused", got.refused));
     }
     Ok(())
 }

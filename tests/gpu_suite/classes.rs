@@ -83,11 +83,11 @@ fn step_of(rng: &mut Rng) -> Case {
         Selector::XAttention,
         Selector::Streaming,
     ];
-    let mut shape = cases::plain_shape(rng);
-    while shape.num_q_heads < 2 {
-        shape = cases::plain_shape(rng);
-    }
     let settings = scenes::settings(rng.pick(&selectors), rng.pick(&[16, 32, 64]));
+    let mut shape = cases::shape_for(rng, &settings);
+    while shape.num_q_heads < 2 {
+        shape = cases::shape_for(rng, &settings);
+    }
     let lens: Vec<Lens> = (0..rng.within(2, 4))
         .map(|_| (rng.within(2, 30), rng.below(200)))
         .map(|(q, past)| Lens { q, kv: q + past })

@@ -59,6 +59,13 @@ pub(crate) fn available() -> bool {
     Counting::open().is_ok()
 }
 
+/// Allocations on the device that the library holds.
+pub(crate) fn live() -> Option<i64> {
+    let counting = Counting::open().ok()?;
+    let sum = |names: [&str; 2]| names.map(|name| counting.calls(name) as i64).iter().sum::<i64>();
+    Some(sum(["cuMemAlloc", "cuMemHostAlloc"]) - sum(["cuMemFree", "cuMemFreeHost"]))
+}
+
 pub(crate) fn run(device: &Device) -> bool {
     let counted = Counting::open().and_then(|counting| {
         counting.catches_a_wait()?;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use compactattn::settings::Selector;
 
@@ -20,6 +21,8 @@ pub(crate) struct Range {
     pub(crate) first: u64,
     pub(crate) count: u64,
     pub(crate) threads: usize,
+    /// No case starts after it.
+    pub(crate) until: Option<Instant>,
 }
 
 /// What came of it.
@@ -41,7 +44,8 @@ pub(crate) fn run(device: &Device, range: Range) -> bool {
         for _ in 0..range.threads {
             scope.spawn(|| {
                 let mut worker = Worker::new(device, Packing::Together);
-                while !lost.load(Ordering::Relaxed) {
+                let late = || range.until.is_some_and(|until| Instant::now() >= until);
+                while !lost.load(Ordering::Relaxed) && !late() {
                     let index = next.fetch_add(1, Ordering::Relaxed);
                     if index >= range.first + range.count {
                         break;
@@ -98,7 +102,8 @@ fn report(device: &Device, range: Range, tally: &Tally, lost: bool) -> bool {
     let judged: u64 = tally.judged.values().sum();
     let by: Vec<String> = tally.judged.iter().map(|(name, n)| format!("{name} {n}")).collect();
     println!(
-        "  {judged} of {} cases judged and right ({}; {} with blocks left out), {} wrong",
+        "  seed {}: {judged} of {} cases judged and right ({}; {} with blocks left out), {} wrong",
+        range.seed,
         range.count,
         by.join(", "),
         tally.choices,

@@ -1,8 +1,6 @@
 //! A small serving engine for the soak: requests come, are prefilled in chunks, decode a little, leave or are aborted;
 //! their pages come from a pool that is nearly always full. Pages that nobody owns are NaN.
 
-use half::bf16;
-
 use super::memory::{POISON, Part};
 use super::step::{Step, store_bytes};
 use crate::common::case::Case;
@@ -29,7 +27,8 @@ pub(crate) struct Engine {
     pub(crate) case: Case,
     free: Vec<usize>,
     running: Vec<Request>,
-    noise: Vec<bf16>,
+    /// Random elements of the cache's type.
+    noise: Store,
     pub(crate) admitted: usize,
     pub(crate) aborted: usize,
     pub(crate) finished: usize,
@@ -84,7 +83,9 @@ impl Engine {
         let mut free: Vec<usize> = (0..scale.num_pages).collect();
         rng.shuffle(&mut free);
         let page = shape.page_size * shape.num_kv_heads * shape.head_dim;
-        let noise = (0..(1 << 18) + page).map(|_| bf16::from_f32(rng.normal())).collect();
+        let mut noise = Store::filled(shape.kv_dtype, (1 << 18) + page, 0.0);
+        let drawn: Vec<f32> = (0..(1 << 18) + page).map(|_| rng.normal()).collect();
+        noise.put(0, &drawn);
         let mut engine = Self {
             rng,
             scale,
@@ -152,9 +153,7 @@ impl Engine {
         for &page in &left {
             for v in [false, true] {
                 let range = self.elements((page, 0), self.scale.shape.page_size, v);
-                if let Store::Bf16(x) = &mut self.case.pools.store {
-                    x[range].fill(bf16::from_bits(0xFFFF));
-                }
+                self.case.pools.store.poison(range);
             }
         }
         self.free.extend(&left);
@@ -168,8 +167,9 @@ impl Engine {
         for &(page, row, rows) in written {
             for v in [false, true] {
                 let range = elements(case, (page, row), rows, v);
-                let bytes = &store_bytes(&case.pools.store)[range.start * 2..range.end * 2];
-                step.memory.set_at(parts.kv, range.start * 2, bytes);
+                let size = case.shape.kv_dtype.size_bytes();
+                let bytes = &store_bytes(&case.pools.store)[range.start * size..range.end * size];
+                step.memory.set_at(parts.kv, range.start * size, bytes);
             }
         }
         step.memory.set(parts.cu, bytemuck::cast_slice(&case.cu_seqlens_q));
@@ -182,7 +182,8 @@ impl Engine {
         for &page in pages {
             for v in [false, true] {
                 let range = elements(step.case, (page, 0), step.case.shape.page_size, v);
-                step.memory.fill_at(kv, range.start * 2, POISON, range.len() * 2);
+                let size = step.case.shape.kv_dtype.size_bytes();
+                step.memory.fill_at(kv, range.start * size, POISON, range.len() * size);
             }
         }
     }
@@ -233,9 +234,7 @@ impl Engine {
             for v in [false, true] {
                 let range = self.elements((page, row), rows, v);
                 let from = self.rng.below(1 << 18);
-                if let Store::Bf16(x) = &mut self.case.pools.store {
-                    x[range.clone()].copy_from_slice(&self.noise[from..from + range.len()]);
-                }
+                self.case.pools.store.copy(range, &self.noise, from);
             }
             written.push((page, row, rows));
             at += rows;

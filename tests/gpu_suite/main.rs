@@ -16,6 +16,7 @@ mod bad_input;
 mod big_pool;
 mod cases;
 mod check;
+mod checked;
 mod classes;
 mod combine;
 #[path = "../common/mod.rs"]
@@ -25,6 +26,7 @@ mod device;
 mod differential;
 mod driver;
 mod engine;
+mod exact;
 mod exports;
 mod gate;
 mod graph;
@@ -47,6 +49,7 @@ mod views;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use compactattn::types::Dtype;
 use device::{Device, Missing};
 use differential::Range;
 use memory::Packing;
@@ -59,7 +62,9 @@ const USAGE: &str = "gpu_suite [PART] [OPTION VALUE]...
   tables            corrupted block tables, canary pages  --count --seed --case --seconds --apart 1
   big-pool          pools of more than 2^31 elements      --count 200 --seed --case --seconds
   reuse             pages another tenant has used         --count --seed --case --seconds
+  exact             contents for which the output is exact, bit by bit    --count --seed --case --seconds
   soak              an engine's life: arrivals, aborts, a full pool, modes    --seconds --count (steps) --seed
+                    --kv e4m3; --shared 1 beside others on the GPU, whose memory and time it then does not judge
   stale             summaries kept while pages are used again     --count
   combine           two results merged, against f64       --count
   gate              selector attn_gate, its weights in every form  --count
@@ -68,6 +73,7 @@ const USAGE: &str = "gpu_suite [PART] [OPTION VALUE]...
   perturb           bits over repeats beside a hog of bandwidth    --count 1000 --seed
   graph             replays against eager calls           --replays 1000
   counters          no synchronisation, no allocation     (FAKE_CUDA=forward COMPACTATTN_LIBCUDA=libcounting_driver.so)
+  checked           tables damaged before attend            --count --seed --case (COMPACTATTN_CHECK=1)
   classes           the table of bad inputs, class by class  --count --seed --case --seconds
   bad-input         what must be refused with a GPU at hand, and how
   quick             a little of each (the default)
@@ -84,11 +90,14 @@ struct Options {
     replays: usize,
     seconds: u64,
     apart: bool,
+    kv: Dtype,
+    shared: bool,
 }
 
 /// Parts of [`USAGE`], in the order they run.
-const PARTS: [&str; 17] = [
+const PARTS: [&str; 19] = [
     "differential",
+    "exact",
     "laws",
     "metamorphic",
     "tables",
@@ -103,6 +112,7 @@ const PARTS: [&str; 17] = [
     "perturb",
     "graph",
     "counters",
+    "checked",
     "classes",
     "bad-input",
 ];
@@ -167,11 +177,13 @@ fn run_part(device: &Device, options: &Options, part: &'static str, quick: bool)
         "differential" => {
             let count = if quick { 200 } else { options.cases };
             let (first, count) = options.case.map_or((0, count), |case| (case, 1));
-            let range = Range { seed: options.seed, first, count, threads: options.threads };
+            let until = options.rounds(part, quick).until();
+            let range = Range { seed: options.seed, first, count, threads: options.threads, until };
             differential::run(device, range)
         }
         "laws" => differential::batches_of_16(device),
         "metamorphic" => metamorphic::run(device, &options.rounds(part, quick)),
+        "exact" => exact::run(device, &options.rounds(part, quick)),
         "tables" => tables::run(device, &options.rounds(part, quick)),
         "reuse" => reuse::run(device, &options.rounds(part, quick)),
         "big-pool" => big_pool::run(device, &options.rounds(part, quick)),
@@ -194,6 +206,11 @@ fn run_part(device: &Device, options: &Options, part: &'static str, quick: bool)
             true
         }
         "counters" => counters::run(device),
+        "checked" if quick && !checked::available(device) => {
+            println!("  not run: {}", checked::WANTED);
+            true
+        }
+        "checked" => checked::run(device, &options.rounds(part, quick)),
         _ => bad_input::run(device),
     }
 }
@@ -212,6 +229,8 @@ impl Options {
             count: if quick { few } else { self.count as u64 },
             seconds: self.seconds,
             threads: self.threads,
+            kv: self.kv,
+            shared: self.shared,
             packing: if self.apart { Packing::Apart } else { Packing::Together },
         }
     }
@@ -230,6 +249,8 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Options, String> {
         replays: 1000,
         seconds: 0,
         apart: false,
+        kv: Dtype::Bf16,
+        shared: false,
     };
     let mut args = args.peekable();
     if let Some(part) = args.next_if(|arg| !arg.starts_with('-')) {
@@ -249,6 +270,10 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Options, String> {
             "--threads" => options.threads = number()?.max(1) as usize,
             "--count" => options.count = number()? as usize,
             "--seconds" => options.seconds = number()?,
+            "--kv" if value == "e4m3" || value == "bf16" => {
+                options.kv = if value == "e4m3" { Dtype::E4m3 } else { Dtype::Bf16 };
+            }
+            "--shared" => options.shared = number()? > 0,
             "--apart" => options.apart = number()? > 0,
             "--replays" => options.replays = number()? as usize,
             _ => return Err(format!("no option {name} {value}")),

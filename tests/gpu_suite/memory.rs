@@ -184,6 +184,12 @@ impl Memory<'_> {
         std::ptr::with_exposed_provenance_mut(self.scratch.0 as usize)
     }
 
+    /// What earlier steps have left in the workspace is gone.
+    pub(crate) fn forget_workspace(&self) {
+        self.device.sync();
+        self.device.fill(self.scratch.0, POISON, self.scratch.1);
+    }
+
     /// Whether everything beside the parts, and after a workspace of that size, is as it was. After a pull.
     pub(crate) fn canaries_hold(&self, workspace_bytes: usize) -> bool {
         if self.packing == Packing::Apart {

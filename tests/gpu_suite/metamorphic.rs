@@ -205,8 +205,8 @@ fn m10_less(worker: &mut Worker, rng: &mut Rng) -> Result<(), Refusal> {
 }
 
 fn m12_cut(worker: &mut Worker, rng: &mut Rng) -> Result<(), Refusal> {
-    let shape = cases::plain_shape(rng);
     let settings = super::scenes::settings(Selector::Dense, 16);
+    let shape = cases::shape_for(rng, &settings);
     let (q, past) = (rng.within(2, 150), rng.below(500));
     let case = Case::with(rng, shape, settings, &[Lens { q, kv: q + past }]);
     worker.judged(&case, &Given::Nothing)?;

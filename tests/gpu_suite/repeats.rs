@@ -14,7 +14,9 @@ use crate::common::rng::Rng;
 pub(crate) fn run(device: &Device, count: usize) -> bool {
     let mut worker = Worker::new(device, Packing::Together);
     let mut right = true;
-    for (name, case) in scenes::repeated() {
+    let scenes = scenes::repeated();
+    println!("  {} shapes, {count} times each", scenes.len());
+    for (name, case) in scenes {
         let verdict = match worker.judged(&case, &Given::Nothing) {
             Ok(_) => repeat(&mut worker, &case, count),
             Err(refusal) => Err(refusal),

@@ -7,8 +7,7 @@ use super::abi::Refusal;
 use super::cases;
 use super::check::Worker;
 use super::device::Device;
-use super::memory::{Memory, Packing};
-use super::rounds::Rounds;
+use super::rounds::{Rounds, is_own};
 use super::step::{Given, Step, store_bytes};
 use crate::common::case::{Case, Lens};
 use crate::common::rng::Rng;
@@ -26,9 +25,9 @@ fn one(worker: &mut Worker, rng: &mut Rng) -> Result<(), Refusal> {
     let sealed = rng.once_in(2);
     let (device, stream) = (worker.device, worker.stream);
     let fault = |e: String| Refusal::Fault(format!("{}, sealed {sealed}: {e}", cases::describe(&case)));
-    let mut memory = Memory::new(device, Packing::Together);
     let wanted = {
-        let mut step = Step::new(device, &mut memory, &virgin, &Given::Nothing, stream)?;
+        let mut step = Step::new(device, &mut worker.spare, &virgin, &Given::Nothing, stream)?;
+        step.memory.forget_workspace();
         step.sealed = false;
         step.update_summaries().map_err(fault)?;
         once(&step).map_err(fault)?
@@ -46,7 +45,7 @@ fn one(worker: &mut Worker, rng: &mut Rng) -> Result<(), Refusal> {
         step.update_summaries().map_err(fault)?;
     }
     let got = once(&step).map_err(fault)?;
-    match (0..got.len()).find(|&part| got[part] != wanted[part]) {
+    match (0..got.len()).find(|&part| !is_own(&wanted[part], &got[part])) {
         None => Ok(()),
         Some(part) => Err(fault(format!("{} shows who was there before", PARTS[part]))),
     }
@@ -54,11 +53,11 @@ fn one(worker: &mut Worker, rng: &mut Rng) -> Result<(), Refusal> {
 
 /// Two steps of as many requests and queries, on the same pool, at the same strides.
 fn tenants_of_one_pool(rng: &mut Rng) -> [Case; 2] {
-    let shape = cases::plain_shape(rng);
     let mut settings = cases::settings(rng);
     if settings.selector == Selector::External {
         (settings.selector, settings.block_size) = (Selector::FlashPrefill, settings.block_size.max(16));
     }
+    let shape = cases::shape_for(rng, &settings);
     let (reqs, each) = (rng.within(1, 4), rng.pick(&[1, 20, 40]));
     let longest = rng.pick(&[300, 600, 1000]);
     let full = vec![Lens { q: each, kv: longest }; reqs];

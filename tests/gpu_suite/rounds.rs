@@ -12,6 +12,7 @@ use super::device::Device;
 use super::differential::text_of;
 use super::memory::Packing;
 use crate::common::rng::Rng;
+use compactattn::types::Dtype;
 
 /// Which cases of a part, and for how long.
 #[derive(Clone, Copy)]
@@ -26,6 +27,20 @@ pub(crate) struct Rounds {
     pub(crate) seconds: u64,
     pub(crate) threads: usize,
     pub(crate) packing: Packing,
+    /// Of the soak's cache.
+    pub(crate) kv: Dtype,
+    /// Whether others may be using the GPU.
+    pub(crate) shared: bool,
+}
+
+/// Bytes of results that other tenants' contents have changed.
+static FOREIGN: AtomicU64 = AtomicU64::new(0);
+
+/// Counts the bytes of a result in which another tenant shows; whether there are none.
+pub(crate) fn is_own(wanted: &[u8], got: &[u8]) -> bool {
+    let differing = wanted.iter().zip(got).filter(|(a, b)| a != b).count() + wanted.len().abs_diff(got.len());
+    FOREIGN.fetch_add(differing as u64, Ordering::Relaxed);
+    differing == 0
 }
 
 /// What came of them.
@@ -105,8 +120,10 @@ impl Rounds {
     fn report(&self, device: &Device, tally: &Tally, lost: bool) -> bool {
         let (done, wrong) = (tally.done, tally.wrong.len());
         println!(
-            "  seed {}: {done} cases right, {wrong} wrong, {} not offered here",
-            self.seed, tally.unsupported
+            "  seed {}: {done} cases right, {wrong} wrong, {} not offered here, {} foreign bytes",
+            self.seed,
+            tally.unsupported,
+            FOREIGN.load(Ordering::Relaxed)
         );
         let mut failures = tally.wrong.clone();
         failures.sort();

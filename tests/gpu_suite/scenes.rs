@@ -80,29 +80,43 @@ fn miniature(i: usize, over_e4m3: bool) -> Case {
     Case::with(&mut rng, shape, settings, &lens[turn % 4])
 }
 
-/// Shapes to repeat: lists that many CTAs share, lists that few do, decode rows, every tile width.
+/// Twenty shapes to repeat: lists that many CTAs share, lists that few do, decode rows, every head_dim, type and selector.
 pub(crate) fn repeated() -> Vec<(&'static str, Case)> {
-    let of = |heads, d, page, dtype, settings, lens: &[Lens]| {
-        Case::with(&mut Rng::new(7), shape(heads, d, page, dtype), settings, lens)
-    };
     let decode: Vec<Lens> = (0..9).map(|i| Lens { q: 1, kv: 1500 + 170 * i }).collect();
-    let one = |q, kv| [Lens { q, kv }];
-    let per_head = Scope::HEAD_128;
+    let ragged = vec![Lens { q: 200, kv: 1111 }, Lens { q: 1, kv: 900 }, Lens { q: 63, kv: 63 }];
+    let one = |q, kv| vec![Lens { q, kv }];
     let (bf16, f16) = (Dtype::Bf16, Dtype::F16);
-    let sampled = settings(Selector::SampledExact, 128);
-    let flash = Settings { scope: per_head, ..settings(Selector::FlashPrefill, 64) };
-    let dense = settings(Selector::Dense, 128);
-    let oracle = settings(Selector::Oracle, 64);
-    let ragged = [Lens { q: 200, kv: 1111 }, Lens { q: 1, kv: 900 }, Lens { q: 63, kv: 63 }];
-    let over_e4m3 = Shape { kv_dtype: Dtype::E4m3, ..shape([8, 2], 128, 32, bf16) };
-    let e4m3 = Case::with(&mut Rng::new(7), over_e4m3, settings(Selector::PooledMass, 32), &ragged);
-    vec![
-        ("split KV, one list", of([4, 1], 128, 64, bf16, sampled, &one(64, 4096))),
-        ("dense, one list over all CTAs", of([8, 1], 128, 16, f16, dense, &one(16, 8000))),
-        ("lists per head and 128 tokens", of([8, 2], 128, 128, bf16, flash, &one(512, 2048))),
-        ("decode rows", of([8, 2], 64, 16, bf16, sampled, &decode)),
-        ("ragged, d256", of([4, 2], 256, 32, f16, oracle, &ragged)),
-        ("split KV over e4m3", e4m3),
-        ("two_level, d96", of([6, 2], 96, 256, bf16, settings(Selector::TwoLevel, 32), &ragged)),
-    ]
+    let small = |heads, d, page| Shape { kv_dtype: Dtype::E4m3, ..shape(heads, d, page, bf16) };
+    let by_row = |settings| Settings { keep_at: KeepAt::Row, ..settings };
+    let per_head = |settings| Settings { scope: Scope::HEAD_128, ..settings };
+    let corrected = |settings| Settings { mean_correction: true, ..settings };
+    let (sampled, pooled) = (settings(Selector::SampledExact, 128), settings(Selector::PooledMass, 32));
+    let (flash, dense) = (settings(Selector::FlashPrefill, 64), settings(Selector::Dense, 128));
+    let (oracle, sparse) = (settings(Selector::Oracle, 64), settings(Selector::XAttention, 64));
+    let (two_level, streaming) = (settings(Selector::TwoLevel, 32), settings(Selector::Streaming, 64));
+    let scenes = [
+        ("split KV, one list", shape([4, 1], 128, 64, bf16), sampled, one(64, 4096)),
+        ("dense, one list over all CTAs", shape([8, 1], 128, 16, f16), dense, one(16, 8000)),
+        ("lists per head and 128 tokens", shape([8, 2], 128, 128, bf16), per_head(flash), one(512, 2048)),
+        ("decode rows", shape([8, 2], 64, 16, bf16), sampled, decode.clone()),
+        ("ragged, d256", shape([4, 2], 256, 32, f16), oracle, ragged.clone()),
+        ("split KV over e4m3", small([8, 2], 128, 32), pooled, ragged.clone()),
+        ("two_level, d96", shape([6, 2], 96, 256, bf16), two_level, ragged.clone()),
+        ("xattention, d64", shape([8, 2], 64, 64, f16), sparse, one(300, 1800)),
+        ("xattention, lists per head", shape([4, 4], 128, 16, bf16), per_head(sparse), ragged.clone()),
+        ("flashprefill by row, d96", shape([7, 1], 96, 64, f16), by_row(flash), one(260, 1500)),
+        ("streaming, d256", shape([2, 2], 256, 64, bf16), streaming, ragged.clone()),
+        ("means for what is skipped", shape([8, 2], 128, 32, bf16), corrected(pooled), one(130, 2000)),
+        ("means over e4m3", small([4, 2], 64, 64), corrected(flash), ragged.clone()),
+        ("dense decode over e4m3", small([8, 1], 128, 16), dense, decode.clone()),
+        ("sampled by row over e4m3", small([16, 2], 64, 128), by_row(sampled), one(129, 3000)),
+        ("group of 16", shape([16, 1], 128, 16, bf16), sampled, one(100, 2500)),
+        ("pooled, odd groups", shape([14, 2], 64, 16, f16), pooled, ragged.clone()),
+        ("oracle by row", shape([4, 2], 128, 256, f16), by_row(oracle), one(190, 1300)),
+        ("two_level per head, d128", shape([8, 4], 128, 32, bf16), per_head(two_level), one(400, 1700)),
+        ("decode, d256", shape([4, 1], 256, 16, bf16), sampled, decode),
+    ];
+    scenes
+        .map(|(name, shape, settings, lens)| (name, Case::with(&mut Rng::new(7), shape, settings, &lens)))
+        .into()
 }

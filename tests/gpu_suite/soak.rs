@@ -34,14 +34,15 @@ pub(crate) fn run(device: &Device, rounds: &Rounds) -> bool {
         }
         Err(Refusal::Fault(why)) => {
             let kind = if device.cuda.is_some() { "" } else { " --device cpu" };
-            println!("  gpu_suite soak --seed {} --count {}{kind}\n    {why}", rounds.seed, rounds.count);
+            let kv = if rounds.kv == Dtype::E4m3 { " --kv e4m3" } else { "" };
+            println!("  gpu_suite soak --seed {} --count {}{kv}{kind}\n    {why}", rounds.seed, rounds.count);
             false
         }
     }
 }
 
 fn soak(device: &Device, rounds: &Rounds, until: Instant) -> Result<(), Refusal> {
-    let scale = scale(device);
+    let scale = scale(device, rounds.kv);
     let mut engine = Engine::new(rounds.seed, scale, settings_of(0));
     let mut plans = Vec::new();
     for mode in (0..SELECTORS.len()).rev() {
@@ -64,12 +65,13 @@ fn soak(device: &Device, rounds: &Rounds, until: Instant) -> Result<(), Refusal>
         soak.step(&mut site, &mut engine, steps).map_err(|e| at_step(e, steps))?;
         steps += 1;
     }
+    println!("  seed {}, a cache of {}", rounds.seed, rounds.kv.name());
     soak.report(&engine, steps, start.elapsed());
     site.memory.pull();
     if !site.memory.canaries_hold(sizes.workspace_bytes as usize) {
         return Err(Refusal::Fault("something beside a buffer was written to".into()));
     }
-    soak.verdict(device.cuda.is_some(), &engine).map_err(Refusal::Fault)
+    soak.verdict(device.cuda.is_some() && !rounds.shared, &engine).map_err(Refusal::Fault)
 }
 
 fn at_step(refusal: Refusal, step: usize) -> Refusal {
@@ -84,8 +86,10 @@ fn settings_of(mode: usize) -> Settings {
 }
 
 /// 128K tokens and chunks of up to 8192 on a GPU; a miniature elsewhere.
-fn scale(device: &Device) -> Scale {
-    let shape = |heads, head_dim, page| -> Shape { scenes::shape(heads, head_dim, page, Dtype::Bf16) };
+fn scale(device: &Device, kv_dtype: Dtype) -> Scale {
+    let shape = |heads, head_dim, page| -> Shape {
+        Shape { kv_dtype, ..scenes::shape(heads, head_dim, page, Dtype::Bf16) }
+    };
     if device.cuda.is_some() {
         let limits = Limits { max_num_reqs: 16, max_total_q: 8192, max_kv_len: 131_072 };
         return Scale { shape: shape([16, 4], 128, 64), limits, num_pages: 4096, chunk: [512, 8192] };
@@ -170,6 +174,8 @@ struct Level {
     device_free: usize,
     resident_bytes: usize,
     files: usize,
+    /// The library's own, where a counting driver sees them.
+    allocations: Option<i64>,
 }
 
 impl Soak {
@@ -266,11 +272,21 @@ impl Soak {
         );
         if let [Some(warm), Some(last)] = self.ends() {
             println!("  after warm-up {warm:?}\n  at the end    {last:?}");
+            let host = (last.resident_bytes as i64 - warm.resident_bytes as i64) / 1024;
+            let live = match (warm.allocations, last.allocations) {
+                (Some(warm), Some(last)) => (last - warm).to_string(),
+                _ => "not counted".into(),
+            };
+            println!(
+                "  growth: {host} KiB of the host, {} files, device allocations {live}; 0 mismatches, 0 foreign bytes",
+                last.files as i64 - warm.files as i64
+            );
         }
     }
 
     /// Nothing grew, nothing slowed down, and what was to be tried was.
-    fn verdict(&self, on_gpu: bool, engine: &Engine) -> Done {
+    /// `alone`: on a GPU that nobody else uses, whose clock and free memory are the soak's own.
+    fn verdict(&self, alone: bool, engine: &Engine) -> Done {
         if self.rows == 0 || engine.finished == 0 || engine.aborted == 0 {
             return Err("too short: no row judged, or no request done or aborted".into());
         }
@@ -278,8 +294,11 @@ impl Soak {
             return Err(format!("the pool was never full: {} pages", engine.fullest));
         }
         if let [Some(warm), Some(last)] = self.ends() {
-            if last.files > warm.files || last.device_free < warm.device_free {
+            if last.files > warm.files || last.allocations > warm.allocations {
                 return Err("files or device memory leaked".into());
+            }
+            if alone && last.device_free < warm.device_free {
+                return Err("device memory leaked".into());
             }
             // The C library's heap breathes by this much; a leak of a step would be thousands of times larger.
             if last.resident_bytes > warm.resident_bytes + (16 << 20) {
@@ -287,8 +306,7 @@ impl Soak {
             }
         }
         let [early, late] = self.quarters();
-        // A CPU is shared with whoever else runs; a GPU's clock is its own.
-        if on_gpu && late.len() >= 50 && at(&late, 0.5) > 1.05 * at(&early, 0.5) {
+        if alone && late.len() >= 50 && at(&late, 0.5) > 1.05 * at(&early, 0.5) {
             return Err("the fixed step has become slower".into());
         }
         Ok(())
@@ -317,7 +335,8 @@ impl Level {
         let pages: usize = statm.split(' ').nth(1).and_then(|n| n.parse().ok()).unwrap_or(0);
         let files = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
         let device_free = device.cuda.as_ref().map_or(0, super::driver::Cuda::free_bytes);
-        Self { device_free, resident_bytes: pages * 4096, files }
+        let allocations = super::counters::live();
+        Self { device_free, resident_bytes: pages * 4096, files, allocations }
     }
 }
 

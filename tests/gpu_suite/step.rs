@@ -113,6 +113,13 @@ impl<'a, 'd> Step<'a, 'd> {
         self.attend(&batch, &table, self.corrects().then_some((&lists, summaries)))
     }
 
+    /// attend alone, over the table as it is now.
+    pub(crate) fn attend_again(&self) -> Done {
+        let (lists, summaries) = (self.lists(self.parts.lists), self.summaries());
+        let corrected = self.corrects().then_some((&lists, &raw const summaries));
+        self.attend(&self.batch(), &self.table(), corrected)
+    }
+
     /// Means of every whole block, if the selector reads them.
     pub(crate) fn update_summaries(&self) -> Done {
         self.update(compactattn_which::COMPACTATTN_WHICH_ALL)

@@ -178,6 +178,25 @@ struct Consumer {
       columns.listed[i] = i * 32 < columns.left ? __ldg(bits + i) : 0;
   }
 
+  // Queries to registers, and who reads them from shared memory where they are.
+  __device__ __forceinline__ void take_queries(const WorkItem& item, int heads_per_list,
+                                               const QueryRow (&mine)[2]) {
+    if constexpr (T::kSharedQueries) {
+      // The compiler learns that operands made of it are the same in all lanes.
+      const int warpgroup = __shfl_sync(0xffffffffu, at.warpgroup, 0);
+      uint8_t* own = smem.q + warpgroup * 64 * T::kRowBytes;
+      q.shared = own;
+      zero_queries<T>(own, item, heads_per_list, at.warpgroup);
+      load_queries<T>(q, smem.q, at, mine);
+    } else {
+      smem.k_full[k_ring.stage].wait(k_ring.phase);
+      load_queries<T>(q, smem.k[k_ring.stage], at, mine);
+      cutlass::arch::fence_view_async_shared();
+      __syncwarp();
+      release_keys();
+    }
+  }
+
   // O and row sums of one piece.
   __device__ __forceinline__ void attend(const LoadedPiece& piece, int heads_per_list, Outputs& o,
                                          RowState& rows) {
@@ -195,15 +214,7 @@ struct Consumer {
       columns.visible[r] =
           piece.stream.visible + token - (tile - range.means) * T::kTokens - at.column;
     }
-    if constexpr (T::kSharedQueries) {
-      // The compiler learns that operands made of it are the same in all lanes.
-      const int warpgroup = __shfl_sync(0xffffffffu, at.warpgroup, 0);
-      uint8_t* own = smem.q + warpgroup * 64 * T::kRowBytes;
-      q.shared = own;
-      zero_queries<T>(own, piece.item, heads_per_list, at.warpgroup);
-    }
-    load_queries<T>(q, smem.q, at, mine);
-    if constexpr (!T::kSharedQueries) release_queries();
+    take_queries(piece.item, heads_per_list, mine);
     if (T::kMeans && tile < range.means) {
       ask_list(skipped, piece, tile, columns);
       first_tile<Kind::kMeans>(s, p, rows, columns);

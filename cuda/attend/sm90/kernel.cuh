@@ -33,9 +33,10 @@ struct MeanMaps {
   const Means& means;
 };
 
-// A pool of keys or values, and that of their means.
+// A pool of keys or values, that of their means, and the queries that come through the same ring.
 struct Source {
   const CUtensorMap& map;
+  const CUtensorMap* queries;  // may be nullptr
   const CUtensorMap* mean_map;
   const Means* means;
 };
@@ -77,8 +78,20 @@ __device__ __forceinline__ ptx::PoolBox place(const AttendParams& params, int en
   return at;
 }
 
-// One warp; K or V tiles of every piece, last tile first. Every tile arrives with all its bytes,
-// zeros included.
+// One lane; the query rows of a piece, in groups of 64 columns.
+template <class T>
+__device__ __forceinline__ void copy_queries(const CUtensorMap& map, ptx::CopyBarrier& full,
+                                             uint8_t* to, const LoadedPiece& piece, int heads) {
+  full.arrive_and_expect_tx(T::kRows / heads * heads * T::kRowBytes * T::kGroups);
+#pragma unroll
+  for (int g = 0; g < T::kGroups; ++g) {
+    const ptx::QueryBox at{piece.item.q_head, piece.item.q_token, g};
+    ptx::load(map, full, to + g * T::kQGroupBytes, at);
+  }
+}
+
+// One warp; K or V tiles of every piece, last tile first, behind its queries where the ring
+// brings them. Every tile arrives with all its bytes, zeros included.
 template <class T, int kStages>
 __device__ __forceinline__ void produce_tiles(const Source& from, uint8_t (*tiles)[T::kKvTileBytes],
                                               ptx::CopyBarrier* full, ptx::Barrier* empty,
@@ -92,6 +105,14 @@ __device__ __forceinline__ void produce_tiles(const Source& from, uint8_t (*tile
     const Skipped skipped = skipped_of<T>(from.means, piece.item);
     const Tiles<T> range(piece, skipped);
     const int first = range.stream_begin();
+    if (from.queries && piece.end > piece.begin) {
+      empty[ring.stage].wait(ring.phase ^ 1);
+      if (lane == 0)
+        copy_queries<T>(*from.queries, full[ring.stage], tiles[ring.stage], piece,
+                        params.work.heads_per_list);
+      __syncwarp();
+      ring.advance();
+    }
     int token = (range.end - range.means - 1) * T::kTokens + mine.first;
     int entry = range.end > first ? entry_at(params, piece.stream, token) : 0;
 #pragma unroll 1
@@ -127,24 +148,17 @@ __device__ __forceinline__ void produce_tiles(const Source& from, uint8_t (*tile
   }
 }
 
-// One thread; Q tiles of every piece that reads anything.
+// One thread; queries that stay in shared memory, of every piece that reads anything.
 template <class T>
 __device__ __forceinline__ void produce_queries(const CUtensorMap& map, SharedStorage<T>& smem,
                                                 const AttendParams& params) {
-  const int heads = params.work.heads_per_list;
-  const int bytes = T::kRows / heads * heads * T::kRowBytes * T::kGroups;
   const Pieces pieces(params.work);
   uint32_t phase = 0;
   for (int i = 0; i < pieces.count; ++i) {
     const LoadedPiece piece = pieces.at(params.work, i);
     if (piece.end == piece.begin) continue;
     smem.q_empty.wait(phase ^ 1);
-    smem.q_full.arrive_and_expect_tx(bytes);
-#pragma unroll
-    for (int g = 0; g < T::kGroups; ++g) {
-      const ptx::QueryBox at{piece.item.q_head, piece.item.q_token, g};
-      ptx::load(map, smem.q_full, smem.q + g * T::kQGroupBytes, at);
-    }
+    copy_queries<T>(map, smem.q_full, smem.q, piece, params.work.heads_per_list);
     phase ^= 1;
   }
 }
@@ -156,7 +170,7 @@ __device__ __forceinline__ void consume(const AttendParams& params, const Means*
                                         SharedStorage<T>& smem) {
   Consumer<T> consumer{smem, place_of_thread(), params.sm_scale * kLog2E, means, {}, {}, {}};
   const Place at = consumer.at;
-  uint32_t q_phase = 0;
+  [[maybe_unused]] uint32_t q_phase = 0;
   const Pieces pieces(params.work);
   consumer.begin();
   for (int i = 0; i < pieces.count; ++i) {
@@ -165,11 +179,13 @@ __device__ __forceinline__ void consume(const AttendParams& params, const Means*
     reset(rows);
     float o[T::kOutputs] = {};
     if (piece.end > piece.begin) {
-      smem.q_full.wait(q_phase);
-      q_phase ^= 1;
+      if constexpr (T::kSharedQueries) {
+        smem.q_full.wait(q_phase);
+        q_phase ^= 1;
+      }
       consumer.attend(piece, params.work.heads_per_list, o, rows);
     }
-    finish_rows<typename T::Element, T::kMeetAtOnce>(params, piece, at.row, o, rows);
+    finish_rows<typename T::Element, 4, T::kMeetAtOnce>(params, piece, at.row, o, rows);
   }
   consumer.end();
 }
@@ -180,8 +196,10 @@ template <class T>
 __device__ __forceinline__ void init_barriers(SharedStorage<T>& smem) {
   constexpr int kReaders = T::kConsumers * 4;  // warps
   if (threadIdx.x == 0) {
-    smem.q_full.init(1);
-    smem.q_empty.init(kReaders);
+    if constexpr (T::kSharedQueries) {
+      smem.q_full.init(1);
+      smem.q_empty.init(kReaders);
+    }
     for (int i = 0; i < T::kKeyStages; ++i) {
       smem.k_full[i].init(1);
       smem.k_empty[i].init(kReaders);
@@ -210,14 +228,17 @@ __device__ __forceinline__ void attend(const Maps& maps, const AttendParams& par
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     const int warp = threadIdx.x / 32;
     if (warp == 0) {
-      const Source from{maps.k, T::kMeans ? &mean->k : nullptr, means};
+      const Source from{maps.k, T::kSharedQueries ? nullptr : &maps.q,
+                        T::kMeans ? &mean->k : nullptr, means};
       produce_tiles<T, T::kKeyStages>(from, smem.k, smem.k_full, smem.k_empty, params);
     }
     if (warp == 1) {
-      const Source from{maps.v, T::kMeans ? &mean->v : nullptr, means};
+      const Source from{maps.v, nullptr, T::kMeans ? &mean->v : nullptr, means};
       produce_tiles<T, T::kValueStages>(from, smem.v, smem.v_full, smem.v_empty, params);
     }
-    if (threadIdx.x == 64) produce_queries<T>(maps.q, smem, params);
+    if constexpr (T::kSharedQueries) {
+      if (threadIdx.x == 64) produce_queries<T>(maps.q, smem, params);
+    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     consume<T>(params, means, smem);

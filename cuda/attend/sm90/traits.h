@@ -63,18 +63,21 @@ struct Corrected : T {
   static constexpr bool kMeans = true;
 };
 
-// As many stages as 227 KB hold beside Q. Ahead and in turns 14 % faster than neither, of which
+// As many stages as 227 KB hold. Ahead and in turns 14 % faster than neither, of which
 // turns are 9; held waits cost 2 %.
 template <class E, int kHeadDim>
 struct TileOf;
 template <class E>
-struct TileOf<E, 64> : Tile<E, 64, 128, 6, 6, 4> {
+struct TileOf<E, 64> : Tile<E, 64, 128, 7, 6, 4> {
   static constexpr bool kAhead = true;
   static constexpr bool kTurns = true;
 };
-// Ahead and held 8 to 14 % faster than neither, 5 of them held; turns cost 1 to 5 %.
+// Ahead and held 8 to 14 % faster than neither, 5 of them held; turns cost 1 to 5 %. With three
+// stages of each, boxes of 16 tokens came too late by 4 to 20 %, depending on how the compiler had
+// ordered the step; a fourth of values instead of keys is as good
+// (tests/bench/record/h100/2026-11-22-page16.txt).
 template <class E>
-struct TileOf<E, 128> : Tile<E, 128, 128, 3, 3, 8> {
+struct TileOf<E, 128> : Tile<E, 128, 128, 4, 3, 8> {
   static constexpr bool kAhead = true;
   static constexpr bool kHeldWait = true;
 };
@@ -95,12 +98,20 @@ struct OrderedScale {
   }
 };
 
+// Queries that products read from shared memory; others come through the ring of keys, as a piece's
+// first tile.
+template <class T, bool kShared = T::kSharedQueries>
+struct QueryTile {};
 template <class T>
-struct SharedStorage {
+struct QueryTile<T, true> {
   alignas(1024) uint8_t q[T::kQTileBytes];
+};
+
+template <class T>
+struct SharedStorage : QueryTile<T> {
   alignas(1024) uint8_t k[T::kKeyStages][T::kKvTileBytes];
   alignas(1024) uint8_t v[T::kValueStages][T::kKvTileBytes];
-  ptx::CopyBarrier q_full;
+  ptx::CopyBarrier q_full;  // of shared queries
   ptx::CopyBarrier k_full[T::kKeyStages];
   ptx::CopyBarrier v_full[T::kValueStages];
   ptx::Barrier q_empty;
