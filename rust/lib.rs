@@ -36,6 +36,7 @@ pub mod run;
 pub mod seals;
 pub mod select;
 pub mod settings;
+mod stage;
 pub mod stats;
 pub mod summaries;
 pub mod table;

@@ -10,6 +10,7 @@ use crate::plan::{Layout, Limits};
 use crate::seals;
 use crate::select::{self, Gate, GateLayer, Input};
 use crate::settings::{Selector, Settings};
+use crate::stage::{self, Stage};
 use crate::stats::{LayerStats, Stats};
 use crate::summaries::{self, Summaries, SummariesMut, Which};
 use crate::table::{self, Table, TableMut};
@@ -84,6 +85,7 @@ impl Plan {
     /// # Errors
     /// Those of [`Layout::new`]; [`Status::Value`] for no layers or a wrong `splits`.
     pub fn new(desc: &PlanDesc, parallel: Parallel) -> Result<Self> {
+        stage::watch()?;
         if desc.layers.is_empty() {
             return Err(Error::new(Status::Value, "num_layers", "at least 1", 0));
         }
@@ -217,7 +219,7 @@ impl Plan {
         if let Some(seals) = &out.seals {
             check_len("summaries.seals", seals.len(), seals::len(layout, batch.k().num_pages))?;
         }
-        summaries::update(layout, batch, which, out, self.parallel);
+        Stage::Summaries.run(|| summaries::update(layout, batch, which, out, self.parallel));
         Ok(())
     }
 
@@ -264,7 +266,7 @@ impl Plan {
         let mut counts = select_lists(&input, step.external, &mut buffers, self.parallel);
         let Buffers { lists, counts: boxes, stream_lens, boxes: ids, .. } = &mut buffers;
         let mut table = TableMut { counts: boxes, stream_lens, boxes: ids };
-        tracing::trace_span!("table").in_scope(|| table::build(&layout, batch, lists, &mut table));
+        Stage::Table.run(|| table::build(&layout, batch, lists, &mut table));
         if self.checked {
             counts.refused += check::lists(&layout, batch, lists, &mut table);
         }
@@ -306,10 +308,10 @@ impl Plan {
             out: &mut buffers.partial_out[..self.splits * rows * layout.shape.head_dim],
             lse: &mut buffers.partial_lse[..self.splits * rows],
         };
-        tracing::trace_span!("attend").in_scope(|| {
+        Stage::Attend.run(|| {
             attend::attend(layout, batch, &table, correction.as_ref(), &mut partials, self.parallel);
         });
-        tracing::trace_span!("combine").in_scope(|| {
+        Stage::Combine.run(|| {
             combine::combine(layout, batch, &partials, &mut output.out, output.lse.as_mut(), self.parallel);
         });
         Ok(())
@@ -327,11 +329,13 @@ fn select_lists(
     let Buffers { scores, masks, lists, .. } = buffers;
     let external = external.filter(|_| layout.settings.selector == Selector::External);
     match external {
-        Some(External::Masks(masks)) => union::of_masks(layout, batch, masks, lists),
-        Some(External::Scores(scores)) => union::unite(layout, batch, scores, masks, lists),
+        Some(External::Masks(masks)) => Stage::Union.run(|| union::of_masks(layout, batch, masks, lists)),
+        Some(External::Scores(scores)) => {
+            Stage::Union.run(|| union::unite(layout, batch, scores, masks, lists))
+        }
         None => {
-            tracing::trace_span!("select").in_scope(|| select::score(input, scores, parallel));
-            tracing::trace_span!("union").in_scope(|| union::unite(layout, batch, scores, masks, lists))
+            Stage::Select.run(|| select::score(input, scores, parallel));
+            Stage::Union.run(|| union::unite(layout, batch, scores, masks, lists))
         }
     }
 }
@@ -360,13 +364,8 @@ impl OwnSummaries {
         self.k_mean = vec![0.0; len];
         self.v_mean = if layout.settings.mean_correction { vec![0.0; len] } else { Vec::new() };
         let v_mean = layout.settings.mean_correction.then_some(&mut self.v_mean[..]);
-        summaries::update(
-            layout,
-            batch,
-            Which::All,
-            &mut SummariesMut { k_mean: &mut self.k_mean, v_mean, seals: None },
-            parallel,
-        );
+        let mut out = SummariesMut { k_mean: &mut self.k_mean, v_mean, seals: None };
+        Stage::Summaries.run(|| summaries::update(layout, batch, Which::All, &mut out, parallel));
         let v_mean = layout.settings.mean_correction.then_some(&self.v_mean[..]);
         Some(Summaries { k_mean: &self.k_mean, v_mean })
     }

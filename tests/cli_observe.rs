@@ -136,6 +136,59 @@ fn stages_say_how_long_they_took_at_the_finest_level_of_the_log() {
 }
 
 #[test]
+fn a_profiler_gets_a_range_for_each_stage_if_one_asks_for_them() {
+    let dir = scratch("ranges");
+    let (trace, output, log) = (trace(&dir), dir.join("out"), dir.join("log"));
+    let profiler = profiler(&dir, &[]);
+    let attend = |nvtx: &str| {
+        let arguments = ["attend", "--input", text(&trace), "--output", text(&output), "--device", "cpu"];
+        let mut run = Command::new(env!("CARGO_BIN_EXE_compactattn"));
+        run.args(arguments).env("NVTX_INJECTION64_PATH", &profiler).env("FAKE_NVTX_LOG", &log);
+        run.env("COMPACTATTN_NVTX", nvtx).output().unwrap()
+    };
+    assert!(attend("0").status.success() && !log.exists(), "not asked, and not even attached");
+    assert!(attend("1").status.success());
+    let found = std::fs::read_to_string(&log).unwrap();
+    let stages = ["select", "union", "table", "attend", "combine"];
+    let layer: String = stages.map(|stage| format!("(compactattn {stage})")).concat();
+    assert!(found.matches(&layer).count() >= LAYERS.len(), "{found}");
+    let refused = attend("maybe");
+    let said = stderr(&refused);
+    assert!(
+        refused.status.code() == Some(2) && said.contains("E_CONFIG: COMPACTATTN_NVTX: wanted 0 or 1"),
+        "{said}"
+    );
+}
+
+#[test]
+fn doctor_says_what_became_of_the_wish_for_ranges() {
+    let dir = scratch("ranges_doctor");
+    let deaf = profiler(&dir, &["-DFAKE_DEAF"]);
+    for (nvtx, library, said) in [
+        ("0", text(&deaf), "off"),
+        ("1", "", "NVTX_INJECTION64_PATH is not set"),
+        ("1", "/nowhere/p.so", "/nowhere/p.so could not be loaded"),
+        ("1", text(&deaf), "has attached to no ranges"),
+    ] {
+        let mut run = Command::new(env!("CARGO_BIN_EXE_compactattn"));
+        run.args(["doctor", "--json", "--python", "/nowhere/python3"]);
+        let run = run.env("COMPACTATTN_NVTX", nvtx).env("NVTX_INJECTION64_PATH", library).output().unwrap();
+        let report: Value = serde_json::from_slice(&run.stdout).unwrap();
+        assert!(report["settings"]["nvtx"].as_str().unwrap().contains(said), "{nvtx} {library}: {report}");
+    }
+}
+
+/// The stand-in of tests/gpu/counting_profiler.c.
+fn profiler(dir: &Path, flags: &[&str]) -> PathBuf {
+    let (source, out) =
+        (concat!(env!("CARGO_MANIFEST_DIR"), "/tests/gpu/counting_profiler.c"), dir.join("p.so"));
+    let mut cc = Command::new("cc");
+    cc.args(["-std=gnu11", "-O1", "-shared", "-fPIC"]).args(flags).args(["-o", text(&out), source]);
+    assert!(cc.status().unwrap().success());
+    out
+}
+
+#[test]
 fn counters_are_shown_again_and_again_as_json_and_over_http() {
     let dir = scratch("stats");
     for pid in [7, 8] {

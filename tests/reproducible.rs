@@ -1,5 +1,6 @@
 //! Kernel images depend on their sources and the compiler alone, and not on whether the cache of images was used. (Line
-//! tables, which `NVCC_APPEND_FLAGS=-lineinfo` adds, would name the folder of the build.) Runs where there is an nvcc;
+//! tables, which `NVCC_APPEND_FLAGS=-lineinfo` adds, would name the folder of the build; so do names that CuTe's headers
+//! leave in images of TMA. `packaging/again.sh` compares whole packages.) Runs where there is an nvcc;
 //! elsewhere it says that it did not.
 #![cfg(unix)]
 #![expect(clippy::unwrap_used, reason = "tests")]

@@ -1,9 +1,10 @@
-// combine: the pieces of a cut item meet four by four in a fixed tree, warp by warp: whichever of
-// the four comes last adds the others' rows to its own, and goes on. Nobody waits. Sums do not
-// depend on who came last, so every run gives the same bits: a softmax is put together from its
+// combine: the pieces of a cut item meet two by two or four by four in a fixed tree, warp by warp:
+// whichever of them comes last adds the others' rows to its own, and goes on. Nobody waits. Sums do
+// not depend on who came last, so every run gives the same bits: a softmax is put together from its
 // parts in any order (online normaliser, arXiv 1805.02867), all addends are rounded before they are
-// added, and they are added two by two. Of two by two meetings, 9 parts would have 4 in a row, each
-// with its way to memory and back.
+// added, and they are added two by two. 9 parts meet four times in a row two by two, each time with
+// a way to memory and back, and twice four by four, which takes registers that not every kernel
+// has.
 #pragma once
 
 #include "../common/epilogue.cuh"
@@ -12,11 +13,12 @@
 namespace compactattn {
 
 constexpr int kWarpRows = 16;  // that a warp's accumulators hold
-constexpr int kMembers = 4;    // of a meeting
 static_assert(kTileRows == kWarpRows * kArrivals, "who has arrived is counted by 16 rows");
 
-// A warp's 16 rows of an item's parts from `first` on, divided by their sums.
+// A warp's 16 rows of an item's parts from `first` on, divided by their sums; kMembers meet.
+template <int kMembers>
 struct Meeting {
+  static_assert(kMembers == 2 || kMembers == 4);
   const AttendParams& params;
   int first_cta;  // of the item
   int parts;
@@ -124,10 +126,11 @@ struct Meeting {
       for (int i = 0; i < kAtOnce; ++i) {
         if (at + i >= N / 4) continue;
         float* to = o + 4 * (at + i);
-        to[0] = sum_of(weights, 0, to[0], x[1][i].x, x[2][i].x, x[3][i].x);
-        to[1] = sum_of(weights, 0, to[1], x[1][i].y, x[2][i].y, x[3][i].y);
-        to[2] = sum_of(weights, 1, to[2], x[1][i].z, x[2][i].z, x[3][i].z);
-        to[3] = sum_of(weights, 1, to[3], x[1][i].w, x[2][i].w, x[3][i].w);
+        x[0][i] = {to[0], to[1], to[2], to[3]};
+        to[0] = sum_of(weights, 0, [&](int m) { return x[m][i].x; });
+        to[1] = sum_of(weights, 0, [&](int m) { return x[m][i].y; });
+        to[2] = sum_of(weights, 1, [&](int m) { return x[m][i].z; });
+        to[3] = sum_of(weights, 1, [&](int m) { return x[m][i].w; });
         done += fabsf(to[0]) + fabsf(to[1]) + fabsf(to[2]) + fabsf(to[3]);
       }
       // The assembler would have all loads in flight, and spill.
@@ -137,32 +140,38 @@ struct Meeting {
 
   // Row r's weights from its parts' LSE; the LSE of all.
   __device__ __forceinline__ static float weigh(float (&weights)[kMembers][2], int r) {
-    const float top =
-        fmaxf(fmaxf(weights[0][r], weights[1][r]), fmaxf(weights[2][r], weights[3][r]));
+    float top = weights[0][r];
+#pragma unroll
+    for (int m = 1; m < kMembers; ++m) top = fmaxf(top, weights[m][r]);
 #pragma unroll
     for (int m = 0; m < kMembers; ++m)
       weights[m][r] =
           weights[m][r] == -INFINITY ? 0.0f : ptx::exp2_approx((weights[m][r] - top) * kLog2E);
-    const float sum =
-        __fadd_rn(__fadd_rn(weights[0][r], weights[1][r]), __fadd_rn(weights[2][r], weights[3][r]));
+    const float sum = in_pairs([&](int m) { return weights[m][r]; });
     const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
 #pragma unroll
     for (int m = 0; m < kMembers; ++m) weights[m][r] *= inverse;
     return sum > 0.0f ? top + kLn2 * __log2f(sum) : -INFINITY;
   }
 
-  // The same whoever comes last.
+  template <class Value>
   __device__ __forceinline__ static float sum_of(const float (&weights)[kMembers][2], int r,
-                                                 float own, float beside, float a, float b) {
-    const float ours = __fadd_rn(__fmul_rn(own, weights[0][r]), __fmul_rn(beside, weights[1][r]));
-    const float theirs = __fadd_rn(__fmul_rn(a, weights[2][r]), __fmul_rn(b, weights[3][r]));
-    return __fadd_rn(ours, theirs);
+                                                 const Value& value) {
+    return in_pairs([&](int m) { return __fmul_rn(value(m), weights[m][r]); });
+  }
+
+  // The same whoever comes last: ours and who it is added to, then the other two.
+  template <class Value>
+  __device__ __forceinline__ static float in_pairs(const Value& value) {
+    const float ours = __fadd_rn(value(0), value(1));
+    if constexpr (kMembers == 2) return ours;
+    return __fadd_rn(ours, __fadd_rn(value(kMembers - 2), value(kMembers - 1)));
   }
 };
 
 // What becomes of a piece's rows; `row` is the thread's first row of the tile. A whole warp, with
-// 12 * kAtOnce registers to spare.
-template <class Element, int kAtOnce, int N>
+// 4 * (kMembers - 1) * kAtOnce registers to spare.
+template <class Element, int kMembers, int kAtOnce, int N>
 __device__ __forceinline__ void finish_rows(const AttendParams& params, const LoadedPiece& piece,
                                             int row, float (&o)[N], const RowState& rows) {
   row = ptx::not_before(row);
@@ -171,7 +180,7 @@ __device__ __forceinline__ void finish_rows(const AttendParams& params, const Lo
 #pragma unroll
     for (int i = 0; i < N; ++i) o[i] *= ends[i / 2 % 2].inverse;
     ends[0].inverse = ends[1].inverse = 1.0f;
-    Meeting meeting(params, piece, row);
+    Meeting<kMembers> meeting(params, piece, row);
     for (int step = 1; step < piece.parts; step *= kMembers) {
       const int leader = meeting.first - meeting.first % (kMembers * step);
       const int members = min(kMembers, (piece.parts - leader + step - 1) / step);

@@ -1,6 +1,7 @@
 // The blocks that two_level scores again (rust/select/two_level.rs, candidates): of each KV group
 // the forced blocks and those of the greatest sum of scores over its heads,
-// ceil(candidate_share * past blocks) together; as bits and as a list. One CTA of 256 threads.
+// ceil(candidate_share * past blocks) together; as bits and as a list. One CTA of cta::kThreads
+// threads.
 #pragma once
 
 #include "../union/rows.cuh"

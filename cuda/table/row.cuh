@@ -1,4 +1,5 @@
-// table: one row of bits to the physical boxes it names (rust/table.rs). One CTA of 256 threads.
+// table: one row of bits to the physical boxes it names (rust/table.rs). One CTA of cta::kThreads
+// threads.
 #pragma once
 
 #include "../common/bits.cuh"
@@ -7,22 +8,27 @@
 
 namespace compactattn {
 
-// The set bits of as many words as the CTA has threads.
+constexpr int kChunkWords = 256;
+static_assert(kChunkWords <= cta::kThreads, "a thread for each");
+
+// The set bits of some words.
 struct Chunk {
-  uint32_t words[cta::kThreads];
-  int before[cta::kThreads];            // set bits in the words before
-  uint16_t blocks[cta::kThreads * 32];  // ascending, counted from the chunk's first
+  uint32_t words[kChunkWords];
+  int before[kChunkWords];            // set bits in the words before
+  uint16_t blocks[kChunkWords * 32];  // ascending, counted from the chunk's first
 };
 
 // The chunk from word `base` on, without bits from `total` on; how many are set.
 __device__ __forceinline__ int fill_chunk(Chunk& chunk, const uint32_t* bits, int base, int total) {
-  const int words = min(cta::kThreads, words_of(total) - base), lane = threadIdx.x % 32;
+  const int words = min(kChunkWords, words_of(total) - base), lane = threadIdx.x % 32;
   const int word = base + threadIdx.x;
   const uint32_t mine =
       static_cast<int>(threadIdx.x) < words ? bits[word] & range_word(word, 0, total) : 0;
   const cta::Sum<int> sum = cta::exclusive_sum(__popc(mine));  // all are done with the last chunk
-  chunk.words[threadIdx.x] = mine;
-  chunk.before[threadIdx.x] = sum.before;
+  if (threadIdx.x < kChunkWords) {
+    chunk.words[threadIdx.x] = mine;
+    chunk.before[threadIdx.x] = sum.before;
+  }
   __syncthreads();
 #pragma unroll 4
   for (int i = threadIdx.x / 32; i < words; i += cta::kWarps) {
@@ -49,7 +55,7 @@ __device__ inline void write_table_row(const Step& step, const Span& span, int64
   int32_t* boxes = step.stages.boxes + row * layout.max_boxes;
   __shared__ Chunk chunk;
   int blocks = 0;
-  for (int base = 0; base < words; base += cta::kThreads) {
+  for (int base = 0; base < words; base += kChunkWords) {
     const int found = fill_chunk(chunk, bits, base, total);
     const int32_t first = base * 32, end = found << log2_per_block;
     int32_t* out = boxes + (blocks << log2_per_block);

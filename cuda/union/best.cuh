@@ -1,4 +1,5 @@
-// The best of a row by count or by mass, without sorting: radix select over ranks, 8 bits a step.
+// The best of a row by count or by mass, without sorting: radix select over ranks, 8 bits a step or
+// as many as make a bin for each thread.
 //
 // Ranks that many scores share cost nothing, as undecided bits start below the first bit in which
 // the best and the worst rank differ. Every sum is one of integers, so a row's cut depends on the
@@ -13,7 +14,7 @@
 
 namespace compactattn {
 
-constexpr int kDigitBits = 8;
+constexpr int kDigitBits = cta::kThreads == 1024 ? 10 : cta::kThreads == 512 ? 9 : 8;
 constexpr int kBins = 1 << kDigitBits;
 static_assert(kBins == cta::kThreads, "a thread for each bin");
 constexpr int kAllTies = INT_MAX;
@@ -59,6 +60,12 @@ struct Histogram {
   uint64_t warp_weights[cta::kWarps];
   Pick pick;
 };
+
+// The CTA's one; a call's first writes are to bins alone, which the call before left zero.
+__device__ __forceinline__ Histogram& cta_histogram() {
+  __shared__ Histogram histogram;
+  return histogram;
+}
 
 // Each block weighs 1.
 struct ByCount {
@@ -129,27 +136,18 @@ __device__ __forceinline__ Bin sum_bins(Histogram& histogram) {
                    ? bin.blocks
                    : static_cast<uint64_t>(histogram.high[at]) << 32 | histogram.low[at];
   histogram.blocks[at] = histogram.low[at] = histogram.high[at] = 0;
-  uint32_t blocks = bin.blocks;
-  uint64_t weight = bin.weight;
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const uint32_t blocks_below = __shfl_up_sync(cta::kAllLanes, blocks, d);
-    const uint64_t weight_below =
-        Weight::kIsCount ? blocks_below : __shfl_up_sync(cta::kAllLanes, weight, d);
-    if (lane >= d) blocks += blocks_below;
-    if (lane >= d) weight += weight_below;
-  }
+  const uint32_t blocks = cta::lane_sum<32>(bin.blocks);
+  const uint64_t weight = Weight::kIsCount ? blocks : cta::lane_sum<32>(bin.weight);
   if (lane == 31) histogram.warp_blocks[warp] = blocks;
   if (lane == 31) histogram.warp_weights[warp] = weight;
   __syncthreads();
-  bin.blocks_above = blocks - bin.blocks;
-  bin.weight_above = weight - bin.weight;
-#pragma unroll
-  for (int w = 0; w < cta::kWarps; ++w) {
-    if (w < warp) bin.blocks_above += histogram.warp_blocks[w];
-    if (w < warp) bin.weight_above += histogram.warp_weights[w];
-    bin.all += histogram.warp_weights[w];
-  }
+  const cta::Sum<uint32_t> of_blocks = cta::sum_of_warps(histogram.warp_blocks);
+  const cta::Sum<uint64_t> of_weights = Weight::kIsCount
+                                            ? cta::Sum<uint64_t>{of_blocks.before, of_blocks.total}
+                                            : cta::sum_of_warps(histogram.warp_weights);
+  bin.blocks_above = of_blocks.before + blocks - bin.blocks;
+  bin.weight_above = of_weights.before + weight - bin.weight;
+  bin.all = of_weights.total;
   return bin;
 }
 
@@ -167,7 +165,7 @@ __device__ __forceinline__ Pick pick_bin(Histogram& histogram, const Bin& bin, u
 // range is known, at most that; none for 0.
 template <class Weight>
 __device__ Best best_of(Range range, const Weight& weight) {
-  __shared__ Histogram histogram;
+  Histogram& histogram = cta_histogram();
   histogram.blocks[threadIdx.x] = histogram.low[threadIdx.x] = histogram.high[threadIdx.x] = 0;
   if (threadIdx.x < 2) histogram.aside[threadIdx.x] = 0;
   __syncthreads();

@@ -1,5 +1,5 @@
 // Which blocks of one row of scores stay (rust/select/keep.rs): threshold, mass or density, between
-// a floor and a cap. One CTA of 256 threads a row.
+// a floor and a cap. One CTA of cta::kThreads threads a row.
 //
 // Forced blocks are the first and the last ones, so what is left to rank is one range.
 #pragma once
@@ -40,6 +40,8 @@ struct Survey {
   uint32_t at_threshold;
 };
 
+__device__ inline Survey nothing_seen() { return {0, 0, 0xffffffffu, 0, 0}; }
+
 __device__ inline Survey join_lanes(const Survey& x) {
   return {__reduce_max_sync(cta::kAllLanes, x.heaviest), __reduce_max_sync(cta::kAllLanes, x.best),
           __reduce_min_sync(cta::kAllLanes, x.worst), __reduce_add_sync(cta::kAllLanes, x.unjudged),
@@ -55,7 +57,7 @@ __device__ inline Survey join(const Survey& a, const Survey& b) {
 __device__ inline Survey survey(const Row& row, float threshold) {
   __shared__ Survey warps[cta::kWarps];
   const uint32_t at = rank_of(threshold);
-  Survey seen{0, 0, 0xffffffffu, 0, 0};
+  Survey seen = nothing_seen();
   each_score(row.scores, 0, row.n, [&](int j, float score) {
     seen.heaviest = max(seen.heaviest, mass_bits(score));
     if (j < row.first_free || j >= row.end_free) return;
@@ -65,10 +67,8 @@ __device__ inline Survey survey(const Row& row, float threshold) {
   seen = join_lanes(seen);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = seen;
   __syncthreads();
-  seen = warps[0];
-#pragma unroll
-  for (int w = 1; w < cta::kWarps; ++w) seen = join(seen, warps[w]);
-  return seen;
+  const int lane = threadIdx.x % 32;
+  return join_lanes(lane < cta::kWarps ? warps[lane] : nothing_seen());
 }
 
 // The blocks that are not forced, by what the survey knows of their ranks.

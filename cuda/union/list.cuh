@@ -1,6 +1,7 @@
 // One list, from its rows of scores or bits to the boxes it reads (rust/union.rs, rust/table.rs).
 // Merging masks is an OR, the smallest set that covers every row under one list (arXiv 2605.16839,
-// section 3); merging scores decides once on the list's own scores. One CTA of 256 threads.
+// section 3); merging scores decides once on the list's own scores. One CTA of cta::kThreads
+// threads.
 #pragma once
 
 #include "../table/row.cuh"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch  # type: ignore[import-not-found, unused-ignore]
@@ -30,16 +33,78 @@ def chunk(query: Any, key: Any, value: Any, scaling: float | None, settings: Set
     """
     batch, heads, q_len, head_dim = query.shape
     out = torch.empty((batch, q_len, heads, head_dim), dtype=query.dtype, device=query.device)
+    call = _Call.found((query, key, value), out, scaling, settings)
     for req in range(batch):
-        _request((query[req], key[req], value[req]), out[req], scaling, settings)
+        if call:
+            call.run(req, query, key, value, out)
+        else:
+            _request((query[req], key[req], value[req]), out[req], scaling, settings)
     return out
 
 
 def means(plan: Plan, batch: Batch, settings: Settings) -> Summaries | None:
     """All block means of the batch, where the device cannot make them itself and something reads them."""
-    if batch.home.on_cpu or not (settings.selector in stages.READS_MEANS or settings.mean_correction):
+    if batch.home.on_cpu or not _reads_means(settings):
         return None
     return BlockMeans(plan, values=settings.mean_correction, seals=False).update(batch, which="all")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One request's forward, made once a chunk: from layer to layer, and request to request, only addresses change.
+
+    It holds none of the tensors it was made from, or a layer's KV would outlive its cache.
+    """
+
+    plan: Plan
+    args: Any
+    struct: Any
+    # Bytes from one request to the next of query, key, value and out.
+    steps: tuple[int, ...]
+    # What args point to: lengths and table, settings by whose identity it is found, workspace.
+    held: tuple[Any, ...]
+
+    @classmethod
+    def found(cls, tensors: tuple[Any, Any, Any], out: Any, scaling: float | None, settings: Settings) -> _Call | None:
+        """What this thread keeps for such a layer; None where a call is more than a forward, or a graph's own."""
+        query, key, value = tensors
+        if key.shape[2] % PAGE or _reads_means(settings):
+            return None
+        stream = None
+        if query.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            stream = torch.cuda.current_stream(query.device).cuda_stream
+        strides = query.stride(), key.stride(), value.stride()
+        at = (query.shape, key.shape, strides, query.dtype, query.device, scaling, id(settings), stream)
+        calls: dict[Any, _Call] = _local.__dict__.setdefault("calls", {})
+        call = calls.get(at)
+        if call is None:
+            if len(calls) >= _MOST_CALLS:
+                calls.clear()
+            call = calls[at] = cls._of(tensors, out, scaling, settings, stream)
+        return call
+
+    @classmethod
+    def _of(
+        cls, tensors: tuple[Any, Any, Any], out: Any, scaling: float | None, settings: Settings, stream: int | None
+    ) -> _Call:
+        batch = _batch(*(tensor[0] for tensor in tensors))
+        plan = plan_for(batch, settings=settings, sm_scale=scaling)
+        memory = plan.workspace(batch, stream)
+        args = plan.arguments(batch, out[0], scratch=memory, stream=stream)
+        lengths = tuple(view.owner for view in (batch.block_table, batch.seq_lens, batch.cu_seqlens_q))
+        steps = tuple(tensor.stride(0) * tensor.element_size() for tensor in (*tensors, out))
+        return cls(plan, args, batch.struct, steps, (*lengths, settings, memory))
+
+    def run(self, req: int, query: Any, key: Any, value: Any, out: Any) -> None:
+        """Attention of one request of a layer."""
+        args, struct, steps = self.args, self.struct, self.steps
+        struct.q.data = query.data_ptr() + req * steps[0]
+        struct.k.data = key.data_ptr() + req * steps[1]
+        struct.v.data = value.data_ptr() + req * steps[2]
+        args.out.data = out.data_ptr() + req * steps[3]
+        self.plan.run(args)
 
 
 def _request(tensors: tuple[Any, Any, Any], out: Any, scaling: float | None, settings: Settings) -> None:
@@ -55,6 +120,10 @@ def _request(tensors: tuple[Any, Any, Any], out: Any, scaling: float | None, set
     plan.forward(batch, paged, lse, summaries=summaries)
     rest = _seen_by_all(query, key[:, :head], value[:, :head], scaling)
     stages.combine(plan, (paged, lse), rest, out)
+
+
+def _reads_means(settings: Settings) -> bool:
+    return settings.selector in stages.READS_MEANS or settings.mean_correction
 
 
 def _batch(query: Any, key: Any, value: Any) -> Batch:
@@ -90,3 +159,10 @@ def _seen_by_all(query: Any, key: Any, value: Any, scaling: float | None) -> tup
     lse = scores.logsumexp(-1)
     out = (scores - lse[..., None]).exp() @ value.float()[:, None]
     return out.reshape(heads, q_len, dim).transpose(0, 1).to(query.dtype), lse.reshape(heads, q_len)
+
+
+# Chunks of a prompt follow each other: those before are not asked for again.
+_MOST_CALLS = 8
+_local = threading.local()
+# A forked child may use none of its parent's plans.
+os.register_at_fork(after_in_child=lambda: _local.__dict__.clear())

@@ -172,7 +172,13 @@ def _unpadded(attention_mask: Any, kv_length: int) -> bool:
 
 @functools.cache
 def _settings(layer: int | None) -> Settings:
-    return Settings.from_env(-1 if layer is None else layer)
+    return _first_of_equals(Settings.from_env(-1 if layer is None else layer))
+
+
+@functools.cache
+def _first_of_equals(settings: Settings) -> Settings:
+    """One object for all layers that are set alike: what is kept for a chunk is found by its identity."""
+    return settings
 
 
 @functools.cache

@@ -22,6 +22,7 @@ use crate::combine;
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::run::{External, Output, Step, reads_summaries};
+use crate::stage::Stage;
 use crate::workspace::{Carver, Sizes};
 
 /// Attends every query of the batch to the boxes its list names, and combines: the last stages of a step.
@@ -203,10 +204,13 @@ unsafe fn attend_args(plan: &PlanObject, args: &compactattn_attend_args) -> Resu
     let Some(scratch) = scratch else { return Ok(()) };
     // SAFETY: as above; `scratch` has checked pointer and length.
     let mut partials = partials(plan, layout, &batch, unsafe { workspace(scratch.data, scratch.bytes) })?;
-    attend::attend(layout, &batch, &table, correction.as_ref(), &mut partials, plan.context.parallel);
+    let parallel = plan.context.parallel;
+    Stage::Attend.run(|| {
+        attend::attend(layout, &batch, &table, correction.as_ref(), &mut partials, parallel);
+    });
     // SAFETY: this function's contract; outputs lie apart from each other and from inputs.
     let (mut out, mut lse) = unsafe { results.open() };
-    combine::combine(layout, &batch, &partials, &mut out, lse.as_mut(), plan.context.parallel);
+    Stage::Combine.run(|| combine::combine(layout, &batch, &partials, &mut out, lse.as_mut(), parallel));
     Ok(())
 }
 

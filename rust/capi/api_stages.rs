@@ -20,6 +20,7 @@ use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::select;
 use crate::settings::{KeepAt, Selector};
+use crate::stage::Stage;
 use crate::summaries::Which;
 use crate::table;
 use crate::types::Dtype;
@@ -103,7 +104,7 @@ pub unsafe extern "C" fn compactattn_select(
         let scores = unsafe { scores.slice_mut() };
         let gate = plan.plan.gate(plan.layer(layer)?, layout)?;
         let input = select::Input { layout, batch: &batch, summaries, gate };
-        select::score(&input, scores, plan.context.parallel);
+        Stage::Select.run(|| select::score(&input, scores, plan.context.parallel));
         if let Some(masks) = out.masks {
             // SAFETY: as above; the dtype is u32.
             union::masks_of_scores(layout, &batch, scores, unsafe { masks.slice_mut() });
@@ -152,7 +153,7 @@ pub unsafe extern "C" fn compactattn_union(
         // SAFETY: as above; the dtype is u32.
         let lists = unsafe { lists.slice_mut() };
         // SAFETY: this function's contract.
-        unsafe { unite(layout, &batch, &from, lists) };
+        Stage::Union.run(|| unsafe { unite(layout, &batch, &from, lists) });
         // SAFETY: this function's contract.
         unsafe { write_count(out_rows, rows) }
     })
@@ -186,7 +187,8 @@ pub unsafe extern "C" fn compactattn_table_build(
         let (batch, lists) = unsafe { open_lists(plan, layer, batch, lists, &out) }?;
         out.check_rows(list_rows(layout, &batch))?;
         // SAFETY: this function's contract; `open_lists` has shown that outputs lie apart.
-        table::build(layout, &batch, lists, &mut unsafe { out.table_mut() });
+        let mut table = unsafe { out.table_mut() };
+        Stage::Table.run(|| table::build(layout, &batch, lists, &mut table));
         Ok(())
     })
 }

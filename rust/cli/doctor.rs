@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use compactattn::config::{self, Config};
-use compactattn::cuda::Context;
+use compactattn::cuda::{Context, nvtx};
 use compactattn::settings::{Keep, KeepAt, Settings};
 use compactattn::{Error, Parallel, Result};
 use serde_json::{Map, Value, json};
@@ -138,6 +138,8 @@ fn settings(config: &Result<Config>) -> Value {
     let mode = mode.map_or("default", |(_, _, source)| source);
     let mut all = Map::new();
     all.insert("mode".to_owned(), json!(format!("{} ({mode})", config.mode.name())));
+    let ranges = nvtx::state().map_or_else(|error| error.to_string(), ToString::to_string);
+    all.insert("nvtx".to_owned(), json!(ranges));
     for (name, value) in fields(&config.settings) {
         all.insert(name.to_owned(), json!(format!("{value} ({})", source(name))));
     }

@@ -12,6 +12,11 @@ use crate::types::Dtype;
 const CTAS: u32 = 8;
 const THREADS: u32 = 256;
 
+/// Of cuda/select/mass_lists.cu: CTAs of a head, and the rows and blocks of one that they hold.
+const HEAD_CTAS: u32 = 4;
+const HELD_ROWS: usize = 32;
+const HELD_BLOCKS: usize = 4096;
+
 impl Scoring<'_> {
     /// Whether clusters score this step.
     pub(super) fn by_clusters(&self) -> bool {
@@ -49,6 +54,21 @@ impl Scoring<'_> {
         let bytes = shared::cells_lists(pitch).max(keep);
         let wish = Wish { then: self.then(), pitch, listed: u32::from(listed) };
         self.cluster("compactattn_cells_lists", bytes, wish)
+    }
+
+    /// The same by four CTAs a head that hold its cells in registers, and what follows: lists of one head at most. None,
+    /// with nothing launched, where registers do not hold them.
+    pub(super) fn mass_lists(&self, listed: bool) -> Result<Option<Then>> {
+        if self.layout.max_blocks() > HELD_BLOCKS || self.longest_sample() > HELD_ROWS {
+            return Ok(None);
+        }
+        let then = if self.layout.heads_per_list() == 1 { self.then() } else { Then::Scores };
+        let blocks = [HEAD_CTAS * self.step.layout.num_q_heads.cast_unsigned(), self.selects(), 1];
+        let shared_bytes = shared::keep(self.blocks(), self.step.layout.mask_words.cast_unsigned());
+        let wish = Wish { then, pitch: 0, listed: u32::from(listed) };
+        let grid = Grid { blocks, threads: 512, shared_bytes };
+        self.launch("compactattn_mass_lists", grid, &[Arg::of(self.step), Arg::of(&wish)])?;
+        Ok(Some(then))
     }
 
     /// Floats between a slice's rows of cells: rows of a product are stored to different banks.

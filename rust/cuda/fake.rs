@@ -132,11 +132,12 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
 }
 
 /// Kernels with the bytes of their parameters: `Step` 480, `GateParams` 56, `AttendParams` 296, `Means` 72, maps 128.
-const ALONE: [(&str, &str); 17] = [
+const ALONE: [(&str, &str); 19] = [
     ("check_lists", "480,8,8"),
     ("plan_spans", "480"),
     ("keep_rows", "480"),
     ("union_table", "480,4"),
+    ("union_table_wide", "480,4"),
     ("table", "480"),
     ("export_padded", "480,32"),
     ("export_counts", "480,32"),
@@ -148,6 +149,7 @@ const ALONE: [(&str, &str); 17] = [
     ("two_level_mass", "480,4"),
     ("two_level_candidates", "480"),
     ("cells_lists", "480,12"),
+    ("mass_lists", "480,12"),
     ("flashprefill_relate", "480"),
     ("summaries_e4m3", "480,8,8,8,4,4"),
 ];

@@ -314,7 +314,7 @@ fn check_image(image: &Image) -> Result<()> {
 
 /// Kernels that wait for themselves, without the dtype and head_dim that follow. Never the first of a step: what the
 /// caller put on the stream before it need not be done when the kernel before the step's is.
-const OVERLAPPING: [&str; 26] = [
+const OVERLAPPING: [&str; 28] = [
     "attend_sm80",
     "attend_sm90",
     "attn_gate",
@@ -332,6 +332,7 @@ const OVERLAPPING: [&str; 26] = [
     "flashprefill_relate",
     "flashprefill_sm90",
     "keep_rows",
+    "mass_lists",
     "plan_work",
     "plan_work_means",
     "pooled_lists",
@@ -339,6 +340,7 @@ const OVERLAPPING: [&str; 26] = [
     "two_level_candidates",
     "two_level_mass",
     "union_table",
+    "union_table_wide",
     "xattention",
     "xattention_mass",
 ];

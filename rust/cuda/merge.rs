@@ -7,6 +7,7 @@ use super::batch::{DeviceTokens, int32, int64};
 use super::kernels::{Arg, Grid};
 use super::plan::Plan;
 use crate::error::Result;
+use crate::stage::Stage;
 use crate::types::{Dtype, Shape};
 
 /// One side in device memory: rows of `[total_q, num_q_heads, head_dim]` and `lse [num_q_heads, total_q]`.
@@ -58,7 +59,7 @@ impl Plan {
         let vectors = total_q.saturating_mul(shape.num_q_heads * shape.head_dim / VECTOR);
         let blocks = [int32(vectors.div_ceil(THREADS)).cast_unsigned(), 1, 1];
         let grid = Grid { blocks, threads: 256, shared_bytes: 0 };
-        context.kernels().launch(stream, name, grid, &[Arg::of(&params)])?;
+        Stage::Combine.run(|| context.kernels().launch(stream, name, grid, &[Arg::of(&params)]))?;
         drop(entered);
         Ok(())
     }

@@ -26,6 +26,7 @@ mod interop;
 mod kernels;
 mod memory;
 mod merge;
+pub mod nvtx;
 mod owned;
 mod params;
 mod plan;

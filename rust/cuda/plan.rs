@@ -23,6 +23,7 @@ use crate::plan::Layout;
 use crate::run;
 use crate::select::needs_summaries;
 use crate::settings::Selector;
+use crate::stage::Stage;
 use crate::stats::Stats;
 use crate::summaries::Which;
 use crate::types::Dtype;
@@ -161,18 +162,18 @@ impl Plan {
         // SAFETY: this function's contract.
         let mut run = unsafe { self.begin(call) }?;
         run.correct(call.layout.settings.mean_correction)?;
-        run.plan_spans()?;
+        Stage::Plan.run(|| run.plan_spans())?;
         let mut has_lists = false;
         if !matches!(call.external, Some(External::Masks(_))) && !run.only_dense() {
-            has_lists = run.select(true)?;
+            has_lists = Stage::Select.run(|| run.select(true))?;
             if !has_lists {
-                run.keep_rows()?;
+                Stage::Union.run(|| run.keep_rows())?;
             }
         }
         if !has_lists {
-            run.union_table()?;
+            Stage::Union.run(|| run.union_table())?;
         }
-        run.attend(output)
+        Stage::Attend.run(|| run.attend(output))
     }
 
     /// Scores (and masks, unless their address is 0) into the caller's buffers.
@@ -187,12 +188,12 @@ impl Plan {
         // SAFETY: this function's contract.
         let mut run = unsafe { self.begin(call) }?;
         run.step.stages.scores = scores;
-        run.plan_spans()?;
-        run.select(false)?;
+        Stage::Plan.run(|| run.plan_spans())?;
+        Stage::Select.run(|| run.select(false))?;
         if masks != 0 {
             run.step.stages.masks = masks;
             run.step.settings.keep_at_rows = 1;
-            run.keep_rows()?;
+            Stage::Select.run(|| run.keep_rows())?;
         }
         Ok(())
     }
@@ -208,11 +209,11 @@ impl Plan {
         // SAFETY: this function's contract.
         let mut run = unsafe { self.begin(call) }?;
         run.step.stages.lists = lists;
-        run.plan_spans()?;
+        Stage::Plan.run(|| run.plan_spans())?;
         if matches!(call.external, Some(External::Scores(_))) {
-            run.keep_rows()?;
+            Stage::Union.run(|| run.keep_rows())?;
         }
-        run.union_table()
+        Stage::Union.run(|| run.union_table())
     }
 
     /// Lists to boxes.
@@ -227,8 +228,8 @@ impl Plan {
         let mut run = unsafe { self.begin(call) }?;
         run.step.stages.lists = lists;
         run.give(table);
-        run.plan_spans()?;
-        run.table()
+        Stage::Plan.run(|| run.plan_spans())?;
+        Stage::Table.run(|| run.table())
     }
 
     /// attend and combine over the caller's table; with the `lists` it was built from (0 = none), what they leave out is
@@ -250,8 +251,8 @@ impl Plan {
         run.give(table);
         run.step.stages.lists = lists;
         run.correct(lists != 0)?;
-        run.plan_spans()?;
-        run.attend(output)
+        Stage::Plan.run(|| run.plan_spans())?;
+        Stage::Attend.run(|| run.attend(output))
     }
 
     /// Block means of the blocks that the step completes, or of all; with seals also of those of other keys.
@@ -266,7 +267,8 @@ impl Plan {
         let stream = unsafe { self.context.stream(call.stream) }?;
         let entered = self.context.enter()?;
         let step = step::step(call.layout, call.batch, &Scratch::at(0, call.layout, 1, 0)?);
-        summaries::update(&self.context, stream, &step, (which, means), call.layout.shape.kv_dtype)?;
+        let (context, dtype) = (&self.context, call.layout.shape.kv_dtype);
+        Stage::Summaries.run(|| summaries::update(context, stream, &step, (which, means), dtype))?;
         drop(entered);
         Ok(())
     }
@@ -385,10 +387,15 @@ impl Run<'_> {
     }
 
     fn union_table(&self) -> Result<()> {
+        let blocks = self.list_rows();
         let masks = i32::from(matches!(self.call.external, Some(External::Masks(_))));
-        let grid = grid_i(self.list_rows(), 256, self.keep_bytes());
+        let is_wide =
+            self.step.layout.max_blocks >= WIDE_BLOCKS && blocks <= int32(self.plan.context.num_sms());
+        let (name, threads) =
+            if is_wide { ("compactattn_union_table_wide", 1024) } else { ("compactattn_union_table", 256) };
+        let grid = grid_i(blocks, threads, self.keep_bytes());
         let args = [Arg::of(&self.step), Arg::of(&masks)];
-        self.plan.context.kernels().launch(self.stream, "compactattn_union_table", grid, &args)
+        self.plan.context.kernels().launch(self.stream, name, grid, &args)
     }
 
     fn table(&self) -> Result<()> {
@@ -490,6 +497,8 @@ fn check_layer(context: &Context, layout: &Layout, gate: Option<GateShape>) -> R
     shared::check(context, layout, gate)
 }
 
+/// Rows from here on are ranked by four times the threads where no SM gets two: lists are the same either way.
+const WIDE_BLOCKS: i32 = 2048;
 /// What `compactattn_plan_spans` can take.
 const MAX_REQS: usize = 1024;
 /// The one cluster of its grid, where the GPU has them.

@@ -7,13 +7,14 @@ use crate::cuda::batch::{DevicePool, DeviceTokens};
 use crate::cuda::export::{DeviceCsr, DevicePadded};
 use crate::cuda::fake::{Fake, context};
 use crate::cuda::merge::DeviceSide;
+use crate::cuda::nvtx::tests::ranges_of;
 use crate::error::Status;
 use crate::fixture;
 use crate::parallel::Parallel;
 use crate::plan::Limits;
 use crate::run::PlanDesc;
 use crate::select::gate_weights::tests::{Form, gate};
-use crate::settings::{KeepAt, Settings};
+use crate::settings::{KeepAt, Scope, Settings};
 use crate::types::Dtype;
 
 const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
@@ -52,6 +53,23 @@ fn assert_launches(selector: Selector, dtype: Dtype, head_dim: usize) {
     let overlaps = |words: &&Vec<&str>| words.last() == Some(&"overlaps");
     assert!(words[1..].iter().all(|words| overlaps(&words)), "{launches:?}");
     assert!(!overlaps(&&words[0]), "{launches:?}");
+}
+
+#[test]
+fn a_profiler_sees_each_stage_of_a_call_around_its_launches() {
+    let settings = Settings { keep_at: KeepAt::Row, ..Settings::of(Selector::PooledMass) };
+    let world = World::new("", desc(settings, Dtype::Bf16, 128)).unwrap();
+    let stages =
+        |words: &[&str]| words.iter().map(|word| format!("(compactattn {word})")).collect::<String>();
+    let forward = ranges_of(|| drop(world.run(world.stream()).unwrap()));
+    assert_eq!(forward, stages(&["plan", "select", "union", "union", "attend"]));
+    let means = MeansAt { k: SOMEWHERE, v: 0, seals: 0 };
+    // SAFETY: the fake driver follows no address.
+    let update = |call: &Call| unsafe { world.plan.update_summaries(call, Which::Completed, means) };
+    assert_eq!(ranges_of(|| drop(world.launches_of(world.stream(), update))), stages(&["summaries"]));
+    // A stage that fails is closed like any other.
+    world.fake.set_mode("lost");
+    assert_eq!(ranges_of(|| assert!(world.run(world.stream()).is_err())), stages(&["plan"]));
 }
 
 #[test]
@@ -119,15 +137,24 @@ fn where_every_request_is_dense_nothing_is_launched_for_scores() {
 }
 
 #[test]
-fn slices_that_shared_memory_does_not_hold_are_scored_by_kernels_of_their_own() {
-    let limits = Limits { max_kv_len: 1 << 17, ..LIMITS };
-    let settings = Settings { block_size: 32, ..Settings::of(Selector::SampledExact) };
-    let world = World::new("", PlanDesc { limits, ..desc(settings, Dtype::Bf16, 128) }).unwrap();
-    let launches = world.run(world.stream()).unwrap();
-    let names: Vec<_> = launches.iter().map(|line| line.split(' ').next().unwrap()).collect();
-    let scored =
-        ["compactattn_cells_read_sm90_bf16_d128", "compactattn_cells_mass", "compactattn_union_table"];
-    assert_eq!(names[1..4], scored);
+fn slices_that_shared_memory_does_not_hold_are_scored_from_registers_or_by_kernels_of_their_own() {
+    let base = Settings { block_size: 32, ..Settings::of(Selector::SampledExact) };
+    let of_groups = Settings { scope: Scope::GROUP_CHUNK, ..base };
+    let many_rows = Settings { sample_rows: 33, scope: Scope::HEAD_128, ..base };
+    let kernels = |settings, max_kv_len| {
+        let limits = Limits { max_kv_len, ..LIMITS };
+        // Groups of 2 heads: 64 rows of each make one tile.
+        let shape = fixture::shape(KV_HEADS, 2, 128, 16, Dtype::Bf16);
+        let world = World::new("", PlanDesc { limits, shape, ..desc(settings, Dtype::Bf16, 128) }).unwrap();
+        let launches = world.run(world.stream()).unwrap();
+        let names = launches.iter().map(|line| line.split(' ').next().unwrap().to_owned());
+        names.skip(2).take_while(|name| name != "compactattn_plan_work").collect::<Vec<_>>()
+    };
+    assert_eq!(kernels(base, 1 << 17), ["compactattn_mass_lists"]);
+    assert_eq!(kernels(of_groups, 1 << 17), ["compactattn_mass_lists", "compactattn_union_table_wide"]);
+    let apart = ["compactattn_cells_mass", "compactattn_union_table_wide"];
+    assert_eq!(kernels(base, (1 << 17) + 32), apart);
+    assert_eq!(kernels(many_rows, 1 << 17), apart);
 }
 
 #[test]

@@ -90,6 +90,9 @@ impl Scoring<'_> {
         if self.cells_lists(listed)? {
             return Ok(self.then() == Then::Lists);
         }
+        if let Some(then) = self.mass_lists(listed)? {
+            return Ok(then == Then::Lists);
+        }
         let mass = ["compactattn_cells_mass", "compactattn_two_level_mass"];
         self.mass(0, mass[usize::from(listed)])?;
         Ok(false)
@@ -248,12 +251,20 @@ impl Scoring<'_> {
 
     /// Tiles of sampled rows of a span of `longest` tokens.
     fn tiles_of(&self, longest: usize) -> usize {
-        let samples = match self.step.settings.sample_rows {
+        let per_tile = (TILE_ROWS / self.layout.shape.group_size()).max(1);
+        self.samples_of(longest).div_ceil(per_tile)
+    }
+
+    fn samples_of(&self, longest: usize) -> usize {
+        match self.step.settings.sample_rows {
             0 => longest,
             n => longest.min(n.unsigned_abs() as usize),
-        };
-        let per_tile = (TILE_ROWS / self.layout.shape.group_size()).max(1);
-        samples.div_ceil(per_tile)
+        }
+    }
+
+    /// Sampled rows of a head, at most, in any step of the plan.
+    pub(super) fn longest_sample(&self) -> usize {
+        self.samples_of(self.longest_span(self.layout.limits.max_total_q))
     }
 
     /// Whether no span of any step of the plan has two tiles of sampled rows. The plan decides, not the step: kernels that

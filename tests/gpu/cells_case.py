@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 from driver import Kernel, check, cuda, tensor_map
-from params import Counters, Span, Step
+from params import Counters, Span, Step, Wish
 
 CUBINS = {
     "cells_read": ("compactattn_cells_read", "compactattn_cells_read_candidates"),
     "cells_pool": ("compactattn_cells_pool",),
     "cells_mass": ("compactattn_cells_mass", "compactattn_two_level_mass"),
+    "mass_lists": ("compactattn_mass_lists",),
     "cells_candidates": ("compactattn_two_level_candidates",),
     "summaries": ("compactattn_summaries",),
 }
@@ -246,10 +247,15 @@ class Kernels:
         if name.endswith("mass"):
             self.launch(name, (4 * shape.kv_heads * shape.group, case.max_spans), 1024, case.step, index)
             return
+        if name.startswith("mass_lists"):
+            wish = Wish(listed=int(name.endswith("listed")))
+            self.launch("mass_lists", (4 * shape.kv_heads * shape.group, case.max_spans), 512, case.step, wish)
+            return
         if name == "candidates":
             self.candidates(case)
             return
         if name.endswith("sm90"):
+            case.counters[16:] = 0  # the chunks taken, as plan_spans leaves them
             self.launch(name, (x or 132,), 288, case.key_map(), case.step, index)
             return
         longest = shape.query_span or case.step.batch.total_q
@@ -273,11 +279,11 @@ class Kernels:
                 self.cells(case, name, tile, x)
             self.cells(case, mass, tile)
 
-    def two_level(self, case: Case, own: str = "", x: int = 0) -> None:
+    def two_level(self, case: Case, own: str = "", mass: str = "two_level_mass", x: int = 0) -> None:
         """What follows pooled scores; the cells of a span's only tile are still those by mean keys."""
         self.candidates(case)
         pool = "" if case.tiles == 1 else "cells_pool "
-        self.score(case, pool + "cells_read_candidates" + own, "two_level_mass", x)
+        self.score(case, pool + "cells_read_candidates" + own, mass, x)
 
 
 class Expected:

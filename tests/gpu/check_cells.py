@@ -22,6 +22,7 @@ from cells_case import UNTOUCHED, Case, Data, Expected, Kernels, Shape
 RAGGED = ((200, 1000), (1, 517), (130, 0), (63, 2100), (7, 129), (70, -30), (128, 128))
 EXACT, POOLED, TWO_LEVEL = "exact", "pooled", "two_level"
 SM90 = " by sm_90a"
+HELD = " from registers"
 
 
 def cases() -> Iterator[Shape]:
@@ -65,12 +66,12 @@ def run(kernels: Kernels, case: Case, what: str, x: int = 0) -> None:
     reset(case)
     own = "_sm90" if what.endswith(SM90) else ""
     if what.startswith(EXACT):
-        kernels.score(case, "cells_read" + own, x=x)
+        kernels.score(case, "cells_read" + own, "mass_lists" if what.endswith(HELD) else "cells_mass", x)
         return
     kernels.score(case, "cells_pool", x=x)
     if what.startswith(TWO_LEVEL):
         case.ranked = case.scores.clone()
-        kernels.two_level(case, own, x)
+        kernels.two_level(case, own, "mass_lists listed" if what.endswith(HELD) else "two_level_mass", x)
 
 
 def score_faults(case: Case, what: str) -> Iterator[str]:
@@ -173,6 +174,12 @@ def batch_faults(kernels: Kernels, case: Case, what: str) -> Iterator[str]:
                 yield f"span {s}: other bits when alone"
 
 
+def can_hold(case: Case) -> bool:
+    """Whether mass_lists takes the case and each of its requests alone: 32 rows of 4096 blocks."""
+    longest = max(span.len for span in case.spans)
+    return case.tiles == 1 and min(case.data.shape.sample_rows or longest, longest) <= 32 and case.max_blocks <= 4000
+
+
 def faults(kernels: Kernels, shape: Shape, seed: int, worst: list[float]) -> Iterator[str]:
     """All that is wrong with one case; its worst error, in bounds, goes to `worst`."""
     data = Data(shape, seed)
@@ -181,7 +188,8 @@ def faults(kernels: Kernels, shape: Shape, seed: int, worst: list[float]) -> Ite
         yield from summary_faults(kernels, case)
     kernels.summaries(case, 1, 1000)
     own = (EXACT + SM90, TWO_LEVEL + SM90) if kernels.has_sm90 else ()
-    for what in (EXACT, POOLED, TWO_LEVEL, *own):
+    held = (EXACT + HELD, TWO_LEVEL + HELD) if can_hold(case) else ()
+    for what in (EXACT, POOLED, TWO_LEVEL, *own, *held):
         run(kernels, case, what)
         torch.cuda.synchronize()
         yield from (f"{what}: {fault}" for fault in score_faults(case, what))

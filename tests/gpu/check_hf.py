@@ -72,6 +72,10 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.library:
         compactattn.load_library(asked.library.absolute())
+    if {"smollm2", "needle"} & set(asked.parts):
+        # Before the GPU is paid for: a copied tree may lack them.
+        assert len(list((ROOT / "rust").glob("*.rs"))) >= asked.prompts, "prompts are texts of the whole tree"
+        assert (ROOT / "LICENSE").exists(), "prompts are texts of the whole tree"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(torch.cuda.get_device_name() if asked.device == "cuda" else "CPU", versions)
     wrong = 0
@@ -217,34 +221,40 @@ def weights(asked: argparse.Namespace, dtype: Any) -> tuple[Any, Any]:
 
 
 def needle_prompt(tokenizer: Any, tokens: int, depth: float, told: bool) -> tuple[list[int], int]:
-    """A long text, a fact at ``depth`` if ``told``, and a question; the ids, and how many of them answer it."""
+    """``tokens`` of text, a fact at ``depth`` if ``told``, and a question; then the answer, and how many that are."""
     what, number = "the secret number of the lighthouse", f"{int(1e5 * (1 + depth))}"
     fact = tokenizer.encode(f"\n\nT{what[1:]} is {number}.\n\n" if told else "").ids
     question = tokenizer.encode(f"\n\nQuestion: What is {what}?\nAnswer: T{what[1:]} is ").ids
     answer = tokenizer.encode(number).ids
     # The licence comes first as it will not change: it is all that the short text has.
     text = "\n".join(file.read_text() for file in (ROOT / "LICENSE", *sorted((ROOT / "rust").glob("*.rs"))))
-    hay = tokenizer.encode(text[: 8 * tokens]).ids[: tokens - len(fact + question + answer)]
+    hay = tokenizer.encode(text[: 8 * tokens]).ids[: tokens - len(fact + question)]
     at = int(depth * tokens)
-    ids = hay[:at] + fact + hay[at:] + question + answer
+    ids = hay[:at] + fact + hay[at:] + question
     assert len(ids) == tokens, "the files are too short"
-    return ids, len(answer)
+    return ids + answer, len(answer)
 
 
 @torch.no_grad()
 def nats(model: Any, names: tuple[str, ...], prompt: tuple[list[int], int]) -> list[float]:
-    """Negative logarithm of the answer's likelihood, a token, with the last quarter by each attention in turn."""
+    """Negative logarithm of the answer's likelihood, a token, with the prompt's last quarter by each attention in turn.
+
+    As generate() has it: a prefill that ends with the question, then the answer, too few tokens at once to be sparse.
+    """
     ids, answer = torch.tensor([prompt[0]], device=model.device), prompt[1]
-    past = ids.shape[1] * 3 // 4
+    asked = ids.shape[1] - answer
+    past = asked * 3 // 4
     model.set_attn_implementation("sdpa")
     shared = transformers.DynamicCache(config=model.config)
     forward(model, ids[:, :past], past // 3, shared)
-    made = []
+    mask, made = torch.ones_like(ids), []
     for name in names:
         model.set_attn_implementation(name)
-        given = {"attention_mask": torch.ones_like(ids), "past_key_values": copy.deepcopy(shared)}
-        logits = model(ids[:, past:], logits_to_keep=answer + 1, **given).logits[0, :-1].float()
-        made.append(-float(logits.log_softmax(-1).gather(1, ids[0, -answer:, None]).mean()))
+        cache = copy.deepcopy(shared)
+        first = model(ids[:, past:asked], attention_mask=mask[:, :asked], past_key_values=cache, logits_to_keep=1)
+        others = model(ids[:, asked:], attention_mask=mask, past_key_values=cache)
+        logits = torch.cat((first.logits, others.logits[:, :-1]), 1)[0].float()
+        made.append(-float(logits.log_softmax(-1).gather(1, ids[0, asked:, None]).mean()))
     return made
 
 

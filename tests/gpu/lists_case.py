@@ -219,6 +219,7 @@ class Kernels:
         self.spans = Kernel(folder / "spans.cubin", "compactattn_plan_spans", 0)
         self.keep_rows = Kernel(folder / "keep_rows.cubin", "compactattn_keep_rows", most)
         self.union_table = Kernel(folder / "union_table.cubin", "compactattn_union_table", most)
+        self.union_wide = Kernel(folder / "union_table_wide.cubin", "compactattn_union_table_wide", most)
         self.table = Kernel(folder / "table.cubin", "compactattn_table", 0)
 
 
@@ -279,19 +280,20 @@ class Buffers:
         )
         return params.Step(batch, world.layout, world.settings, stages)
 
-    def launch(self, kernels: Kernels) -> None:
-        """The stages from batch to table; masks are given where the world says so."""
+    def launch(self, kernels: Kernels, *, wide: bool = False) -> None:
+        """The stages from batch to table; masks are given where the world says so. `wide`: by 1024 threads a list."""
         world, step = self.world, self.step
         if world.external:
             given = world.masks.reshape(-1, world.layout.mask_words)[: self.rows["masks"]]
             self.out["masks"][: len(given)] = torch.from_numpy(given.view(np.int32)).cuda()
         kernels.spans.launch((SPANS_CTAS, 1), 1024, [step])
-        for kernel in (kernels.keep_rows, kernels.union_table):
+        union, threads = (kernels.union_wide, 1024) if wide else (kernels.union_table, 256)
+        for kernel in (kernels.keep_rows, union):
             kernel.shared_bytes = shared_bytes(world.layout)
         if world.settings.keep_at_rows and not world.external and self.rows["masks"]:
             kernels.keep_rows.launch((self.rows["masks"], 1), 256, [step])
         if self.list_rows:
-            kernels.union_table.launch((self.list_rows, 1), 256, [step, ctypes.c_int32(world.external)])
+            union.launch((self.list_rows, 1), threads, [step, ctypes.c_int32(world.external)])
 
     def read(self) -> dict[str, np.ndarray]:
         """All outputs on the host."""

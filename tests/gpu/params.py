@@ -70,6 +70,12 @@ class Counters(ctypes.Structure):
     _fields_ = _fields(c_int32, "num_list_spans num_select_spans num_items refused r0 r1 r2 r3")
 
 
+class Wish(ctypes.Structure):
+    """How a launch of cuda/select/cluster.cuh or mass_lists.cu is wanted; `then` 0: scores alone."""
+
+    _fields_ = _fields(c_int32, "then pitch listed")
+
+
 class WorkItem(ctypes.Structure):
     """One query tile over one list."""
 

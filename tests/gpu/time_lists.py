@@ -67,6 +67,7 @@ def main(cubins: str) -> None:
     kernels = Kernels(Path(cubins))
     for name, shape in {
         "32 lists of 1024": (1024, 32, 128, 1024, 0),
+        "32 lists of 4096": (4096, 32, 32, 1024, 0),
         "32 lists of 8192": (8192, 32, 16, 1024, 0),
         "32 lists of 65536": (65536, 32, 16, 1024, 0),
         "256 rows of 1024": (1024, 32, 128, 1024, 128),
@@ -77,12 +78,15 @@ def main(cubins: str) -> None:
             buffers = Buffers(world)
             buffers.launch(kernels)
             step = buffers.step
-            for kernel in (kernels.keep_rows, kernels.union_table):
+            for kernel in (kernels.keep_rows, kernels.union_table, kernels.union_wide):
                 kernel.shared_bytes = shared_bytes(world.layout)
             union = lambda k=kernels.union_table, b=buffers, s=step: k.launch(  # noqa: E731
                 (b.list_rows, 1), 256, [s, ctypes.c_int32(0)]
             )
-            line = f"{name} {rule}: union_table {micros(union):.2f}"
+            wide = lambda k=kernels.union_wide, b=buffers, s=step: k.launch(  # noqa: E731
+                (b.list_rows, 1), 1024, [s, ctypes.c_int32(0)]
+            )
+            line = f"{name} {rule}: union_table {micros(union):.2f} wide {micros(wide):.2f}"
             if shape[4]:
                 rows = lambda k=kernels.keep_rows, b=buffers, s=step: k.launch((b.rows["masks"], 1), 256, [s])  # noqa: E731
                 line += f" keep_rows {micros(rows):.2f}"

@@ -169,13 +169,14 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--heads", type=int, nargs=2, default=[8, 4], help="KV heads, query heads of each")
     parser.add_argument("--heads-per-list", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
     plain = Kernels(args.cubins, args.arch, head_dim=args.head_dim)
     kernels = CorrectedKernels(args.cubins, args.arch, plain, torch.bfloat16, args.head_dim)
     requests = ((args.chunk, args.context - args.chunk),) * args.batch
     for heads, page, density in itertools.product(args.heads_per_list, args.pages, args.densities):
-        shape = Shape(requests, *args.heads, page, 128, "NHD", density, head_dim=args.head_dim)
+        shape = Shape(requests, *args.heads, page, args.block_size, "NHD", density, head_dim=args.head_dim)
         ctas = shape.num_ctas * plain.traits.ctas_per_sm
         time_density(dataclasses.replace(shape, heads_per_list=heads, num_ctas=ctas), kernels, args.repeats)
 

@@ -79,6 +79,21 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert target == "abi.md" or (DOCS / target).exists(), f"{page.name}: {target}"
 
 
+def test_every_project_that_the_faq_cites_is_named_at_its_end() -> None:
+    page, projects = (DOCS / "faq.md").read_text(encoding="utf-8").split("## Projects")
+    cited = set(re.findall(r"([\w-]+)#\d+", page))
+    assert len(cited) > 10 and cited == set(re.findall(r"`([\w-]+)`", projects))
+
+
+def test_every_make_target_that_documents_name_is_there() -> None:
+    targets = set(re.findall(r"^([\w /-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    known = {word for line in targets for word in line.split()}
+    for page in [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob(".github/*/*.md")]:
+        text = page.read_text(encoding="utf-8")
+        named = set(re.findall(r"(?:`|^ {4}|^|&& )make ([a-z][a-z-]*)", text, re.MULTILINE))
+        assert named <= known, f"{page.name}: {named - known}"
+
+
 def test_the_board_is_json_that_grafana_imports() -> None:
     board = json.loads((DOCS / "grafana.json").read_text(encoding="utf-8"))
     assert board["schemaVersion"] >= 36 and len({panel["id"] for panel in board["panels"]}) == len(board["panels"])

@@ -160,6 +160,22 @@ def library_is_cut(env: Environment) -> None:
     env.write("compactattn/libcompactattn.so", "\x7fELF")
 
 
+def library_is_missing(env: Environment) -> None:
+    shutil.copytree(PACKAGE, env.path / "compactattn", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+
+
+def sglang_exits(env: Environment) -> None:
+    env.write("sglang.py", "raise SystemExit(3)")
+
+
+def ranges_are_neither_on_nor_off(env: Environment) -> None:
+    env.env["COMPACTATTN_NVTX"] = "maybe"
+
+
+def profiler_is_missing(env: Environment) -> None:
+    env.env.update(COMPACTATTN_NVTX="1", NVTX_INJECTION64_PATH="/nowhere/profiler.so")
+
+
 CASES: list[tuple[Callable[[Environment], None], int, str, str]] = [
     (driver_is_text, 0, "collisions.LD_LIBRARY_PATH", "what lies there is none"),
     (driver_is_missing, 0, "collisions.COMPACTATTN_LIBCUDA", "/nowhere/libcuda.so.1 does not exist"),
@@ -182,6 +198,26 @@ CASES: list[tuple[Callable[[Environment], None], int, str, str]] = [
     (python_is_missing, 0, "python.error", "/nowhere/python3"),
     (python_has_no_package, 0, "python.error", "has no report of this package"),
     (library_is_cut, 1, "python.library", "error: E_IO"),
+    (library_is_missing, 1, "python.library", "is missing; install the package"),
+    (sglang_exits, 0, "engines.sglang", "import fails: exit code 3"),
+    (ranges_are_neither_on_nor_off, 2, "settings.error", "COMPACTATTN_NVTX: wanted 0 or 1"),
+    (profiler_is_missing, 0, "settings.nvtx", "/nowhere/profiler.so could not be loaded"),
+]
+
+# Words of tests/gpu/counting_driver.c, which stands in for the driver: what it does wrong, and what is said.
+DRIVERS = [
+    ("old", "wanted one of CUDA 13.0 or newer (release 580), got one of CUDA 12.8"),
+    ("count0", "E_NO_DEVICE: the driver shows no GPU"),
+    ("nodevice", "E_NO_DEVICE: cuInit"),
+    ("init34", "E_NO_DRIVER: cuInit: CUDA_ERROR_STUB_LIBRARY"),
+    ("mismatch", "E_DRIVER_OLD: cuInit"),
+]
+# The same beyond its start, where kernels are needed to get there.
+GPUS = [
+    ("cc70", 0, "cuda.reason", "got fake GPU of compute capability 7.0"),
+    ("badimage", 0, "cuda.reason", "E_IMAGE: cuModuleLoadData"),
+    ("oom_on_alloc", 1, "gpu_self_test.error", "E_OUT_OF_MEMORY"),
+    ("lost", 1, "gpu_self_test.error", "E_CONTEXT_LOST: cuLaunchKernelEx"),
 ]
 
 
@@ -200,6 +236,40 @@ def test_whatever_is_broken_it_answers_and_names_it(
     assert said in str(found), report
     assert got == code, report
     assert set(report) == SECTIONS and report["self_test"]["result"] == "passed"
+
+
+@pytest.fixture(scope="module")
+def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
+    source = ROOT / "tests" / "gpu" / "counting_driver.c"
+    command = ["cc", "-std=gnu11", "-O1", "-shared", "-fPIC", "-pthread", "-o", str(library), str(source), "-ldl"]
+    subprocess.run(command, check=True)
+    return library
+
+
+@pytest.mark.parametrize(("mode", "said"), DRIVERS, ids=[mode for mode, _ in DRIVERS])
+def test_a_driver_that_does_not_start_is_told_with_what_is_wanted(
+    mode: str, said: str, broken: Environment, tool: Path, fake_driver: Path
+) -> None:
+    broken.env.update(COMPACTATTN_LIBCUDA=str(fake_driver), FAKE_CUDA=mode)
+    code, report = broken.doctor(tool)
+    assert said in report["cuda"]["reason"] and report["cuda"]["gpu"] == "none", report
+    assert report["gpu_self_test"] == {"result": "not run: no GPU"}
+    # Without a GPU there is still the CPU.
+    assert code == 0 and report["self_test"]["result"] == "passed"
+
+
+@pytest.mark.parametrize(("mode", "code", "where", "said"), GPUS, ids=[case[0] for case in GPUS])
+def test_a_gpu_that_cannot_serve_is_told_with_the_call_that_failed(
+    mode: str, code: int, where: str, said: str, broken: Environment, tool: Path, fake_driver: Path
+) -> None:
+    broken.env.update(COMPACTATTN_LIBCUDA=str(fake_driver), FAKE_CUDA=mode)
+    got, report = broken.doctor(tool)
+    if "sm_" not in report["build"]["gpu_kernels"]:
+        assert "E_NOT_BUILT" in report["cuda"]["reason"], report
+        pytest.skip("a build without kernels says that instead")
+    section, name = where.split(".")
+    assert said in report[section][name] and got == code, report
 
 
 def test_a_sound_environment_has_slots_and_no_collisions(broken: Environment, tool: Path) -> None:

@@ -6,7 +6,7 @@ from itertools import product
 from random import Random
 
 import pytest
-from compactattn.eval import words
+from compactattn.eval import layers, words
 from compactattn.eval.report import rows
 from compactattn.eval.statistics import mcnemar, paired_interval
 from compactattn.eval.tasks import SEVERAL, TASKS, Context, make
@@ -106,6 +106,8 @@ def test_mcnemar_is_the_share_of_coin_throws_as_lopsided() -> None:
         assert mcnemar(lost, won) == pytest.approx(len(as_lopsided) / len(throws))
     # By hand: 2 * (1 + 5) / 2^5.
     assert mcnemar(1, 4) == 0.375
+    # 2^1200 is no float.
+    assert mcnemar(600, 600) == 1.0
 
 
 def test_the_interval_is_that_of_all_resamples() -> None:
@@ -153,3 +155,16 @@ def test_a_row_pairs_with_dense_and_names_its_worst_task() -> None:
     row = next(r for r in rows(fewer) if (r.scope, r.method) == ("all tasks", "ours"))
     # Dense is 50 % on all it has, and here stands for what both have.
     assert (row.items, row.accuracy, row.dense_accuracy) == (4, 0.75, 1.0)
+
+
+def probed(method: str, density: float, error: float) -> dict[str, object]:
+    return {"method": method, "density": density, "executed": 1.1 * density, "error": [error / 2, 3 * error / 2]}
+
+
+def test_density_at_equal_error_lies_on_our_curve() -> None:
+    curve = [probed("default~0", 0.4, 0.01), probed("default~1", 0.2, 0.04), probed("default", 0.3, 9.0)]
+    # Halfway between in the logarithm of the error, whatever the layers' share of it.
+    density, executed = layers.ours_at(curve, [0.01, 0.03])
+    assert (density, executed) == (pytest.approx(0.3), pytest.approx(0.33))
+    assert layers.ours_at(curve, [0.05]) is None
+    assert layers.ours_at(curve[:1], [0.01]) is None

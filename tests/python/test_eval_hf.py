@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
-import sys
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -16,26 +14,33 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs torch and transformers: make test-hf")
 pytest.importorskip("transformers", reason="needs torch and transformers: make test-hf")
 
-from compactattn.eval import cli, finetune, gguf, lora, model, prefill, report  # noqa: E402
+from compactattn.batch import Batch  # noqa: E402
+from compactattn.eval import (  # noqa: E402
+    cli,
+    decode,
+    finetune,
+    gguf,
+    lora,
+    model,
+    pool,
+    prefill,
+    probe,
+    protocol,
+    report,
+)
 from compactattn.eval.clock import Clock  # noqa: E402
+from compactattn.eval.engine import Refused  # noqa: E402
+from compactattn.eval.folder import Folder  # noqa: E402
 from compactattn.eval.methods import find_keep_value, methods  # noqa: E402
-from compactattn.eval.prefill import Limits, Refused  # noqa: E402
-from compactattn.eval.protocol import Folder, Study, at_density, facts, measure  # noqa: E402
+from compactattn.eval.prefill import Limits  # noqa: E402
+from compactattn.eval.protocol import Bench, Rows, Run, Study, facts, measure  # noqa: E402
 from compactattn.eval.tasks import make  # noqa: E402
 from eval_models import checkpoint, codec, subject  # noqa: E402
 
 LENGTH = 1200
 LIMITS = Limits(chunk=256, dense_below=512, slack=2)
-STUDY = Study(("single-noise", "multikey-essay"), (LENGTH,), 1, 2, 0, LIMITS.dense_below, LIMITS.chunk, True)
+STUDY = Study(("single-noise", "multikey-essay"), (LENGTH,), 3, 0, 2, 0, LIMITS.dense_below, LIMITS.chunk, "all", 1)
 FREE = {"block_size": 32, "min_density": 0.0, "max_density": 1.0, "density_guard": 1.0}
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    # put_in_force sets these; they are put back behind each test.
-    for name in ("COMPACTATTN_MODE", "COMPACTATTN_CONFIG"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="module")
@@ -48,79 +53,159 @@ def changed(name: str, **changes: Any) -> Any:
     return replace(method, settings=method.settings.replace(**changes))
 
 
+def one(tiny: Any, context: Any, method: Any, reference: Any = None) -> Any:
+    return prefill.run(tiny, [context], method, LIMITS, reference)
+
+
 def test_keeping_everything_is_dense_and_reads_everything(tiny: Any) -> None:
     context = make("multikey-essay", tiny.codec, LENGTH, "0:0", 2)
-    dense = prefill.run(tiny, context, methods()["dense"], LIMITS)
+    dense = one(tiny, context, methods()["dense"])
     kept = changed("default", keep="density", keep_value=1.0, **FREE)
-    whole = prefill.run(tiny, context, kept, LIMITS, dense.logits)
+    whole = one(tiny, context, kept, dense.logits)
     assert (whole.work.density, whole.work.executed) == (1.0, 1.0)
     assert (dense.work.density, dense.work.executed) == (None, 1.0)
-    for ours, theirs in zip(whole.logits, dense.logits, strict=True):
-        # Two orders of one sum in f32, as in hf_models.check_same.
-        assert (ours - theirs).abs().max() <= 1.5e-4 * theirs.abs().max()
-    for outcomes in whole.outcomes:
+    # Two orders of one sum in f32, as in hf_models.check_same.
+    assert (whole.logits - dense.logits).abs().max() <= 1.5e-4 * dense.logits.abs().max()
+    for outcomes in whole.outcomes[0]:
         assert [outcome.final for outcome in outcomes] == ["own", "dense"]
         assert all(outcome.kl < 1e-6 and outcome.flips == 0 for outcome in outcomes)
 
 
 def test_answers_behind_a_shared_prefix_are_those_of_whole_prompts(tiny: Any) -> None:
-    context = make("multikey-essay", tiny.codec, LENGTH, "0:0", 2)
-    dense = prefill.run(tiny, context, methods()["dense"], LIMITS)
+    contexts = [make("multikey-essay", tiny.codec, LENGTH, f"0:{i}", 1 + i) for i in range(2)]
+    dense = prefill.run(tiny, contexts, methods()["dense"], LIMITS)
     tiny.model.set_attn_implementation("sdpa")
-    for question, found, (outcome, *_) in zip(context.questions, dense.logits, dense.outcomes, strict=True):
+    found, outcomes = dense.logits, [outcome for several in dense.outcomes for outcome, *_ in several]
+    asked = [(context, question) for context in contexts for question in context.questions]
+    for (context, question), outcome in zip(asked, outcomes, strict=True):
         ids = torch.tensor([context.ids + question.tail + question.answer])
         with torch.no_grad():
             logits = tiny.model(ids).logits[0, -len(question.answer) - 1 : -1]
-        assert (found - logits).abs().max() <= 1.5e-4 * logits.abs().max()
+        own, found = found[: len(logits)], found[len(logits) :]
+        assert (own - logits).abs().max() <= 1.5e-4 * logits.abs().max()
         wanted = torch.nn.functional.cross_entropy(logits, ids[0, -len(question.answer) :])
         assert outcome.nll == pytest.approx(float(wanted), rel=1e-3)
-        prompt = ids[:, : -len(question.answer)]
-        more = {"max_new_tokens": len(question.answer) + LIMITS.slack, "do_sample": False, "pad_token_id": 0}
-        said = tiny.model.generate(prompt, attention_mask=torch.ones_like(prompt), **more)[0, prompt.shape[1] :]
-        assert outcome.exact == (tuple(said.tolist()[: len(question.answer)]) == question.answer)
+        assert outcome.exact == (tuple(logits.argmax(-1).tolist()) == question.answer)
+    assert not len(found)
+
+
+def test_neighbours_in_a_step_change_nothing(tiny: Any) -> None:
+    """Selection and attention to the last bit; the model's own products may sum rows of another count otherwise."""
+    contexts = [make("multikey-essay", tiny.codec, LENGTH, f"0:{i}", 1 + i) for i in range(3)]
+    sparse = changed("default", keep="density", keep_value=0.2, **FREE)
+    together = prefill.run(tiny, contexts, sparse, LIMITS)
+    engine, found = tiny.engine, together.logits
+    selected = 0
+    for i, context in enumerate(contexts):
+        alone = one(tiny, context, sparse)
+        own, found = found[: len(alone.logits)], found[len(alone.logits) :]
+        assert (own - alone.logits).abs().max() <= 1.5e-4 * own.abs().max()
+        assert [o.recall for q in alone.outcomes[0] for o in q] == [o.recall for q in together.outcomes[i] for o in q]
+        selected += alone.work.selected
+    assert together.work.selected == pytest.approx(selected, rel=0.02)
+    # One layer, from the same numbers: three requests in a step, and each by itself.
+    engine.reserve(3 * LENGTH + 3 * pool.PAGE)
+    torch.manual_seed(0)
+    engine.pool.kv.normal_()
+    sequences = [pool.Sequence(engine.pool.take(LENGTH), LENGTH - 256 - i) for i in range(3)]
+    step = pool.Step.of([(x, [0] * (250 + i)) for i, x in enumerate(sequences)], "cpu")
+    q = torch.randn(len(step.slots), 4, 64)
+    settings = sparse.settings.replace(dense_below_kv_len=LIMITS.dense_below)
+
+    def attended(rows: slice, reqs: slice) -> Any:
+        out = torch.full_like(q[rows], float("nan"))
+        ends = step.cu_seqlens_q[reqs.start : reqs.stop + 1]
+        given = step.table[reqs], step.seq_lens[reqs], ends - ends[0]
+        engine.forward(Batch.of(q[rows], *engine.pool.kv[:, 0], *given), settings, 0.125, out)
+        return out
+
+    whole, ends = attended(slice(0, len(q)), slice(0, 3)), step.cu_seqlens_q.tolist()
+    for i in range(3):
+        rows = slice(ends[i], ends[i + 1])
+        assert torch.equal(whole[rows], attended(rows, slice(i, i + 1)))
+
+
+def test_pages_are_shared_up_to_the_last_one(tiny: Any) -> None:
+    tiny.engine.reserve(8 * pool.PAGE)
+    own = tiny.engine.pool
+    first = pool.Sequence(own.take(2 * pool.PAGE + 1), 2 * pool.PAGE + 1)
+    fresh = own.take(pool.PAGE)
+    forked = first.fork(fresh)
+    assert forked.pages.tolist() == [*first.pages[:2].tolist(), *fresh.tolist()]
+    own.kv.normal_()
+    own.copy([int(first.pages[2])], [int(fresh[0])])
+    assert torch.equal(own.kv[:, :, first.pages[2]], own.kv[:, :, fresh[0]])
+    assert forked.slots(2 * pool.PAGE, 2).tolist() == [fresh[0] * pool.PAGE, fresh[0] * pool.PAGE + 1]
+    with pytest.raises(ValueError, match="pages wanted of"):
+        own.take(own.pages * pool.PAGE)
 
 
 def test_less_is_read_and_the_answer_is_another(tiny: Any) -> None:
     context = make("single-essay", tiny.codec, LENGTH, "0:0")
-    dense = prefill.run(tiny, context, methods()["dense"], LIMITS)
-    sparse = prefill.run(
-        tiny, context, changed("default", keep="density", keep_value=0.1, **FREE), LIMITS, dense.logits
-    )
+    dense = one(tiny, context, methods()["dense"])
+    sparse = one(tiny, context, changed("default", keep="density", keep_value=0.1, **FREE), dense.logits)
     assert 0.05 < sparse.work.density < 0.3
     assert sparse.work.density < sparse.work.executed < 1
-    own, final = sparse.outcomes[0]
+    own, final = sparse.outcomes[0][0]
     assert own.kl > 1e-4
     assert own.nll != final.nll
 
 
-def test_greedy_recall_is_generates_own(tiny: Any) -> None:
-    """A model that has learnt one answer by heart says it; the references are then found, wherever it stands."""
-    context = make("single-noise", tiny.codec, 600, "0:0")
-    dense = prefill.run(tiny, context, methods()["dense"], LIMITS)
-    (question,) = context.questions
+def test_greedy_answers_are_generates_own(tiny: Any) -> None:
+    """What the model says anyway is made the reference: found, though the expected tokens are others."""
+    contexts = [make("single-noise", tiny.codec, 600, f"0:{i}") for i in range(2)]
+    dense = prefill.run(tiny, contexts, methods()["dense"], LIMITS)
     tiny.model.set_attn_implementation("sdpa")
-    prompt = torch.tensor([context.ids + question.tail])
-    count = len(question.answer) + LIMITS.slack
-    more = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-    said = tiny.model.generate(prompt, attention_mask=torch.ones_like(prompt), **more)[0, prompt.shape[1] :].tolist()
-    # What it says anyway is made the reference: found, though the expected tokens are others.
-    claimed = replace(question, references=(tiny.codec.decode(said)[-3:],))
-    again = prefill.run(tiny, replace(context, questions=(claimed,)), methods()["dense"], LIMITS)
-    assert not again.outcomes[0][0].exact
-    assert (again.outcomes[0][0].recall, dense.outcomes[0][0].recall) == (1.0, 0.0)
+    claimed = []
+    for context in contexts:
+        (question,) = context.questions
+        prompt = torch.tensor([context.ids + question.tail])
+        more = {"max_new_tokens": len(question.answer) + LIMITS.slack, "do_sample": False, "pad_token_id": 0}
+        said = tiny.model.generate(prompt, attention_mask=torch.ones_like(prompt), **more)[0, prompt.shape[1] :]
+        text = tiny.codec.decode(said.tolist())
+        claimed.append(replace(context, questions=(replace(question, references=(text.lower()[-3:], "none such")),)))
+    again = prefill.run(tiny, claimed, methods()["dense"], LIMITS)
+    for ((then, *_),), ((now, *_),) in zip(dense.outcomes, again.outcomes, strict=True):
+        assert not now.exact
+        assert (now.recall, then.recall) == (0.5, 0.0)
+
+
+def test_decoding_several_is_generate(tiny: Any) -> None:
+    prompts = [make("single-noise", tiny.codec, size, "0:0").ids for size in (600, 450)]
+    more = {"max_new_tokens": 13, "do_sample": False, "pad_token_id": 0}
+    tiny.model.set_attn_implementation("sdpa")
+    given = [torch.tensor([ids]) for ids in prompts]
+    wanted = [tiny.model.generate(x, attention_mask=torch.ones_like(x), **more)[0, x.shape[1] :] for x in given]
+    engine = tiny.engine
+    engine.reserve(20 * pool.PAGE)
+    sequences = [pool.Sequence(engine.pool.take(len(ids) + 20)) for ids in prompts]
+    step = pool.Step.of(list(zip(sequences, prompts, strict=True)), "cpu")
+    first = engine.run(step, methods()["dense"].settings).argmax(-1).tolist()
+    behind = decode.greedy(engine, sequences, first, [12, 12])
+    for token, said, want in zip(first, behind, wanted, strict=True):
+        assert [token, *said][: len(want)] == want.tolist()
+
+
+def test_decoding_ends_with_the_text(tiny: Any, monkeypatch: Any) -> None:
+    tiny.engine.reserve(4 * pool.PAGE)
+    said = [decode.greedy(tiny.engine, [pool.Sequence(tiny.engine.pool.take(40))], [7], [n])[0] for n in (1, 20)]
+    assert (len(said[0]), len(said[1])) == (1, 20)
+    monkeypatch.setattr(decode, "ends_of", lambda _: {said[1][0]})
+    (ended,) = decode.greedy(tiny.engine, [pool.Sequence(tiny.engine.pool.take(40))], [7], [20])
+    # A look comes every eight steps.
+    assert ended == said[1][:8]
 
 
 def test_who_is_not_served_has_no_row_and_a_reason(tiny: Any, tmp_path: Path) -> None:
     table = methods()
     with pytest.raises(Refused, match="gates"):
-        prefill.run(tiny, make("single-noise", tiny.codec, 600, "0:0"), table["attn_gate"], LIMITS)
+        one(tiny, make("single-noise", tiny.codec, 600, "0:0"), table["attn_gate"])
     folder = Folder(tmp_path, facts(STUDY, tiny, "f32"))
-    measure(STUDY, tiny, {LENGTH: [table["dense"], table["attn_gate"]]}, folder, Clock(0))
+    measure(Run(STUDY, tiny, folder, Clock(0)), {LENGTH: Rows(table["dense"], [table["attn_gate"]], [])})
     assert "gates" in folder.gaps["attn_gate"]
     assert {r["method"] for r in folder.records} == {"dense"}
-    (tmp_path / "out").mkdir()
-    report.write(folder.records, facts(STUDY, tiny, "f32"), folder.gaps, tmp_path / "out")
-    assert "`attn_gate`: its gates" in (tmp_path / "out" / "report.md").read_text()
+    report.write(folder, tmp_path / "other")
+    assert "`attn_gate`: its gates" in (tmp_path / "other.md").read_text()
 
 
 @pytest.mark.parametrize("name", sorted(set(methods()) - {"attn_gate", "dense"}))
@@ -128,19 +213,51 @@ def test_every_method_is_served_on_the_cpu(tiny: Any, name: str) -> None:
     context = make("single-noise", tiny.codec, 900, "0:0")
     # Blocks of 128 would leave nothing to choose from.
     small = changed(name) if name == "quoka" else changed(name, block_size=16)
-    result = prefill.run(tiny, context, small, LIMITS)
+    result = one(tiny, context, small)
     assert result.work.density is not None
     assert 0 < result.work.density <= 1
 
 
+def test_quoka_in_torch_is_the_librarys(tiny: Any, monkeypatch: Any) -> None:
+    contexts = [make("multikey-essay", tiny.codec, LENGTH, f"0:{i}", 1 + i) for i in range(2)]
+    theirs = prefill.run(tiny, contexts, methods()["quoka"], LIMITS)
+    monkeypatch.setattr(tiny.engine, "torch_quoka", True)
+    ours = prefill.run(tiny, contexts, methods()["quoka"], LIMITS, theirs.logits)
+    assert ours.work == theirs.work
+    # As above; the lists are the same, but for ties.
+    assert (ours.logits - theirs.logits).abs().max() <= 1.5e-4 * theirs.logits.abs().max()
+    dense = one(tiny, contexts[0], methods()["dense"])
+    assert (dense.logits - ours.logits[: len(dense.logits)]).abs().max() > 0.1 * dense.logits.abs().max()
+
+
 def test_two_methods_come_to_the_same_density(tiny: Any, tmp_path: Path) -> None:
     folder = Folder(tmp_path, facts(STUDY, tiny, "f32"))
-    for name in ("sampled_exact-group", "flashprefill-union"):
-        found = at_density(STUDY, tiny, changed(name, block_size=16), 0.4, LENGTH, folder)
-        assert found.name == f"{name}@0.4"
+    bench = Bench(STUDY, tiny, LENGTH, folder)
+    found = [bench.at_density(changed(x, block_size=16), 0.4) for x in ("sampled_exact-group", "flashprefill-union")]
+    assert [row.name for row in found] == ["sampled_exact-group@0.4", "flashprefill-union@0.4"]
+    for row in found:
         context = make("single-essay", tiny.codec, LENGTH, "1:1")
-        assert prefill.run(tiny, context, found, LIMITS).work.density == pytest.approx(0.4, rel=0.25)
-    assert set(json.loads((tmp_path / "keep.json").read_text())) == set(folder.keep)
+        assert one(tiny, context, row).work.density == pytest.approx(0.4, rel=0.25)
+    assert set(json.loads((tmp_path / "notes.json").read_text())["keep"]) == set(folder.keep)
+
+
+def test_a_probe_sees_what_lists_miss(tiny: Any) -> None:
+    contexts = [make("single-essay", tiny.codec, LENGTH, "0:0")]
+    sample = probe.Sample(tiny, contexts, LIMITS)
+    whole = sample.line(changed("default", keep="density", keep_value=1.0, **FREE))
+    assert (whole["density"], whole["executed"]) == (1.0, 1.0)
+    assert max(whole["error"]) < 1e-5 and min(whole["mass"]) > 1 - 1e-5
+    half = sample.line(changed("default", keep="density", keep_value=0.5, **FREE))
+    less = sample.line(changed("default", keep="density", keep_value=0.1, **FREE))
+    exact = sample.line(changed("oracle", keep="density", keep_value=0.5, **FREE))
+    for layer in range(2):
+        assert 0.4 < half["density"] <= half["mass"][layer] <= exact["mass"][layer] + 1e-3 < 1
+        assert less["mass"][layer] < half["mass"][layer]
+        assert less["error"][layer] > half["error"][layer] > 0.01
+    corrected = sample.line(changed("default", keep="density", keep_value=0.5, mean_correction=True, **FREE))
+    # The same lists; what they miss is made up for in part.
+    assert corrected["mass"] == pytest.approx(half["mass"])
+    assert corrected["error"] != half["error"]
 
 
 def test_the_number_is_found_whichever_way_densities_run() -> None:
@@ -151,47 +268,65 @@ def test_the_number_is_found_whichever_way_densities_run() -> None:
 
 def test_a_study_goes_on_where_it_stopped_and_repeats_a_row(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(model, "load", lambda *_: tiny)
-    asked = f"--out {tmp_path} --lengths {LENGTH} --tasks single-noise,multikey-essay --contexts 1 --questions 2"
-    asked += (
-        f" --chunk {LIMITS.chunk} --dense-below {LIMITS.dense_below} --device cpu --methods dense,sampled_exact-group"
-    )
+    asked = f"--out {tmp_path} --lengths {LENGTH} --tasks single-noise,multikey-essay --items 3 --batch 2 --questions 2"
+    asked += f" --chunk {LIMITS.chunk} --dense-below {LIMITS.dense_below} --device cpu --model here --no-probe"
+    asked += " --main sampled_exact-group --methods dense,sampled_exact-group"
     assert cli.main(asked.split()) == 0
     first = (tmp_path / "items.jsonl").read_text()
-    # Three questions: dense once, the other with its own and a dense last chunk.
-    assert len(first.splitlines()) == 3 * 3
+    # One round: two contexts of each task, through two rows.
+    assert len(first.splitlines()) == 2 * 2 * 2
     assert cli.main(asked.split()) == 0
     assert (tmp_path / "items.jsonl").read_text() == first
+    # A line that a kill has cut off is made again.
+    (tmp_path / "items.jsonl").write_text(first + first[:50])
     assert cli.main([*asked.split()[:-1], "dense,streaming"]) == 0
     both = (tmp_path / "items.jsonl").read_text()
     assert both.startswith(first)
-    assert len(both.splitlines()) == 3 * 5
-    assert {p.name for p in tmp_path.iterdir()} >= {"report.csv", "report.md", f"report-{LENGTH}.svg", "study.json"}
-    assert "| streaming | 3 (2) |" in (tmp_path / "report.md").read_text()
-    assert cli.main([*asked.split(), "--repro", f"multikey-essay,{LENGTH},0,streaming"]) == 0
-    wrong = both.replace('"nll": ', '"nll": 1')
+    assert len(both.splitlines()) == 2 * 2 * 3
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *(f"report{end}" for end in (".csv", ".md", ".svg", "-layers.csv")),
+        *("items.jsonl", "study.json", "notes.json"),
+    }
+    assert "| streaming | 6 (4) |" in (tmp_path / "report.md").read_text()
+    record = tmp_path / "of" / "record"
+    record.parent.mkdir()
+    assert cli.main(["--out", str(tmp_path), "--report", "--record", str(record)]) == 0
+    assert record.with_suffix(".md").read_text() == (tmp_path / "report.md").read_text()
+    assert str(tmp_path) not in record.with_suffix(".md").read_text()
+    assert cli.main([*asked.split(), "--repro", f"multikey-essay,{LENGTH},1,streaming"]) == 0
+    wrong = both.replace('"executed":', '"executed":1')
     (tmp_path / "items.jsonl").write_text(wrong)
-    assert cli.main([*asked.split(), "--repro", f"multikey-essay,{LENGTH},0,streaming"]) == 1
+    assert cli.main([*asked.split(), "--repro", f"multikey-essay,{LENGTH},1,streaming"]) == 1
     assert cli.main([*asked.split(), "--seed", "5"]) == 2
 
 
-def test_workers_share_a_study_of_a_checkpoint(tmp_path: Path, library: str | None, monkeypatch: Any) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+def test_a_study_of_a_checkpoint_with_a_few_items_of_some_rows(tmp_path: Path) -> None:
     source, out = checkpoint(tmp_path / "model"), tmp_path / "out"
-    asked = f"--model {source} --out {out} --lengths 900 --tasks single-noise --contexts 3 --chunk 256 --device cpu"
-    asked += " --methods dense,default --density .5 --at-density default --workers 2"
-    assert cli.main(asked.split() + (["--library", library] if library else [])) == 0
-    records = [[json.loads(x) for x in (out / f"items{i}.jsonl").read_text().splitlines()] for i in ("", "-1")]
-    # The second worker makes contexts 1, 3, ..: of three, one; each has dense, and two rows with two last chunks.
-    assert [sorted({r["index"] for r in shard}) for shard in records] == [[0, 2], [1]]
-    assert [len(shard) for shard in records] == [10, 5]
-    found = json.loads((out / "keep.json").read_text())
-    rows = [r for shard in records for r in shard if r["method"] == "default@0.5"]
-    assert {r["keep_value"] for r in rows} == set(found.values())
-    assert "| default@0.5 | 3 (3) |" in (out / "report.md").read_text()
+    asked = f"--model {source} --out {out} --lengths 900,1000 --tasks single-noise --items 3 --few 1 --chunk 256"
+    asked += " --device cpu --methods dense,default,streaming --density .5 --at-density default"
+    assert cli.main(asked.split()) == 0
+    lines = [json.loads(x) for x in (out / "items.jsonl").read_text().splitlines()]
+    # Main rows first, all lengths along with one another; then the others, behind a dense that is not written again.
+    assert [x["length"] for x in lines if x["method"] == "dense"] == [900, 1000] * 3
+    names = [line["method"] for line in lines]
+    assert names == [*["dense", "default", "default@0.5"] * 6, "streaming", "streaming"]
+    kept = json.loads((out / "notes.json").read_text())["keep"]
+    assert {x["keep_value"] for x in lines if x["method"] == "default@0.5"} == {
+        float(f"{x:.5g}") for x in kept.values()
+    }
+    text = (out / "report.md").read_text()
+    assert "| default@0.5 | 3 (3) |" in text
+    assert "| default~6 |" in text
     # A template's frame is found, and text comes back as it went.
     read = model.load(source, "cpu", "f32").codec
     assert read.frame == codec().frame
     assert read.decode(list(make("single-essay", read, 900, "0:0").ids)).startswith("U:Read the text")
+
+
+def test_contexts_made_by_other_processes_are_the_same(tiny: Any) -> None:
+    groups = [list(protocol._made(STUDY, tiny.codec, processes)) for processes in (0, 2)]
+    assert groups[0] == groups[1]
+    assert len(groups[0]) == 4
 
 
 def test_a_gguf_file_is_read_as_its_format_says(tmp_path: Path) -> None:
@@ -243,9 +378,23 @@ def test_mistakes_are_one_line(more: str, said: str, tiny: Any, tmp_path: Path, 
 
 
 def test_time_ends_a_study(tiny: Any, tmp_path: Path) -> None:
-    folder = Folder(tmp_path, facts(STUDY, tiny, "f32"))
-    measure(STUDY, tiny, {LENGTH: [methods()["dense"]]}, folder, Clock(1e-9))
+    folder, rows = Folder(tmp_path, facts(STUDY, tiny, "f32")), Rows(methods()["dense"], [], [])
+    measure(Run(STUDY, tiny, folder, Clock(1e-9)), {LENGTH: rows})
     assert not folder.records
+
+
+def test_a_batch_is_begun_only_if_all_its_rows_have_time(monkeypatch: Any) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    clock = Clock(100.0, 30.0)
+    for row in ("a", "b"):
+        clock.note(8, row, 20.0)
+    assert clock.has_time(8, ["a", "b"])
+    now = 61.0
+    assert clock.has_time(8, ["a"]) and not clock.has_time(8, ["a", "b"])
+    assert clock.may(8, "a")
+    clock.note(8, "a", 10.0)
+    assert not clock.may(8, "a") and clock.may(9, "a")
 
 
 def test_training_sequences_hold_every_answer_where_they_say() -> None:

@@ -1,4 +1,4 @@
-"""Bill of materials in CycloneDX 1.6 JSON: every crate of the lock file that the library or its tool may ship with.
+"""Bill of materials in CycloneDX 1.6 JSON: every crate that may ship, and the toolchain of the GPU images.
 
     python3 tests/supply/sbom.py [OUT]      # build/sbom.cdx.json by default; runs `cargo metadata --locked`
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+READERS = ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
 
 
 def metadata() -> dict[str, Any]:
@@ -69,20 +70,33 @@ def component(package: dict[str, Any], sums: dict[tuple[str, str], str], kind: s
     return made
 
 
-def bill(graph: dict[str, Any], lock: str) -> dict[str, Any]:
-    """The document."""
+def toolchain(pins: str) -> list[dict[str, Any]]:
+    """The pinned wheels behind the kernel images: CUTLASS, the compiler with its headers; no readers of code."""
+    made = []
+    for name, version in (line.split("==") for line in pins.splitlines() if "==" in line):
+        if name in READERS:
+            continue
+        licence = "BSD-3-Clause" if name == "nvidia-cutlass" else "LicenseRef-NVIDIA-Proprietary"
+        ref = f"pkg:pypi/{name}@{version}"
+        fields = {"type": "library", "bom-ref": ref, "name": name, "version": version, "purl": ref}
+        made.append({**fields, "licenses": [{"expression": licence}]})
+    return made
+
+
+def bill(graph: dict[str, Any], lock: str, pins: str) -> dict[str, Any]:
+    """The document, of what cargo knows, the lock file and the pins of `cuda/requirements.txt`."""
     root, reach = shipped(graph)
     packages = {package["id"]: package for package in graph["packages"]}
     sums = checksums(lock)
     ref = {key: f"pkg:cargo/{packages[key]['name']}@{packages[key]['version']}" for key in reach}
     components = [component(packages[key], sums, "library") for key in reach if key != root]
+    wheels = toolchain(pins)
+    edges = [{"ref": ref[key], "dependsOn": sorted(ref[dep] for dep in deps)} for key, deps in reach.items()]
+    next(edge for edge in edges if edge["ref"] == ref[root])["dependsOn"] += [made["bom-ref"] for made in wheels]
     body: dict[str, Any] = {
         "metadata": {"component": component(packages[root], sums, "library")},
-        "components": sorted(components, key=lambda made: str(made["bom-ref"])),
-        "dependencies": sorted(
-            ({"ref": ref[key], "dependsOn": sorted(ref[dep] for dep in deps)} for key, deps in reach.items()),
-            key=lambda made: str(made["ref"]),
-        ),
+        "components": sorted(components + wheels, key=lambda made: str(made["bom-ref"])),
+        "dependencies": sorted(edges, key=lambda made: str(made["ref"])),
     }
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).digest()
     serial = uuid.UUID(bytes=digest[:16], version=4)
@@ -93,7 +107,8 @@ def bill(graph: dict[str, Any], lock: str) -> dict[str, Any]:
 def main() -> None:
     """Writes the document."""
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "sbom.cdx.json"
-    made = bill(metadata(), (ROOT / "Cargo.lock").read_text())
+    pins = (ROOT / "cuda" / "requirements.txt").read_text()
+    made = bill(metadata(), (ROOT / "Cargo.lock").read_text(), pins)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(made, indent=1) + "\n")
     print(f"{out}: {len(made['components'])} components")

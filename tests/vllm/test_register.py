@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +48,20 @@ def test_the_engine_looks_the_backend_up_by_its_own_name(backend: Any) -> None:
     assert not backend.is_mla()
     assert not backend.is_sparse()
     assert not backend.forward_includes_kv_cache_update
+
+
+def test_the_readmes_command_is_one_that_the_engine_and_we_understand() -> None:
+    from compactattn.serving.settings import Options
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^COMPACTATTN_MODE=compactattn vllm serve .*$", readme, re.M)
+    setting, _, _, model, *flags = shlex.split(line)
+    given = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", model, *flags])
+    assert AttentionBackendEnum[given.attention_backend] is AttentionBackendEnum.CUSTOM
+    options = Options.read(given.additional_config["compactattn"], dict([setting.split("=")]))
+    assert (options.settings.keep, options.settings.keep_value) == ("mass", 0.97)
 
 
 def test_what_is_served_has_no_reason_against_it(backend: Any) -> None:

@@ -492,7 +492,7 @@ __device__ __forceinline__ void attend(const AttendParams& params, const Means* 
     const int row = threadIdx.x / 32 * T::kWarpRows + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int b = 0; b < T::kBlocks; ++b) {
-      finish_rows<typename T::Element, 2>(params, piece, row + 16 * b, rows.o[b], rows.state[b]);
+      finish_rows<typename T::Element, 2, 2>(params, piece, row + 16 * b, rows.o[b], rows.state[b]);
     }
   }
 }

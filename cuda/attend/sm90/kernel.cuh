@@ -185,7 +185,7 @@ __device__ __forceinline__ void consume(const AttendParams& params, const Means*
       }
       consumer.attend(piece, params.work.heads_per_list, o, rows);
     }
-    finish_rows<typename T::Element, T::kMeetAtOnce>(params, piece, at.row, o, rows);
+    finish_rows<typename T::Element, 4, T::kMeetAtOnce>(params, piece, at.row, o, rows);
   }
   consumer.end();
 }

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from ..settings import Settings
 
@@ -57,19 +53,6 @@ def methods() -> dict[str, Method]:
     return found
 
 
-def put_in_force(settings: Settings, dense_below: int) -> None:
-    """Makes ``settings`` the transformers backend's, the way a user does; its counts start afresh."""
-    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    values[f"keep_{values.pop('keep')}"] = values.pop("keep_value")
-    values["dense_below_kv_len"] = dense_below
-    path = Path(_folder.name) / "config.json"
-    path.write_text(json.dumps(values), encoding="utf-8")
-    os.environ["COMPACTATTN_MODE"], os.environ["COMPACTATTN_CONFIG"] = "compactattn", str(path)
-    from .. import hf
-
-    hf.register()
-
-
 def find_keep_value(
     method: Method, target: float, density_at: Callable[[float], float], probes: int = 10
 ) -> tuple[float, float]:
@@ -79,12 +62,12 @@ def find_keep_value(
     or a share. Steps out until the target lies between two, then interpolates; ends within 3 % of the target.
     """
     rises = -1 if method.settings.keep == "threshold" else 1
-    odds = _clamp(_log_odds(method.settings.keep_value))
+    odds = log_odds(method.settings.keep_value)
     below: tuple[float, float] | None = None
     above: tuple[float, float] | None = None
     best = (math.inf, 0.0, 0.0)
     for _ in range(probes):
-        value = 1 / (1 + math.exp(-odds))
+        value = odds_value(odds)
         density = density_at(value)
         gap = math.log(max(density, 1e-6) / target)
         best = min(best, (abs(gap), value, density))
@@ -106,8 +89,14 @@ def find_keep_value(
     return best[1], best[2]
 
 
-def _log_odds(value: float) -> float:
-    return math.log(value / (1 - value)) if value < 1 else _ODDS
+def log_odds(value: float) -> float:
+    """Of a number in (0, 1], as far as it is searched."""
+    return _clamp(math.log(value / (1 - value))) if value < 1 else _ODDS
+
+
+def odds_value(odds: float) -> float:
+    """The number of these log-odds."""
+    return 1 / (1 + math.exp(-_clamp(odds)))
 
 
 def _clamp(odds: float) -> float:
@@ -117,4 +106,3 @@ def _clamp(odds: float) -> float:
 # Numbers from 0.0001 to 0.9999.
 _ODDS = 9.2
 _STEP = 1.5
-_folder = tempfile.TemporaryDirectory()

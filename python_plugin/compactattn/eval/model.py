@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import transformers  # type: ignore[import-not-found, unused-ignore]
 
 from . import lora, smollm2
 from .codec import Codec
+from .engine import Engine
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -23,6 +25,11 @@ class Subject:
     model: Any
     codec: Codec
     name: str
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Steps of this model with the library's attention. Raises Refused for a model that is not served."""
+        return Engine(self.model)
 
 
 def load(path: Path, device: str, dtype: str, adapter: Path | None = None) -> Subject:

@@ -39,5 +39,13 @@ def scatter(title: str, points: list[tuple[str, float, float]]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" {style}>\n{body}\n</svg>\n'
 
 
+def stacked(drawings: list[str]) -> str:
+    """Drawings one below the other."""
+    heights = [int(one.partition('height="')[2].partition('"')[0]) for one in drawings]
+    placed = [one.replace("<svg ", f'<svg y="{sum(heights[:i])}" ', 1) for i, one in enumerate(drawings)]
+    size = f'width="{WIDTH}" height="{sum(heights)}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n{"".join(placed)}</svg>\n'
+
+
 def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int = 12) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}">{escape(text)}</text>'

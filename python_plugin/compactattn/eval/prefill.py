@@ -1,29 +1,27 @@
-"""One context through one method: chunked prefill, teacher-forced answers, greedy answers where those miss."""
+"""A batch of contexts through one method: chunked prefill, their questions behind it, teacher-forced and greedy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch  # type: ignore[import-not-found, unused-ignore]
-import transformers  # type: ignore[import-not-found, unused-ignore]
 
-from .. import _hf_engine as engine
-from .. import hf
 from ..errors import DeviceError, InvalidArgument
 from ..settings import Settings
-from .methods import Method, put_in_force
+from . import scores
+from .decode import ends_of, greedy
+from .engine import Probe, Refused
+from .methods import Method
 from .model import Subject
+from .pool import PAGE, Sequence, Step
 from .report import DENSE, OWN
 from .tasks import Context, Question
 
-
-class Refused(Exception):
-    """A method that this backend, or this device, does not serve."""
-
-
-# What takes a method's row away, and not the study.
-NO_ROW = (Refused, InvalidArgument, DeviceError)
+# What takes a method's row away, and not the study; RuntimeError is torch's, for want of memory say.
+NO_ROW = (Refused, InvalidArgument, DeviceError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Outcome:
 
 @dataclass
 class Work:
-    """What a prefill has read. Pairs are (query, key) of one head under the causal mask."""
+    """What prefills have read. Pairs are (query, key) of one head under the causal mask."""
 
     # Of sparse chunks with their past blocks; of everything else; past blocks read and past blocks there are.
     past_pairs: float = 0.0
@@ -60,7 +58,7 @@ class Work:
 
     @property
     def executed(self) -> float:
-        """Share of the prompt's causal pairs that were computed: chunks that are dense by rule and open regions too."""
+        """Share of the prompts' causal pairs that were computed: chunks that are dense by rule and open regions too."""
         read = self.other_pairs + self.past_pairs * (1.0 if self.density is None else self.density)
         return read / (self.other_pairs + self.past_pairs)
 
@@ -71,56 +69,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Result:
-    """One context under one method: outcomes per question, and what a prompt of it has read on average."""
+    """A batch under one method: outcomes ``[context][question][final]``, and what its prompts have read."""
 
-    outcomes: list[list[Outcome]]
+    outcomes: list[list[list[Outcome]]]
     work: Work
-    # Logits at each question's answer, ``[answer, vocabulary]`` f32: what others are compared with if this is dense.
-    logits: list[Any] = field(repr=False)
-
-
-@torch.no_grad()  # type: ignore[misc, unused-ignore]
-def run(
-    subject: Subject, context: Context, method: Method, limits: Limits, reference: list[Any] | None = None
-) -> Result:
-    """Prefills the context once and each question's end behind it; ``reference``: the dense logits, None = own.
-
-    Raises Refused if transformers' attention had to stand in anywhere for a reason other than the settings' own.
-    """
-    if method.missing:
-        raise Refused(method.missing)
-    put_in_force(method.settings, limits.dense_below)
-    prefill = _Prefill(subject, method, limits)
-    shared = len(context.ids) // limits.chunk * limits.chunk
-    prefill.extend(context.ids[:shared])
-    prompt = prefill.take_work()
-    ends = [context.ids[shared:] + question.tail for question in context.questions]
-    asked = list(zip(ends, context.questions, strict=True))
-    logits: list[Any] = []
-    outcomes: list[list[Outcome]] = []
-    for rest, question in asked:
-        logits.append(prefill.answered(rest, question, shared))
-        dense = logits[-1] if reference is None else reference[len(outcomes)]
-        outcomes.append([prefill.outcome(OWN, question, logits[-1], dense)])
-    work = prompt.plus(prefill.take_work(), 1 / max(1, len(asked)))
-    if limits.dense_final and method.settings.selector != "dense":
-        # From here on the library itself is dense; the shared prefix stays as the method has made it.
-        put_in_force(Settings.of("dense"), limits.dense_below)
-        for i, (rest, question) in enumerate(asked):
-            found = prefill.answered(rest, question, shared)
-            outcomes[i].append(prefill.outcome(DENSE, question, found, (reference or logits)[i]))
-        prefill.take_work()
-    return Result(outcomes, work, logits)
-
-
-def density(subject: Subject, context: Context, method: Method, limits: Limits) -> float:
-    """The share of past blocks that the method reads of the context, its questions left out; 1 if all was dense."""
-    put_in_force(method.settings, limits.dense_below)
-    prefill = _Prefill(subject, method, limits)
-    with torch.no_grad():
-        prefill.extend(context.ids)
-    found = prefill.take_work().density
-    return 1.0 if found is None else found
+    # Logits at the answers of all questions, ``[positions, vocabulary]``: what others are compared with if this is
+    # dense. In the model's dtype.
+    logits: Any = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -133,98 +88,204 @@ class Limits:
     dense_below: int
     # Greedy tokens beyond the expected answer's length.
     slack: int = 4
-    # Whether questions are also asked with their own chunks dense.
+    # Whether questions are also asked with their own chunk dense.
     dense_final: bool = True
 
 
-class _Prefill:
-    def __init__(self, subject: Subject, method: Method, limits: Limits) -> None:
-        self._model, self._codec = subject.model, subject.codec
-        self._method, self._limits = method, limits
-        self._cache = transformers.DynamicCache(config=self._model.config)
-        self._work, self._counted = Work(), hf.report().stats
-        ends = self._model.generation_config.eos_token_id
-        self._ends = set(ends) if isinstance(ends, list) else {ends}
+def run(
+    subject: Subject, contexts: list[Context], method: Method, limits: Limits, reference: Any | None = None
+) -> Result:
+    """Prefills the contexts together, then all their questions; ``reference``: dense attention's logits, None = own.
 
-    def extend(self, ids: tuple[int, ...]) -> Any:
-        """Runs ``ids`` behind the cache, cut at multiples of the chunk; the last logits ``[1, 1, vocabulary]``."""
-        logits, chunk = None, self._limits.chunk
-        while ids:
-            past = self._length()
-            count = min(len(ids), chunk - past % chunk)
-            logits = self._forward(ids[:count], "compactattn", 1)
-            self._count(past, count)
-            ids = ids[count:]
-        return logits
+    Raises Refused for what the model or the device does not serve.
+    """
+    if method.missing:
+        raise Refused(method.missing)
+    prefill = Prefill(subject, contexts, method.settings, limits)
+    prompts = prefill.contexts()
+    finals = [OWN] if not limits.dense_final or method.settings.selector == "dense" else [OWN, DENSE]
+    logits = [prefill.questions(final) for final in finals]
+    work = prompts.plus(prefill.question_work, 1 / len(prefill.asked[OWN]) * len(contexts))
+    against = logits[0] if reference is None else reference
+    found = [prefill.outcomes(final, own, against) for final, own in zip(finals, logits, strict=True)]
+    recalls = prefill.recalls(dict(zip(finals, found, strict=True)))
+    by_question = [
+        [_outcome(final, scores_of[i], recalls[final][i]) for final, scores_of in zip(finals, found, strict=True)]
+        for i in range(len(found[0]))
+    ]
+    it = iter(by_question)
+    return Result([[next(it) for _ in context.questions] for context in contexts], work, logits[0])
 
-    def answered(self, rest: tuple[int, ...], question: Question, shared: int) -> Any:
-        """The logits at the expected answer behind ``shared`` tokens and ``rest``, ``[answer, vocabulary]`` f32."""
-        self._crop(shared)
-        first, expected = self.extend(rest), question.answer[:-1]
-        if not expected:
-            return first[0].float()
-        return torch.cat([first, self._forward(expected, "sdpa", len(expected))], 1)[0].float()
 
-    def outcome(self, final: str, question: Question, logits: Any, dense: Any) -> Outcome:
-        """Compares with the expected answer and with dense attention; goes on greedily from the first miss."""
-        expected = torch.tensor(question.answer, device=logits.device)
-        log_p, log_dense = logits.log_softmax(-1), dense.log_softmax(-1)
-        best = logits.argmax(-1)
-        wrong = (best != expected).nonzero()
-        kl = (log_dense.exp() * (log_dense - log_p)).sum(-1).mean()
-        nll = -log_p.gather(1, expected[:, None]).mean()
-        flips = (best != dense.argmax(-1)).float().mean()
-        numbers = [float(x) for x in torch.stack([nll, kl, flips])]
-        if not len(wrong):
-            return Outcome(final, 1.0, True, *numbers)
-        return Outcome(final, self._recall(question, int(wrong[0]), int(best[wrong[0]])), False, *numbers)
+def work_of(contexts: list[Context], settings: Settings, limits: Limits) -> Work:
+    """The pairs of the contexts' prefill; what was selected is for the caller to say."""
+    work = Work()
+    for size in (len(context.ids) for context in contexts):
+        for first in range(0, size, limits.chunk):
+            _count(work, settings, first, min(limits.chunk, size - first))
+    return work
 
-    def take_work(self) -> Work:
-        """What was read since the last call. Raises Refused if it was not the method that did it."""
-        report = hf.report()
-        reasons = set(report.engine) - {engine.DECODE, engine.SHORT, engine.SLIDING}
-        if reasons:
-            raise Refused("; ".join(sorted(reasons)))
-        stats, before = report.stats, self._counted
-        self._work.selected = stats.selected - before.selected
-        self._work.candidates = stats.candidates - before.candidates
-        work, self._work, self._counted = self._work, Work(), stats
-        return work
 
-    def _forward(self, ids: tuple[int, ...], attention: str, keep: int) -> Any:
-        if self._model.config._attn_implementation != attention:
-            self._model.set_attn_implementation(attention)
-        given = torch.tensor([ids], device=self._model.device)
-        return self._model(given, past_key_values=self._cache, logits_to_keep=keep).logits
+def _outcome(final: str, found: scores.Scores, recall: float) -> Outcome:
+    return Outcome(final, recall, found.miss is None, found.nll, found.kl, found.flips)
 
-    def _count(self, past: int, count: int) -> None:
-        settings = self._method.settings
-        sparse = count > settings.dense_max_q_len and past + count >= self._limits.dense_below
-        inside = count * (count + 1) / 2
-        if sparse and settings.selector != "dense":
-            # The open region begins with the chunk's own partial block.
-            blocks = past // settings.block_size * settings.block_size
-            self._work.past_pairs += count * blocks
-            inside += count * (past - blocks)
-        else:
-            inside += count * past
-        self._work.other_pairs += inside
 
-    def _recall(self, question: Question, position: int, token: int) -> float:
-        """Greedy decoding from the first position where it leaves the expected answer."""
-        said = list(question.answer[:position])
-        prompt = self._length() - (len(question.answer) - 1)
-        self._crop(prompt + position)
-        while token not in self._ends and len(said) < len(question.answer) + self._limits.slack:
-            said.append(token)
-            token = int(self._forward((token,), "sdpa", 1)[0, -1].argmax())
-        text = self._codec.decode(said).lower()
+@dataclass
+class _Asked:
+    """A question of the batch: its sequence, the pages that are its own, the prompt's length once it has been put."""
+
+    question: Question
+    sequence: Sequence
+    own: Any
+    prompt: int = 0
+
+
+class Prefill:
+    """A batch in the pool: its contexts, and each question behind its context, once a final chunk's kind."""
+
+    def __init__(self, subject: Subject, contexts: list[Context], settings: Settings, limits: Limits) -> None:
+        self._engine, self._codec, self._limits = subject.engine, subject.codec, limits
+        self._batch, self._dense = contexts, Settings.of("dense")
+        self._settings = settings.replace(dense_below_kv_len=limits.dense_below)
+        room = _Room(contexts, limits)
+        self._engine.reserve(room.tokens)
+        self._sequences = [Sequence(self._engine.pool.take(len(one.ids))) for one in contexts]
+        self._room, self.question_work = room, Work()
+        self.asked: dict[str, list[_Asked]] = {}
+
+    def contexts(self, probe: Callable[[int], Probe | None] = lambda _: None) -> Work:
+        """Prefills the contexts, cut at multiples of the chunk; what that has read, of all of them.
+
+        ``probe`` is asked for each chunk by its first token.
+        """
+        chunk, work = self._limits.chunk, Work()
+        before = self._engine.stats(self._settings)
+        ids = [np.array(one.ids) for one in self._batch]
+        for first in range(0, max(map(len, ids)), chunk):
+            pieces = [(one, its[first : first + chunk]) for one, its in zip(self._sequences, ids, strict=True)]
+            self._step([piece for piece in pieces if len(piece[1])], self._settings, work, probe(first))
+        return self._took(work, before)
+
+    def questions(self, final: str) -> Any:
+        """The logits at every expected answer, one question after the other; the questions' own chunks as told."""
+        asked = self._fork(final)
+        settings, work = self._dense if final == DENSE else self._settings, Work()
+        before = self._engine.stats(self._settings)
+        first = self._step([(one.sequence, one.question.tail) for one in asked], settings, work)
+        if final == OWN:
+            self.question_work = self._took(work, before)
+        for one in asked:
+            one.prompt = one.sequence.length
+        longer = [one for one in asked if len(one.question.answer) > 1]
+        if not longer:
+            return first
+        rest = self._step([(one.sequence, one.question.answer[:-1]) for one in longer], self._dense, every=True)
+        return _interleaved(first, rest, [len(one.question.answer) for one in asked])
+
+    def outcomes(self, final: str, logits: Any, dense: Any) -> list[scores.Scores]:
+        """How each expected answer fares."""
+        return scores.score(logits, dense, [one.question.answer for one in self.asked[final]])
+
+    def recalls(self, found: dict[str, list[scores.Scores]]) -> dict[str, list[float]]:
+        """The share of the references in each greedy answer, which goes on from the first miss; 1 without one."""
+        pairs = [pair for final, its in found.items() for pair in zip(self.asked[final], its, strict=True)]
+        said = self._said(pairs) if any(one.miss for _, one in pairs) else [()] * len(pairs)
+        shares = [
+            1.0 if one.miss is None else self._share(asked.question, text)
+            for (asked, one), text in zip(pairs, said, strict=True)
+        ]
+        it = iter(shares)
+        return {final: [next(it) for _ in its] for final, its in found.items()}
+
+    def _said(self, pairs: list[tuple[_Asked, scores.Scores]]) -> list[tuple[int, ...]]:
+        """Greedy answers; those without a miss are decoded along, and nobody looks."""
+        sequences, tokens, steps = [], [], []
+        for asked, found in pairs:
+            position, token = found.miss or (0, asked.question.answer[0])
+            asked.sequence.length = asked.prompt + position
+            # One that is done begins afresh in its own pages, where it costs next to nothing.
+            sequences.append(asked.sequence if found.miss else Sequence(asked.own))
+            tokens.append(token)
+            most = len(asked.question.answer) + self._limits.slack
+            steps.append(most - position - 1 if found.miss else 0)
+        more = greedy(self._engine, sequences, tokens, steps)
+        ends, said = ends_of(self._engine.model), list[tuple[int, ...]]()
+        for (asked, found), token, behind, count in zip(pairs, tokens, more, steps, strict=True):
+            whole = (*(asked.question.answer[: found.miss[0]] if found.miss else ()), token, *behind[:count])
+            stop = next((i for i, one in enumerate(whole) if one in ends), len(whole))
+            said.append(whole[:stop])
+        return said
+
+    def _share(self, question: Question, said: tuple[int, ...]) -> float:
+        text = self._codec.decode(list(said)).lower()
         return sum(one.lower() in text for one in question.references) / len(question.references)
 
-    def _crop(self, length: int) -> None:
-        # Newer caches take only what is to go.
-        if surplus := self._length() - length:
-            self._cache.crop(-surplus)
+    def _fork(self, final: str) -> list[_Asked]:
+        pool, made = self._engine.pool, list[_Asked]()
+        copies: tuple[list[int], list[int]] = ([], [])
+        for context, sequence in zip(self._batch, self._sequences, strict=True):
+            for question in context.questions:
+                fresh = pool.take(sequence.length % PAGE + self._room.behind)
+                if sequence.length % PAGE:
+                    copies[0].append(int(sequence.pages[sequence.length // PAGE]))
+                    copies[1].append(int(fresh[0]))
+                made.append(_Asked(question, sequence.fork(fresh), fresh))
+        pool.copy(*copies)
+        self.asked[final] = made
+        return made
 
-    def _length(self) -> int:
-        return int(self._cache.get_seq_length())
+    def _step(
+        self,
+        requests: list[tuple[Sequence, Any]],
+        settings: Settings,
+        work: Work | None = None,
+        probe: Probe | None = None,
+        *,
+        every: bool = False,
+    ) -> Any:
+        if work is not None:
+            for sequence, ids in requests:
+                _count(work, settings, sequence.length, len(ids))
+        return self._engine.run(Step.of(requests, self._engine.device, every), settings, probe)
+
+    def _took(self, work: Work, before: Any) -> Work:
+        stats = self._engine.stats(self._settings)
+        work.selected = float(stats.selected - before.selected)
+        work.candidates = float(stats.candidates - before.candidates)
+        return work
+
+
+class _Room:
+    """How much of the pool a batch wants, in tokens."""
+
+    def __init__(self, contexts: list[Context], limits: Limits) -> None:
+        questions = [question for context in contexts for question in context.questions]
+        tail = max(len(question.tail) for question in questions)
+        answer = max(len(question.answer) for question in questions)
+        # A greedy answer begins within the expected one; two more, as decoding counts on.
+        self.behind = tail + 2 * answer + limits.slack + 2
+        pages = sum(-(-len(context.ids) // PAGE) for context in contexts)
+        pages += (1 + limits.dense_final) * len(questions) * -(-(self.behind + PAGE) // PAGE)
+        self.tokens = pages * PAGE
+
+
+def _count(work: Work, settings: Settings, past: int, count: int) -> None:
+    sparse = count > settings.dense_max_q_len and past + count >= settings.dense_below_kv_len
+    inside = count * (count + 1) / 2
+    if sparse and settings.selector != "dense":
+        # The open region begins with the chunk's own partial block.
+        blocks = past // settings.block_size * settings.block_size
+        work.past_pairs += count * blocks
+        inside += count * (past - blocks)
+    else:
+        inside += count * past
+    work.other_pairs += inside
+
+
+def _interleaved(first: Any, rest: Any, answers: list[int]) -> Any:
+    """``first [questions, vocabulary]`` before each question's own part of ``rest``."""
+    parts, at = [], 0
+    for i, count in enumerate(answers):
+        parts += [first[i : i + 1], rest[at : at + count - 1]]
+        at += count - 1
+    return torch.cat(parts)

@@ -1,216 +1,289 @@
-"""Rounds of paired items: each context goes through every method before it counts; resumable, bounded in time."""
+"""Rounds of paired items: each batch of contexts goes through every row before the next; resumable, bounded in time."""
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import count
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, islice
+from multiprocessing import get_context
 from typing import Any
 
-from . import prefill, words
+from . import layers, prefill, probe, words
 from .clock import Clock
+from .codec import Codec
+from .folder import FIELDS, Folder, rounded
 from .methods import Method, find_keep_value
 from .model import Subject
-from .prefill import NO_ROW, Limits
+from .pool import PAGE
+from .prefill import NO_ROW, Limits, Result
+from .progress import Progress
 from .tasks import SEVERAL, Context, make
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is asked of which tasks and lengths: how many contexts, how many questions where a task has several."""
+    """What is asked of which tasks and lengths: how many items, how many questions where a task has several."""
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
-    # Contexts a task and length; 0 = until time is up.
-    contexts: int
+    # Items (questions) a length, in whole rounds over the tasks: of the main rows, 0 = until time is up; of the others.
+    items: int
+    few: int
     questions: int
     seed: int
     # 0 = a quarter of the length.
     dense_below: int
     chunk: int
-    dense_final: bool
+    # Whose questions are also asked with their own chunk dense: all, main or none of the rows.
+    dense_final: str
+    # Contexts that go through a model together; 0 = as many as hold BATCH_TOKENS.
+    batch: int = 0
     # Greedy tokens beyond the expected answer's length.
     slack: int = 4
-    # (i, n): this process makes every n-th context, from the i-th on.
-    shard: tuple[int, int] = (0, 1)
 
-    def limits(self, length: int) -> Limits:
-        """The limits of a length."""
-        return Limits(self.chunk, self.dense_below or length // 4, self.slack, self.dense_final)
+    def limits(self, length: int, main: bool = True) -> Limits:
+        """The limits of a length, for the main rows or the others."""
+        dense_final = self.dense_final in (("all", "main") if main else ("all",))
+        return Limits(self.chunk, self.dense_below or length // 4, self.slack, dense_final)
 
-    def context(self, subject: Subject, task: str, length: int, index: int) -> Context:
+    def contexts_of(self, length: int) -> int:
+        """Contexts in a batch."""
+        return self.batch or max(1, BATCH_TOKENS // length)
+
+    def items_of(self, task: str) -> int:
+        """Questions a context."""
+        return self.questions if task in SEVERAL else 1
+
+    def rounds(self, length: int, items: int) -> int:
+        """How many rounds, each one batch of every task, hold so many items."""
+        return -(-items // (self.contexts_of(length) * sum(map(self.items_of, self.tasks))))
+
+    def context(self, codec: Codec, task: str, length: int, index: int) -> Context:
         """The context of an index; the same whatever else the study asks."""
-        questions = self.questions if task in SEVERAL else 1
-        return make(task, subject.codec, length, f"{self.seed}:{index}", questions)
+        return make(task, codec, length, f"{self.seed}:{index}", self.items_of(task))
 
 
-class Folder:
-    """Where a study's records lie: ``items*.jsonl``, ``study.json``, ``keep.json``, ``gaps*.json``.
+@dataclass(frozen=True)
+class Group:
+    """One batch: contexts ``first..first + count`` of a task."""
 
-    Several processes may work in one, each a shard of its own.
+    length: int
+    task: str
+    first: int
+    count: int
+    # Whether the main rows go through it, or the others.
+    main: bool = True
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one length: dense attention, those with all items, those with few."""
+
+    dense: Method
+    main: list[Method]
+    few: list[Method]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What measures what, into where, for how long."""
+
+    study: Study
+    subject: Subject
+    folder: Folder
+    clock: Clock
+
+
+def measure(run: Run, rows: dict[int, Rows]) -> None:
+    """Main rows first, then the others: batches of all lengths, each as far along as the others, until time is up.
+
+    A batch is begun only if all its rows are likely to end in time: rows have the same items.
     """
-
-    def __init__(self, path: Path, facts: dict[str, Any], shard: int = 0) -> None:
-        """Raises ValueError if the folder holds records of another model or other rules."""
-        path.mkdir(parents=True, exist_ok=True)
-        suffix = f"-{shard}" if shard else ""
-        self.path, self._items, self._gaps = path, path / f"items{suffix}.jsonl", path / f"gaps{suffix}.json"
-        study = path / "study.json"
-        if study.exists() and (old := json.loads(study.read_text())) != json.loads(json.dumps(facts)):
-            changed = [name for name in facts if old.get(name) != json.loads(json.dumps(facts[name]))]
-            raise ValueError(f"{path} holds another study's records (other {', '.join(changed)}); name another folder")
-        _write(study, facts)
-        self.records: list[dict[str, Any]] = []
-        self.gaps: dict[str, str] = {}
-        self.keep: dict[str, float] = {}
-        self._done: set[tuple[int, str, int, str]] = set()
-        self.read()
-
-    def read(self) -> None:
-        """Reads what all processes have written."""
-        lines = [line for path in sorted(self.path.glob("items*.jsonl")) for line in path.read_text().splitlines()]
-        self.records = [json.loads(line) for line in lines]
-        self._done = {_key(record) for record in self.records}
-        self.gaps = {}
-        for path in sorted(self.path.glob("gaps*.json")):
-            self.gaps |= json.loads(path.read_text())
-        keep = self.path / "keep.json"
-        self.keep = json.loads(keep.read_text()) if keep.exists() else {}
-
-    def has(self, length: int, task: str, index: int, method: str) -> bool:
-        """Whether this item is recorded."""
-        return (length, task, index, method) in self._done
-
-    def add(self, records: list[dict[str, Any]]) -> None:
-        """Appends a context's records, all at once."""
-        with self._items.open("a") as file:
-            file.write("".join(f"{json.dumps(record)}\n" for record in records))
-        self.records += records
-        self._done |= {_key(record) for record in records}
-
-    def refuse(self, method: str, reason: str) -> None:
-        """Notes why a method has no row."""
-        self.gaps[method] = reason
-        _write(self._gaps, self.gaps)
-
-    def settle(self, name: str, value: float) -> None:
-        """Notes a number that was searched for."""
-        self.keep[name] = value
-        _write(self.path / "keep.json", self.keep)
-
-
-def measure(study: Study, subject: Subject, rows: dict[int, list[Method]], folder: Folder, clock: Clock) -> None:
-    """Rounds over tasks and lengths, as many as asked or as there is time for. ``rows``: of each length, dense first.
-
-    Each row of a context is written when it is done. Where time ends a context, its last rows are missing: every row
-    is paired with dense on what it has.
-    """
-    for index, length, task in _order(study):
-        where = length, task, index
-        wanted = [row for row in rows[length] if row.name not in folder.gaps]
-        # Dense runs again for a method that is new: its logits are not kept on disk.
-        due = [row for row in wanted[1:] if not folder.has(*where, row.name)]
-        if due or not folder.has(*where, wanted[0].name):
-            for records in item(study, subject, [wanted[0], *due], where, folder.refuse, clock):
-                folder.add([record for record in records if not folder.has(*where, record["method"])])
-        if not clock.has_time(length):
-            print(f"time is up at context {index}, {task} of {length} tokens", file=sys.stderr)
+    folder, progress = run.folder, Progress(run.folder, run.clock)
+    processes = MAKERS if run.subject.engine.device.type == "cuda" else 0
+    for group, contexts in _made(run.study, run.subject.codec, processes):
+        due = _due(group, rows[group.length], folder, run.clock)
+        if not due:
+            continue
+        if not run.clock.has_time(group.length, [row.name for row in due]):
+            print(f"time is up at context {group.first}, {group.task} of {group.length} tokens", file=sys.stderr)
             return
+        for lines in batch(run, due, group, contexts):
+            folder.add([line for line in lines if not folder.has(*_place(line), line["method"])])
+            progress.tell()
 
 
-def at_density(
-    study: Study, subject: Subject, method: Method, target: float, length: int, folder: Folder
-) -> Method | None:
-    """``method`` with the number that gives ``target`` on a context of that length that is no item; None if refused.
-
-    The context has the question's needles in prose; the number is noted in the folder and found there again.
-    """
-    name = f"{method.name}@{target:g}:{length}"
-    while study.shard[0] and not {name, method.name} & (folder.keep.keys() | folder.gaps.keys()):
-        # The first process searches for all.
-        time.sleep(0.2)
-        folder.read()
-    if {name, method.name} & folder.gaps.keys():
-        return None
-    if name not in folder.keep:
-        context = make("multikey-essay", subject.codec, length, "density", study.questions)
-        limits = study.limits(length)
-
-        def found(value: float) -> float:
-            return prefill.density(subject, context, method.at(value, target), limits)
-
-        try:
-            value, density = find_keep_value(method, target, found)
-        except NO_ROW as reason:
-            folder.refuse(method.name, str(reason))
-            return None
-        if abs(density - target) > 0.1 * target:
-            folder.refuse(name, f"{density:.3f} is the nearest density that it comes to")
-            return None
-        folder.settle(name, value)
-    return method.at(folder.keep[name], target)
-
-
-def item(
-    study: Study,
-    subject: Subject,
-    rows: list[Method],
-    where: tuple[int, str, int],
-    refuse: Callable[[str, str], None],
-    clock: Clock,
-) -> Iterator[list[dict[str, Any]]]:
-    """The records of one context, ``where`` = (length, task, index), row by row; ``rows[0]`` is dense.
-
-    What cannot be run is told to ``refuse``.
-    """
-    length, task, index = where
-    context, dense = study.context(subject, task, length, index), None
+def batch(run: Run, rows: list[Method], group: Group, contexts: list[Context]) -> Iterator[list[dict[str, Any]]]:
+    """The lines of one batch, row by row; ``rows[0]`` is dense. What cannot be run becomes a gap of the folder."""
+    dense, limits = None, run.study.limits(group.length, group.main)
     for row in rows:
-        if not clock.has_time(length):
-            return
         start = time.monotonic()
         try:
-            result = prefill.run(subject, context, row, study.limits(length), dense)
+            result = prefill.run(run.subject, contexts, row, limits, dense)
         except NO_ROW as reason:
             print(f"{row.name}: not run: {reason}", file=sys.stderr)
-            refuse(row.name, str(reason))
+            run.folder.note("gaps", row.name, str(reason).partition("\n")[0])
+            if row is rows[0]:
+                # Nothing to compare with.
+                return
             continue
-        clock.note(length, time.monotonic() - start)
-        dense = dense or result.logits
-        head = {"length": length, "task": task, "index": index, "method": row.name}
-        work = {"density": result.work.density, "executed": result.work.executed}
-        work |= {"keep_value": row.settings.keep_value, "seconds": round(time.monotonic() - start, 3)}
-        answers = [(i, outcome) for i, outcomes in enumerate(result.outcomes) for outcome in outcomes]
-        yield [head | {"question": i} | asdict(outcome) | work for i, outcome in answers]
+        dense = result.logits if dense is None else dense
+        seconds = time.monotonic() - start
+        run.clock.note(group.length, row.name, seconds)
+        yield _lines(group, row, result, seconds)
 
 
-def _order(study: Study) -> Iterator[tuple[int, int, str]]:
-    first, step = study.shard
-    for index in range(first, study.contexts, step) if study.contexts else count(first, step):
-        for length in study.lengths:
-            for task in study.tasks:
-                yield index, length, task
+class Bench:
+    """Where rows of one length are set to densities, and probed: contexts that are no items, prefilled once."""
+
+    def __init__(self, study: Study, subject: Subject, length: int, folder: Folder) -> None:
+        self._study, self._subject, self._length, self._folder = study, subject, length, folder
+        self._limits = study.limits(length)
+
+    def at_density(self, method: Method, target: float) -> Method | None:
+        """``method`` with the number that gives ``target``; None if refused.
+
+        The number is noted in the folder and found there again.
+        """
+        folder, name = self._folder, f"{method.name}@{target:g}:{self._length}"
+        if {name, method.name} & folder.gaps.keys():
+            return None
+        if name not in folder.keep:
+            try:
+                value, density = self._search(method, target)
+            except NO_ROW as reason:
+                folder.note("gaps", method.name, str(reason))
+                return None
+            if abs(density - target) > 0.1 * target:
+                folder.note("gaps", name, f"{density:.3f} is the nearest density that it comes to")
+                return None
+            folder.note("keep", name, value)
+        return method.at(folder.keep[name], target)
+
+    def look(self, rows: list[Method]) -> None:
+        """Probes what is not probed yet: all rows, and the curves of OURS and FAITHFUL where they are among them."""
+        curves = [one for row in rows if row.name in (layers.OURS, layers.FAITHFUL) for one in probe.rungs(row)]
+        known = {line["method"] for line in self._folder.probes if line["length"] == self._length}
+        for row in [*rows, *curves]:
+            torch_only = self._subject.engine.stands_in(row.settings)
+            if row.name in known or row.name in self._folder.gaps or row.missing or torch_only:
+                continue
+            try:
+                self._folder.add_probes([{"length": self._length} | self._sample.line(row)])
+            except NO_ROW as reason:
+                self._folder.note("gaps", row.name, str(reason))
+
+    def _search(self, method: Method, target: float) -> tuple[float, float]:
+        if method.settings.keep == "density":
+            # The number itself.
+            return target, target
+        return find_keep_value(method, target, lambda value: self._sample.density(method.at(value, target).settings))
+
+    @cached_property
+    def _sample(self) -> probe.Sample:
+        # Of up to four of the study's tasks.
+        some = self._study.tasks[:: -(-len(self._study.tasks) // 4)]
+        codec = self._subject.codec
+        contexts = [make(task, codec, self._length, "apart", self._study.items_of(task)) for task in some]
+        return probe.Sample(self._subject, contexts, self._limits)
 
 
 def facts(study: Study, subject: Subject, dtype: str) -> dict[str, Any]:
-    """What must not change between records of one folder. Tasks, lengths and how many of them may."""
-    fixed = ("questions", "seed", "dense_below", "chunk", "dense_final", "slack")
-    return {"model": subject.name, "dtype": dtype, "essay": words.essay_name()} | {
+    """What must not change between records of one folder. Tasks, lengths, rows and how many items may."""
+    fixed = ("questions", "seed", "dense_below", "chunk", "batch", "slack")
+    return {"model": subject.name, "dtype": dtype, "essay": words.essay_name(), "page": PAGE} | {
         name: getattr(study, name) for name in fixed
     }
 
 
-def _write(path: Path, values: dict[str, Any]) -> None:
-    """At once, as another process may be reading."""
-    fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(values, indent=1))
-    fresh.replace(path)
+def _due(group: Group, rows: Rows, folder: Folder, clock: Clock) -> list[Method]:
+    """The rows that the batch has not been through, behind dense: its logits are not kept, it runs again for them."""
+
+    def has(row: Method) -> bool:
+        return folder.has(group.length, group.task, group.first, row.name)
+
+    wanted = [
+        row
+        for row in (rows.main if group.main else rows.few)
+        if row.name not in folder.gaps and clock.may(group.length, row.name)
+    ]
+    due = [row for row in wanted if not has(row)]
+    return [rows.dense, *due] if due or not has(rows.dense) else []
 
 
-def _key(record: dict[str, Any]) -> tuple[int, str, int, str]:
-    return record["length"], record["task"], record["index"], record["method"]
+def _lines(group: Group, row: Method, result: Result, seconds: float) -> list[dict[str, Any]]:
+    work = {"density": result.work.density, "executed": result.work.executed, "keep_value": row.settings.keep_value}
+    work["seconds"] = seconds / group.count
+    head = {"length": group.length, "task": group.task}
+    tail = {"method": row.name} | {name: rounded(value) for name, value in work.items()}
+    lines = []
+    for index, questions in enumerate(result.outcomes, group.first):
+        found = [vars(one) | {"question": i} for i, outcomes in enumerate(questions) for one in outcomes]
+        answers = [[rounded(one[name]) for name in FIELDS] for one in found]
+        lines.append(head | {"index": index} | tail | {"answers": answers})
+    return lines
+
+
+def _made(study: Study, codec: Codec, processes: int) -> Iterator[tuple[Group, list[Context]]]:
+    """All batches with their contexts, which other processes make ahead of time; 0: this one does."""
+    groups = _order(study)
+    if not processes:
+        yield from ((group, _contexts(study, codec, group)) for group in groups)
+        return
+    with ProcessPoolExecutor(processes, get_context("fork"), _adopt, (study, codec)) as pool:
+        ahead = [(group, pool.submit(_adopted, group)) for group in islice(groups, 2 * processes)]
+        try:
+            while ahead:
+                group, made = ahead.pop(0)
+                ahead += [(one, pool.submit(_adopted, one)) for one in islice(groups, 1)]
+                yield group, made.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _contexts(study: Study, codec: Codec, group: Group) -> list[Context]:
+    indices = range(group.first, group.first + group.count)
+    return [study.context(codec, group.task, group.length, index) for index in indices]
+
+
+def _adopt(study: Study, codec: Codec) -> None:
+    _own.append((study, codec))
+
+
+def _adopted(group: Group) -> list[Context]:
+    return _contexts(*_own[0], group)
+
+
+def _order(study: Study) -> Iterator[Group]:
+    few = study.few or study.items
+    # Without an end there is no behind.
+    both = ((study.items, True), (few, False)) if study.items else ((0, True), (0, False))
+    parts = [_turns(study, items, main) for items, main in both]
+    yield from chain(*parts) if study.items else chain.from_iterable(zip(*parts, strict=True))
+
+
+def _turns(study: Study, items: int, main: bool) -> Iterator[Group]:
+    """Batches in turn: the next is of the length that is least far along."""
+    ends = {length: study.rounds(length, items) * len(study.tasks) for length in study.lengths}
+    done = dict.fromkeys(study.lengths, 0)
+    while left := [n for n in study.lengths if not items or done[n] < ends[n]]:
+        length = min(left, key=lambda n: done[n] / (ends[n] or 1))
+        turn, at = divmod(done[length], len(study.tasks))
+        size = study.contexts_of(length)
+        yield Group(length, study.tasks[at], turn * size, size, main)
+        done[length] += 1
+
+
+def _place(line: dict[str, Any]) -> tuple[int, str, int]:
+    return line["length"], line["task"], line["index"]
+
+
+# Tokens of the contexts in a batch.
+BATCH_TOKENS = 131072
+# Processes that make contexts ahead of a GPU.
+MAKERS = 6
+_own: list[tuple[Study, Codec]] = []

@@ -10,10 +10,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from . import plot
+from . import layers, plot
+from .folder import Folder
 from .statistics import Interval, mcnemar, paired_interval
 
-# Who attends in the chunks that hold a question, the last or the last two: the method, or dense attention.
+# Who attends in the question's own chunk: the method, or dense attention.
 OWN, DENSE = "own", "dense"
 # Where dense attention finds less, a task says nothing about a method: it is left out of "able" rows.
 ABLE = 0.8
@@ -45,7 +46,7 @@ class Row:
     flips: float
     density: float | None
     executed: float
-    # With a dense last chunk; None where that was not asked.
+    # With the question's own chunk dense; None where that was not asked.
     dense_final: float | None
     # The task of the largest loss against dense, and that loss in points.
     worst: str
@@ -71,20 +72,22 @@ def rows(records: list[Record]) -> list[Row]:
     return found
 
 
-def write(records: list[Record], facts: Record, gaps: dict[str, str], out: Path) -> list[Path]:
-    """``report.csv``, ``report.md`` and ``report-<length>.svg`` below ``out``."""
-    table = rows(records)
-    paths = [out / "report.csv", out / "report.md"]
+def write(folder: Folder, stem: Path) -> list[Path]:
+    """``<stem>.csv``, ``<stem>.md``, ``<stem>.svg`` and ``<stem>-layers.csv`` of what the folder holds."""
+    table = rows(folder.records)
+    paths = [stem.with_name(f"{stem.name}{end}") for end in (".csv", ".md", ".svg", "-layers.csv")]
     with paths[0].open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(_flat(table[0])) if table else ["length"])
+        writer = csv.DictWriter(file, list(_flat(table[0])) if table else ["length"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(_flat(row) for row in table)
-    paths[1].write_text(_markdown(table, facts, gaps))
+    paths[1].write_text(_markdown(table, folder))
+    drawings = []
     for length in sorted({row.length for row in table}):
         own = [row for row in table if row.length == length and row.scope == ALL_TASKS]
         points = [(row.method, 100 * row.executed, 100 * row.accuracy) for row in own]
-        paths.append(out / f"report-{length}.svg")
-        paths[-1].write_text(plot.scatter(f"{length} tokens, {own[0].items} items", points))
+        drawings.append(plot.scatter(f"{length} tokens, {max(row.items for row in own)} items", points))
+    paths[2].write_text(plot.stacked(drawings))
+    layers.write(folder.probes, paths[3])
     return paths
 
 
@@ -152,22 +155,28 @@ def _flat(row: Row) -> Record:
     return {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in flat.items()}
 
 
-def _markdown(table: list[Row], facts: Record, gaps: dict[str, str]) -> str:
-    """The report in words: what was run, one table a length over all tasks and the able ones, one over single tasks."""
-    lines = ["# Accuracy of sparse prefill, paired with dense", "", _told(facts), ""]
-    for length in sorted({row.length for row in table}):
+def _markdown(table: list[Row], folder: Folder) -> str:
+    """The report in words: what was run; of each length all tasks, the able ones, single tasks, and layers; how."""
+    lines = ["# Accuracy of sparse prefill, paired with dense", "", _told(folder.facts), ""]
+    for length in sorted({row.length for row in table} | {line["length"] for line in folder.probes}):
         for scope in (ALL_TASKS, ABLE_TASKS):
             own = [row for row in table if row.length == length and row.scope == scope]
             if own:
                 lines += [f"## {length} tokens, {scope}", "", *_HEAD, *map(_line, own), ""]
         lines += [f"## {length} tokens, accuracy by task (n)", "", *_tasks(table, length), ""]
-    if gaps:
-        lines += ["## Not run", "", *(f"- `{name}`: {reason}" for name, reason in sorted(gaps.items())), ""]
+        lines += layers.tables(folder.probes, length)
+    if any(row.method.startswith("quoka") for row in table):
+        lines += ["On a GPU `quoka` is torch code (eval/quoka.py): the library has it on the CPU alone.", ""]
+    if folder.gaps:
+        lines += ["## Not run", "", *(f"- `{name}`: {reason}" for name, reason in sorted(folder.gaps.items())), ""]
+    if folder.runs:
+        lines += ["## How", ""]
+        lines += [f"    {run['command']}\n\n{_told({**run, 'command': None})}\n" for run in folder.runs]
     return "\n".join(lines)
 
 
 def _told(facts: Record) -> str:
-    return ", ".join(f"{name} {value}" for name, value in facts.items())
+    return ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
 
 
 def _line(row: Row) -> str:
@@ -199,6 +208,6 @@ def _tasks(table: list[Row], length: int) -> list[str]:
 
 _HEAD = (
     "| method | items (contexts) | accuracy % | dense on these % | vs dense, points [95 %] | lost/won, McNemar p "
-    "| answer NLL vs dense [95 %] | KL | flips % | density | executed | dense last chunk % | worst task, points |",
+    "| answer NLL vs dense [95 %] | KL | flips % | density | executed | dense question % | worst task, points |",
     "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
 )

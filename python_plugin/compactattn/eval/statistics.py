@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import comb
 
 import numpy as np
@@ -30,7 +31,9 @@ def mcnemar(lost: int, won: int) -> float:
     """
     pairs = lost + won
     tail = sum(comb(pairs, k) for k in range(min(lost, won) + 1))
-    return min(1.0, 2.0 * tail / float(2**pairs))
+    # Whole numbers: a float holds no 2^1024.
+    p: float = 2 * tail / 2**pairs
+    return min(1.0, p)
 
 
 def paired_interval(
@@ -42,10 +45,17 @@ def paired_interval(
     item's.
     """
     sums, counts = _by_context(differences, contexts)
-    draws = np.random.default_rng(seed).integers(0, len(sums), (resamples, len(sums)))
-    means = sums[draws].sum(1) / counts[draws].sum(1)
+    drawn = _drawn(len(sums), resamples, seed)
+    means = (drawn @ sums) / (drawn @ counts)
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(sums.sum() / counts.sum()), float(low), float(high))
+
+
+@lru_cache(maxsize=8)
+def _drawn(contexts: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each resample has each context, ``[resamples, contexts]``: the same for all rows of a table."""
+    even = np.full(contexts, 1 / contexts)
+    return np.random.default_rng(seed).multinomial(contexts, even, resamples).astype(float)
 
 
 def _by_context(values: Sequence[float], contexts: Sequence[object]) -> tuple[np.ndarray, np.ndarray]:

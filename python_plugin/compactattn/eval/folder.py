@@ -1,0 +1,120 @@
+"""Where a study lies: ``items.jsonl``, a line a context and row; ``probes.jsonl``; ``study.json``; ``notes.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+# Of an answer, in a line's lists; numbers of real magnitudes have so many digits.
+FIELDS = ("question", "final", "recall", "exact", "nll", "kl", "flips")
+_DIGITS = 5
+Record = dict[str, Any]
+
+
+class Folder:
+    """A study's records and what was noted beside them; a second run goes on with them."""
+
+    def __init__(self, path: Path, facts: Record | None) -> None:
+        """``facts``: None = those it holds. Raises ValueError if it holds records of another model or other rules."""
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        study = path / "study.json"
+        if facts is None:
+            facts = json.loads(study.read_text())
+        elif study.exists() and (old := json.loads(study.read_text())) != json.loads(json.dumps(facts)):
+            changed = [name for name in facts if old.get(name) != json.loads(json.dumps(facts[name]))]
+            raise ValueError(f"{path} holds another study's records (other {', '.join(changed)}); name another folder")
+        self.facts: Record = facts
+        _write(study, facts)
+        notes = path / "notes.json"
+        self._notes: Record = json.loads(notes.read_text()) if notes.exists() else {"keep": {}, "gaps": {}, "runs": []}
+        self.lines = self._read("items.jsonl")
+        self.probes = self._read("probes.jsonl")
+        self._done = {_key(line) for line in self.lines}
+
+    @property
+    def records(self) -> list[Record]:
+        """One for each answer."""
+        found = []
+        for line in self.lines:
+            head = {name: value for name, value in line.items() if name != "answers"}
+            found += [head | dict(zip(FIELDS, answer, strict=True)) for answer in line["answers"]]
+        return found
+
+    @property
+    def keep(self) -> dict[str, float]:
+        """Numbers that were searched for, by ``row:length``."""
+        found: dict[str, float] = self._notes["keep"]
+        return found
+
+    @property
+    def gaps(self) -> dict[str, str]:
+        """Why methods have no row."""
+        found: dict[str, str] = self._notes["gaps"]
+        return found
+
+    @property
+    def runs(self) -> list[Record]:
+        """What has measured: the command, and on what."""
+        found: list[Record] = self._notes["runs"]
+        return found
+
+    def has(self, length: int, task: str, index: int, method: str) -> bool:
+        """Whether this context is recorded."""
+        return (length, task, index, method) in self._done
+
+    def add(self, lines: list[Record]) -> None:
+        """Appends a batch's lines, all at once."""
+        self._append("items.jsonl", lines)
+        self.lines += lines
+        self._done |= {_key(line) for line in lines}
+
+    def add_probes(self, lines: list[Record]) -> None:
+        """Appends what a probe has found, all at once."""
+        self._append("probes.jsonl", lines)
+        self.probes += lines
+
+    def note(self, kind: str, name: str, value: Any) -> None:
+        """Notes a number that was searched for (``keep``), or why there is no row (``gaps``)."""
+        self._notes[kind][name] = value
+        _write(self.path / "notes.json", self._notes)
+
+    def begin(self, run: Record) -> None:
+        """Notes what measures from here on."""
+        self.runs.append(run)
+        _write(self.path / "notes.json", self._notes)
+
+    def end(self, seconds: float) -> None:
+        """Notes how long the last run took."""
+        self.runs[-1]["seconds"] = round(seconds, 1)
+        _write(self.path / "notes.json", self._notes)
+
+    def _read(self, name: str) -> list[Record]:
+        path = self.path / name
+        # A line without its end was cut off by a kill.
+        return [json.loads(x) for x in path.read_text().splitlines(True) if x.endswith("\n")] if path.exists() else []
+
+    def _append(self, name: str, lines: list[Record]) -> None:
+        path = self.path / name
+        if path.exists() and not path.read_bytes().endswith(b"\n"):
+            path.write_text("".join(path.read_text().splitlines(True)[:-1]))
+        with path.open("a") as file:
+            file.write("".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines))
+
+
+def rounded(value: Any) -> Any:
+    """Numbers as they are recorded."""
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
+
+
+def _write(path: Path, values: Record) -> None:
+    """At once, as another process may be reading."""
+    fresh = path.with_suffix(f".{os.getpid()}")
+    fresh.write_text(json.dumps(values, indent=1))
+    fresh.replace(path)
+
+
+def _key(line: Record) -> tuple[int, str, int, str]:
+    return line["length"], line["task"], line["index"], line["method"]
