@@ -27,6 +27,7 @@ mod kernels;
 mod memory;
 mod merge;
 pub mod nvtx;
+mod offered;
 mod owned;
 mod params;
 mod plan;

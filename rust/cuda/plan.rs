@@ -11,6 +11,7 @@ use super::context::Context;
 use super::gate::DeviceGate;
 use super::kernels::{Arg, Grid};
 use super::memory::{DeviceBuffer, MappedHost};
+use super::offered;
 use super::params::{self, STATS_WORDS};
 use super::scratch::Scratch;
 use super::select::{self, Scoring};
@@ -22,7 +23,6 @@ use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::run;
 use crate::select::needs_summaries;
-use crate::settings::Selector;
 use crate::stage::Stage;
 use crate::stats::Stats;
 use crate::summaries::Which;
@@ -90,7 +90,7 @@ impl Plan {
             let gate = plan.gate(layer, layout)?;
             let shape =
                 gate.map(|gate| GateShape { gate_dim: gate.gate_dim(), by_group: gate.is_by_group() });
-            check_layer(&context, layout, shape)?;
+            offered::check_layer(&context, layout, shape)?;
         }
         let gate = |(layer, layout)| {
             plan.gate(layer, layout)?.map(|gate| DeviceGate::new(&context, gate)).transpose()
@@ -113,7 +113,7 @@ impl Plan {
     /// # Errors
     /// [`Status::Overflow`], [`Status::Unsupported`].
     pub fn workspace_bytes(&self, layer: usize, layout: &Layout) -> Result<usize> {
-        check_layer(&self.context, layout, self.gate(layer).map(DeviceGate::shape))?;
+        offered::check_layer(&self.context, layout, self.gate(layer).map(DeviceGate::shape))?;
         self.scratch(0, layer, layout).map(|(_, scratch)| scratch.bytes)
     }
 
@@ -473,35 +473,9 @@ pub(crate) fn check_mean_values(layout: &Layout, given: bool) -> Result<()> {
     Err(Error::new(Status::Null, "summaries.v_mean", "mean values, for mean_correction", "none"))
 }
 
-/// What CUDA does not offer, by name.
-fn check_layer(context: &Context, layout: &Layout, gate: Option<GateShape>) -> Result<()> {
-    let settings = &layout.settings;
-    if layout.limits.max_num_reqs > MAX_REQS {
-        let got = layout.limits.max_num_reqs;
-        return Err(Error::new(
-            Status::Unsupported,
-            "max_num_reqs",
-            format!("at most {MAX_REQS} on CUDA"),
-            got,
-        ));
-    }
-    if settings.selector == Selector::Quoka {
-        let wanted = "another selector on CUDA";
-        return Err(Error::new(Status::Unsupported, "selector", wanted, settings.selector.name()));
-    }
-    let reads_stored_keys = matches!(settings.selector, Selector::XAttention | Selector::AttnGate);
-    if layout.shape.kv_dtype == Dtype::E4m3 && reads_stored_keys {
-        let wanted = "another selector on CUDA, for a cache of e4m3";
-        return Err(Error::new(Status::Unsupported, "selector", wanted, settings.selector.name()));
-    }
-    shared::check(context, layout, gate)
-}
-
 /// Rows from here on are ranked by four times the threads where no SM gets two: lists are the same either way.
 const WIDE_BLOCKS: i32 = 2048;
-/// What `compactattn_plan_spans` can take.
-const MAX_REQS: usize = 1024;
-/// The one cluster of its grid, where the GPU has them.
+/// The one cluster of `compactattn_plan_spans`, where the GPU has them.
 const SPANS_CLUSTER: usize = 8;
 
 #[cfg(test)]
