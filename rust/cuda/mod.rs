@@ -30,6 +30,7 @@ pub mod nvtx;
 mod owned;
 mod params;
 mod plan;
+mod refuse;
 mod scratch;
 mod select;
 mod shared;
@@ -47,7 +48,7 @@ pub use memory::DeviceBuffer;
 pub use merge::DeviceSide;
 pub use owned::OwnedCall;
 pub use plan::{Call, DeviceTable, External, Plan};
-pub(crate) use plan::{check_mean_values, check_summaries};
+pub(crate) use refuse::{check_mean_values, check_summaries};
 pub use summaries::MeansAt;
 
 use crate::error::Result;

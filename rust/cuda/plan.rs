@@ -12,6 +12,7 @@ use super::gate::DeviceGate;
 use super::kernels::{Arg, Grid};
 use super::memory::{DeviceBuffer, MappedHost};
 use super::params::{self, STATS_WORDS};
+use super::refuse::{check_layer, check_mean_values, check_summaries};
 use super::scratch::Scratch;
 use super::select::{self, Scoring};
 use super::shared::{self, GateShape};
@@ -21,8 +22,6 @@ use super::summaries::{self, MeansAt};
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::run;
-use crate::select::needs_summaries;
-use crate::settings::Selector;
 use crate::stage::Stage;
 use crate::stats::Stats;
 use crate::summaries::Which;
@@ -449,58 +448,8 @@ fn grid_i(blocks: i32, threads: u32, shared_bytes: u32) -> Grid {
     Grid { blocks: [blocks.cast_unsigned(), 1, 1], threads, shared_bytes }
 }
 
-/// A GPU call may not allocate, so it cannot make summaries of its own.
-///
-/// # Errors
-/// [`Status::Null`].
-pub(crate) fn check_summaries(layout: &Layout, given: bool) -> Result<()> {
-    let selector = layout.settings.selector;
-    if given || !needs_summaries(selector) {
-        return Ok(());
-    }
-    let wanted = format!("block means, for selector {} on CUDA", selector.name());
-    Err(Error::new(Status::Null, "summaries", wanted, "NULL"))
-}
-
-/// Means of values, for mean correction.
-///
-/// # Errors
-/// [`Status::Null`].
-pub(crate) fn check_mean_values(layout: &Layout, given: bool) -> Result<()> {
-    if given || !layout.settings.mean_correction {
-        return Ok(());
-    }
-    Err(Error::new(Status::Null, "summaries.v_mean", "mean values, for mean_correction", "none"))
-}
-
-/// What CUDA does not offer, by name.
-fn check_layer(context: &Context, layout: &Layout, gate: Option<GateShape>) -> Result<()> {
-    let settings = &layout.settings;
-    if layout.limits.max_num_reqs > MAX_REQS {
-        let got = layout.limits.max_num_reqs;
-        return Err(Error::new(
-            Status::Unsupported,
-            "max_num_reqs",
-            format!("at most {MAX_REQS} on CUDA"),
-            got,
-        ));
-    }
-    if settings.selector == Selector::Quoka {
-        let wanted = "another selector on CUDA";
-        return Err(Error::new(Status::Unsupported, "selector", wanted, settings.selector.name()));
-    }
-    let reads_stored_keys = matches!(settings.selector, Selector::XAttention | Selector::AttnGate);
-    if layout.shape.kv_dtype == Dtype::E4m3 && reads_stored_keys {
-        let wanted = "another selector on CUDA, for a cache of e4m3";
-        return Err(Error::new(Status::Unsupported, "selector", wanted, settings.selector.name()));
-    }
-    shared::check(context, layout, gate)
-}
-
 /// Rows from here on are ranked by four times the threads where no SM gets two: lists are the same either way.
 const WIDE_BLOCKS: i32 = 2048;
-/// What `compactattn_plan_spans` can take.
-const MAX_REQS: usize = 1024;
 /// The one cluster of its grid, where the GPU has them.
 const SPANS_CLUSTER: usize = 8;
 

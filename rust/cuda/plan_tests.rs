@@ -14,7 +14,7 @@ use crate::parallel::Parallel;
 use crate::plan::Limits;
 use crate::run::PlanDesc;
 use crate::select::gate_weights::tests::{Form, gate};
-use crate::settings::{KeepAt, Scope, Settings};
+use crate::settings::{KeepAt, Scope, Selector, Settings};
 use crate::types::Dtype;
 
 const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
