@@ -9,7 +9,7 @@ use crate::types::Geometry;
 pub enum Selector {
     /// Everything: plain attention through the same lists.
     Dense = 0,
-    /// Exact QK of evenly strided query rows, block mass (the default).
+    /// Exact QK of a few query rows, block mass (the default).
     SampledExact = 1,
     /// All rows against mean keys, max-relative threshold (FlashPrefill).
     FlashPrefill = 2,

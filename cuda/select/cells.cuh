@@ -32,13 +32,16 @@ __device__ __forceinline__ Samples samples_of(const Step& step, const Span& span
   return samples;
 }
 
-// Token of sample `i`: evenly strided from the span's first to its last; a single one is the last.
+// Token of sample `i`: the span's last tokens for the last quarter, evenly strided over those before
+// for the others; a single one is the last (rust/select/rows.rs).
 __device__ __forceinline__ int sampled_token(const Span& span, int count, int i) {
   if (count == span.len) return i;
   if (count == 1) return span.len - 1;
-  const uint64_t product = static_cast<uint64_t>(i) * (span.len - 1);
-  if (product >> 32) return static_cast<int>(product / (count - 1));
-  return static_cast<int>(static_cast<uint32_t>(product) / (count - 1));  // a fifth of the time
+  const int last = count / 4, strided = count - last;
+  if (i >= strided) return span.len - count + i;
+  const uint64_t product = static_cast<uint64_t>(i) * (span.len - last - 1);
+  if (product >> 32) return static_cast<int>(product / (strided - 1));
+  return static_cast<int>(static_cast<uint32_t>(product) / (strided - 1));  // a fifth of the time
 }
 
 // The span a CTA works on, or null where it has no scores.

@@ -39,7 +39,7 @@ pub enum compactattn_device_kind {
 pub enum compactattn_selector {
     /// Everything is kept: plain attention through the same lists.
     COMPACTATTN_SELECTOR_DENSE = 0,
-    /// Exact QK of evenly strided query rows (the default of mode compactattn).
+    /// Exact QK of a few query rows (the default of mode compactattn).
     COMPACTATTN_SELECTOR_SAMPLED_EXACT = 1,
     /// All rows against mean keys, max-relative threshold (arXiv 2603.06199).
     COMPACTATTN_SELECTOR_FLASHPREFILL = 2,

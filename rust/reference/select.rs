@@ -74,13 +74,20 @@ impl At<'_> {
         self.chunk.tokens.clone().collect()
     }
 
-    /// `sample_rows` tokens, evenly from the span's first to its last, rounded down; a single one is the last.
+    /// `sample_rows` tokens: a quarter are the span's last, the others even steps over those before, rounded down; a single
+    /// one is the last.
     pub(super) fn sampled(&self) -> Vec<usize> {
         let (rows, len) = (self.layout.settings.sample_rows, self.chunk.tokens.len());
         match rows {
             1 => vec![self.chunk.tokens.end - 1],
             _ if rows == 0 || rows >= len => self.all_rows(),
-            _ => (0..rows).map(|i| self.chunk.tokens.start + i * (len - 1) / (rows - 1)).collect(),
+            _ => {
+                let (last, start) = (rows / 4, self.chunk.tokens.start);
+                let mut tokens: Vec<usize> =
+                    (0..rows - last).map(|i| start + i * (len - last - 1) / (rows - last - 1)).collect();
+                tokens.extend(start + len - last..start + len);
+                tokens
+            }
         }
     }
 

@@ -1,12 +1,12 @@
 //! oracle: the block masses that `sampled_exact` estimates, from every row. The bound a scorer can reach, at a cost
 //! near that of the attention it would save.
 
-use super::rows::strided;
+use super::rows::samples;
 use super::{Input, Unit, sampled_exact};
 
 /// Scores one unit by all its rows.
 pub(super) fn score(input: &Input, unit: &mut Unit) {
-    sampled_exact::of_rows(input, unit, &strided(unit.span.len, 0));
+    sampled_exact::of_rows(input, unit, &samples(unit.span.len, 0));
 }
 
 #[cfg(test)]
@@ -19,7 +19,7 @@ mod tests {
     fn scores_are_the_mean_attention_shares_of_all_rows() {
         for (paged, block_size) in batches() {
             assert_scores(&paged, settings(Selector::Oracle, block_size), |row| {
-                row.mass(&strided(row.span.len, 0), |i, j| row.exact(i, j))
+                row.mass(&samples(row.span.len, 0), |i, j| row.exact(i, j))
             });
         }
     }

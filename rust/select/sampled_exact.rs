@@ -1,4 +1,4 @@
-//! sampled_exact (the default): exact attention of a few evenly strided query rows, summed by block.
+//! sampled_exact (the default): exact attention of a few query rows, summed by block.
 //!
 //! A score is the block's share of the attention of the span's rows of one query head, estimated from
 //! `settings.sample_rows` of them: softmax over every key the row sees, past and open, then the mean over rows.
@@ -6,12 +6,12 @@
 //! samples.
 
 use super::cells::Cells;
-use super::rows::{Rows, strided, tokens_per_tile};
+use super::rows::{Rows, samples, tokens_per_tile};
 use super::{Input, Unit};
 
 /// Scores one unit by sampled rows.
 pub(super) fn score(input: &Input, unit: &mut Unit) {
-    of_rows(input, unit, &strided(unit.span.len, input.layout.settings.sample_rows));
+    of_rows(input, unit, &samples(unit.span.len, input.layout.settings.sample_rows));
 }
 
 /// Scores one unit by the exact attention of the span's `tokens`.
@@ -37,7 +37,7 @@ mod tests {
     fn scores_are_the_mean_attention_shares_of_the_sampled_rows() {
         for (paged, block_size) in batches() {
             assert_scores(&paged, settings(Selector::SampledExact, block_size), |row| {
-                row.mass(&strided(row.span.len, 5), |i, j| row.exact(i, j))
+                row.mass(&samples(row.span.len, 5), |i, j| row.exact(i, j))
             });
         }
     }
@@ -47,7 +47,7 @@ mod tests {
         let paged = Paged::random(5, shape(1, 2, 64, 16, Dtype::F32), &[(300, 600)]);
         let scope = Scope { query_span: 128, heads_per_list: 1 };
         let settings = crate::settings::Settings { scope, ..settings(Selector::SampledExact, 64) };
-        assert_scores(&paged, settings, |row| row.mass(&strided(row.span.len, 5), |i, j| row.exact(i, j)));
+        assert_scores(&paged, settings, |row| row.mass(&samples(row.span.len, 5), |i, j| row.exact(i, j)));
     }
 
     #[test]

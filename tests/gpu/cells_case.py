@@ -47,11 +47,15 @@ class Shape:
     nan_key: tuple[int, int, int] | None = None  # request, token, KV head
 
 
-def strided(length: int, count: int) -> list[int]:
+def sampled(length: int, count: int) -> list[int]:
     """Sampled tokens of a span (rust/select/rows.rs)."""
     if count == 0 or count >= length:
         return list(range(length))
-    return [length - 1] if count == 1 else [i * (length - 1) // (count - 1) for i in range(count)]
+    if count == 1:
+        return [length - 1]
+    last = count // 4
+    over, evenly = length - last, count - last
+    return [i * (over - 1) // (evenly - 1) for i in range(evenly)] + list(range(over, length))
 
 
 def pool(shape: Shape, pages: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -292,7 +296,7 @@ class Expected:
     def __init__(self, case: Case, span: Span, kv_head: int) -> None:
         shape, data = case.data.shape, case.data
         req, block = case.requests[span.req], shape.block
-        tokens = torch.tensor(strided(span.len, shape.sample_rows), device="cuda")
+        tokens = torch.tensor(sampled(span.len, shape.sample_rows), device="cuda")
         heads = slice(kv_head * shape.group, (kv_head + 1) * shape.group)
         q = data.q[req][span.first + tokens][:, heads].double().transpose(0, 1)
         k = data.k[req][: span.kv_end, kv_head].double()
