@@ -78,36 +78,10 @@ struct Producer {
     }
   }
 
-  // The same of what this CTA gets of a pool, until there is no more.
-  __device__ __forceinline__ void run(const Units<T, kListed>& units, const Pool& pool) {
-    Segment<kListed> segment;
-    units.load(pool.unit, segment);
-    const int tiles = units.tiles_per_chunk();
-    const auto take = [&] { return threadIdx.x % 32 == 0 ? pool.begin + units.take(pool) : 0; };
-    // One ticket is under way while the table entries of the one before are.
-    int now = __shfl_sync(0xffffffffu, take(), 0), next = take();
-    while (now < pool.end) {
-      const int after = take();
-      for (int tile = now * tiles; tile < (now + 1) * tiles; ++tile) {
-        copy(place(step, segment, tile * T::kTokens + mine.first), tile);
-      }
-      now = __shfl_sync(0xffffffffu, next, 0);
-      next = after;
-    }
-    smem.empty[ring.stage].wait(ring.phase ^ 1);
-    if (threadIdx.x % 32 == 0) {
-      smem.tickets[ring.stage] = -1;
-      smem.full[ring.stage].arrive();
-    }
-  }
-
-  __device__ __forceinline__ void copy(ptx::PoolBox at, int ticket = 0) {
+  __device__ __forceinline__ void copy(ptx::PoolBox at) {
     ptx::CopyBarrier& full = smem.full[ring.stage];
     smem.empty[ring.stage].wait(ring.phase ^ 1);
-    if (threadIdx.x % 32 == 0) {
-      smem.tickets[ring.stage] = ticket;
-      full.arrive_and_expect_tx(T::kKeyBytes);
-    }
+    if (threadIdx.x % 32 == 0) full.arrive_and_expect_tx(T::kKeyBytes);
     __syncwarp();
     if (mine.copies) {
       at.columns = mine.columns;
@@ -233,26 +207,22 @@ struct Consumer {
     ptx::fence_registers(logits);
   }
 
-  // Fills the cells of a segment; with `pooled`, after the segment of the same unit, those of the
-  // tiles that the producer takes.
-  __device__ __forceinline__ void run(const Keys& keys, bool pooled) {
+  // Fills the cells of a segment.
+  __device__ __forceinline__ void run(const Keys& keys) {
     const bool works = half * 64 < keys.tile.rows, both_work = keys.tile.rows > 64;
-    if (works && !pooled) load_queries(keys.tile);
+    if (works) load_queries(keys.tile);
     held.count = 0;
     partial.clear();
 #pragma unroll 1
-    for (int t = keys.begin; pooled || t < keys.end; ++t, ring.advance()) {
-      smem.full[ring.stage].wait(ring.phase);
-      // All lanes have read it before one of them lets the producer write the next.
-      const int tile = pooled ? __shfl_sync(0xffffffffu, smem.tickets[ring.stage], 0) : t;
-      if (tile < 0) break;
-      const int block = block_of_lane(keys, tile);
+    for (int t = keys.begin; t < keys.end; ++t, ring.advance()) {
+      const int block = block_of_lane(keys, t);
       Logits logits;
+      smem.full[ring.stage].wait(ring.phase);
       if (both_work) take_turn();
       if (works) multiply(logits);
       if (both_work) pass_turn();
       if (lane == 0) smem.empty[ring.stage].arrive();
-      if (works) fold_tile(keys, tile, block, logits);
+      if (works) fold_tile(keys, t, block, logits);
     }
     if (works) write(keys.tile);
   }
@@ -429,17 +399,14 @@ __device__ __forceinline__ void read_cells(const CUtensorMap& map, const Step& s
   ptx::wait_for_earlier();
   const Units<T, kListed> units{step, index};
   Share share = units.share(smem);
-  const Pool pool = smem.pool;
   Segment<kListed> segment;
   if (threadIdx.x / 32 == T::kConsumerWarps) {
     Producer<T, kListed> producer(map, step, smem);
     while (units.next(share, segment)) producer.run(segment);
-    if (pool.end > 0) producer.run(units, pool);
   } else {
     Consumer<T, kListed> consumer(step, smem);
     if (consumer.half == 1) consumer.pass_turn();
-    while (units.next(share, segment)) consumer.run(segment, false);
-    if (pool.end > 0) consumer.run(segment, true);
+    while (units.next(share, segment)) consumer.run(segment);
   }
 }
 

@@ -14,14 +14,6 @@ struct Share {
   int left;
 };
 
-// Chunks of one unit that its CTAs take one by one once each is done with its share: some SMs get
-// less of the memory's bandwidth than others. Which CTA fills a cell does not change it.
-struct Pool {
-  int unit;
-  int begin;  // chunk
-  int end;
-};
-
 template <class T>
 struct SharedStorage {
   alignas(1024) uint8_t queries[T::kQueryBytes];
@@ -29,8 +21,6 @@ struct SharedStorage {
   ptx::CopyBarrier full[T::kStages];
   ptx::Barrier empty[T::kStages];
   Share share;
-  Pool pool;
-  int tickets[T::kStages];             // tile in each stage, of those from the pool; -1: no more
   int chunks[T::kConsumerWarps + 1];   // of each warp's units
   int alive[T::kConsumerWarps + 1];    // of those, how many have any
   int leading[T::kConsumerWarps + 1];  // and the first that has
@@ -129,7 +119,7 @@ struct Units {
       smem.alive[warp] = alive;
       smem.leading[warp] = leading;
     }
-    if (threadIdx.x == 0) smem.share = {}, smem.pool = {};
+    if (threadIdx.x == 0) smem.share = {};
     __syncthreads();
     before -= mine;
     alive = 0;
@@ -142,7 +132,7 @@ struct Units {
     }
     const int parts = gridDim.x / step.layout.num_kv_heads;
     if (alive == step.layout.num_kv_heads && 8 * parts * alive >= 7 * gridDim.x) {
-      if (threadIdx.x == 0) slice(leading / alive * alive, parts, smem);
+      if (threadIdx.x == 0) smem.share = slice(leading / alive * alive, parts);
     } else {
       const int begin = static_cast<int>(total * blockIdx.x / gridDim.x);
       const int end = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
@@ -156,31 +146,12 @@ struct Units {
 
   // A share of the only span, whose first unit is `unit`: one of `parts` of one KV head's chunks.
   // CTAs side by side read the same tokens of all heads, which lie together in most layouts.
-  __device__ __forceinline__ void slice(int unit, int parts, SharedStorage<T>& smem) const {
+  __device__ __forceinline__ Share slice(int unit, int parts) const {
     const int part = blockIdx.x / step.layout.num_kv_heads;
-    if (part >= parts) return;
+    if (part >= parts) return {};
     unit += blockIdx.x % step.layout.num_kv_heads;
-    const int count = chunks(unit), even = (count + parts - 1) / parts;
-    const int fixed = (kFixed * count >> 4) / parts;
-    const bool shares = index == 0 && step.layout.num_kv_heads <= kPools && fixed >= kLeastFixed &&
-                        count < kMaxTickets / 2;
-    const int each = shares ? fixed : even;
-    smem.share = {unit, part * each, min(each, count - part * each)};
-    if (shares) smem.pool = {unit, parts * each, count};
-  }
-
-  // Of 16 chunks of a unit, those that are not left to the pool; chunks of a CTA that repay one.
-  static constexpr int kFixed = 12;
-  static constexpr int kLeastFixed = 4;
-  // 16 bits each of the step's counters, which plan_spans clears: for the first tile alone.
-  static constexpr int kPools = 8;
-  static constexpr int kMaxTickets = 1 << 16;
-
-  // Takes a chunk of the pool, counted from its first; by one thread.
-  __device__ __forceinline__ int take(const Pool& pool) const {
-    const int head = pool.unit % step.layout.num_kv_heads, shift = head % 2 * 16;
-    int* word = step.stages.counters->reserved + head / 2;
-    return static_cast<uint32_t>(atomicAdd(word, 1 << shift)) >> shift & (kMaxTickets - 1);
+    const int count = chunks(unit), each = (count + parts - 1) / parts;
+    return {unit, part * each, min(each, count - part * each)};
   }
 
   // The next segment of `share`, which moves past it; false when there is none.
