@@ -199,7 +199,7 @@ impl Settings {
     fn published(self, selector: Selector) -> Self {
         let by_row = Self { keep_at: KeepAt::Row, min_density: 0.0, max_density: 1.0, ..self };
         match selector {
-            // Blocks of 32 need .48 of the union's pages where blocks of 128 need .60 (the record of pages for error),
+            // Blocks of 32 need .54 of the union's pages where blocks of 128 need .67 (the record of pages for error),
             // and exact scores cost the same for either. Pooled means would cost four times as much.
             Selector::SampledExact => Self { block_size: 32, ..self },
             // arXiv 2603.06199: alpha 0.06, sink 2, window 4 (the diagonal and 3 blocks left of it).

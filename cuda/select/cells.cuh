@@ -32,8 +32,8 @@ __device__ __forceinline__ Samples samples_of(const Step& step, const Span& span
   return samples;
 }
 
-// Token of sample `i`: the span's last tokens for the last quarter, evenly strided over those before
-// for the others; a single one is the last (rust/select/rows.rs).
+// Token of sample `i`: the span's last tokens for the last quarter, evenly strided over those
+// before for the others; a single one is the last (rust/select/rows.rs).
 __device__ __forceinline__ int sampled_token(const Span& span, int count, int i) {
   if (count == span.len) return i;
   if (count == 1) return span.len - 1;
