@@ -101,7 +101,8 @@ pub(crate) const CALLS: [(u8, status, Call); 22] = [
     (44, status::COMPACTATTN_E_SHAPE, |rng, _, b, a| {
         one(rng, (b, a), 0..3, |rng, t| {
             let end: i64 = (0..t.ndim as usize).map(|i| (t.shape[i] - 1) * t.stride[i]).sum();
-            t.storage_bytes = rng.pick(&[(end + 1) * 2 - 1, 1, -1, i64::MIN]);
+            let bytes = if t.dtype == compactattn_dtype::COMPACTATTN_DTYPE_E4M3 as i32 { 1 } else { 2 };
+            t.storage_bytes = rng.pick(&[(end + 1) * bytes - 1, 1, -1, i64::MIN]);
         })
     }),
     (45, status::COMPACTATTN_E_WORKSPACE, |rng, step, _, a| {
