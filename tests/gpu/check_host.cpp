@@ -57,8 +57,13 @@ T __shfl_up_sync(unsigned, T mine, int d) {
   return exchanged(mine, lane >= static_cast<unsigned>(d) ? threadIdx.x - d : threadIdx.x);
 }
 template <class T>
-T __shfl_xor_sync(unsigned, T mine, int d) {
-  return exchanged(mine, threadIdx.x ^ d);
+T __shfl_sync(unsigned, T mine, int lane) {
+  return exchanged(mine, threadIdx.x / 32 * 32 + lane);
+}
+inline int __reduce_add_sync(unsigned, int mine) {
+  int sum = 0;
+  for (int lane = 0; lane < 32; ++lane) sum += __shfl_sync(0, mine, lane);
+  return sum;
 }
 inline int __syncthreads_or(int mine) {
   lanes[threadIdx.x] = mine;
@@ -74,6 +79,10 @@ inline void atomicAdd(unsigned long long* to, unsigned long long x) { *to += x; 
 template <class T>
 T min(T a, T b) {
   return a < b ? a : b;
+}
+template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
 }
 #define __shared__ static
 #define __global__
