@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs torch and transformers: make test-hf")
 transformers = pytest.importorskip("transformers", reason="needs torch and transformers: make test-hf")
 
+import compactattn  # noqa: E402
 import compactattn.hf as hf  # noqa: E402
 from compactattn import _hf_contiguous, _hf_engine  # noqa: E402
 from hf_models import (  # noqa: E402
@@ -132,6 +134,29 @@ def test_no_kv_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     for pool, whole in zip(pools[0], (k, v), strict=True):
         assert pool.shape == (12, 16, 2, 64)
         assert pool.data_ptr() == whole[0, 0, 11].data_ptr()
+
+
+def test_a_call_that_is_kept_serves_other_tensors_and_holds_none() -> None:
+    settings = compactattn.Settings.mode("compactattn").replace(
+        block_size=16, dense_below_kv_len=128, dense_max_q_len=4
+    )
+    calls = _hf_contiguous._local.__dict__
+
+    def drawn() -> list[Any]:
+        return [torch.randn(2, heads, tokens, 64) for heads, tokens in ((4, 48), (2, 208), (2, 208))]
+
+    first, second = drawn(), drawn()
+    calls.clear()
+    kept = [_hf_contiguous.chunk(*one, None, settings) for one in (first, second)]
+    assert len(calls["calls"]) == 1
+    for one, out in zip((first, second), kept, strict=True):
+        calls.clear()
+        assert torch.equal(_hf_contiguous.chunk(*one, None, settings), out)
+    assert not torch.equal(*kept)
+    freed = [weakref.ref(tensor) for tensor in second]
+    del first, second, one
+    assert len(calls["calls"]) == 1
+    assert all(tensor() is None for tensor in freed)
 
 
 def test_padding_and_static_caches_stay_with_the_engine(caplog: pytest.LogCaptureFixture) -> None:
