@@ -42,6 +42,9 @@ def methods() -> dict[str, Method]:
         "two_level": Settings.of("two_level"),
         "two_level-group": Settings.of("two_level").replace(heads_per_list=0),
     }
+    # The same rows of a chunk's parts: more of them, and lists of their own.
+    for span in (256, 512, 1024):
+        table[f"default-span{span}"] = ours.replace(query_span=span)
     for selector in ("sampled_exact", "pooled_mass"):
         for scope, heads in (("head", 1), ("group", 0)):
             for suffix, correction in (("", False), ("-mean", True)):
