@@ -61,7 +61,8 @@ struct Histogram {
   Pick pick;
 };
 
-// The CTA's one; a call's first writes are to bins alone, which the call before left zero.
+// The CTA's one; a call's first writes are to bins, which the call before left zero, and to
+// `aside`, which all have read before a barrier.
 __device__ __forceinline__ Histogram& cta_histogram() {
   __shared__ Histogram histogram;
   return histogram;
@@ -177,7 +178,11 @@ __device__ Best best_of(Range range, const Weight& weight) {
     fill_bins(histogram, range, shift, weight);
     const Bin bin = sum_bins<Weight>(histogram);
     if (first) goal = weight.goal(histogram, bin.all);
-    if (goal == 0) return kNothing;
+    if (goal == 0) {
+      // Whoever calls next clears what others may still be reading.
+      __syncthreads();
+      return kNothing;
+    }
     const Pick pick = pick_bin(histogram, bin, goal);
     goal -= pick.weight_above;
     count += pick.blocks_above;
