@@ -39,6 +39,7 @@ struct Tile {
   static constexpr int kQGroupBytes = kRows * kRowBytes;
   static constexpr int kKvTileBytes = kGroups * kKvGroupBytes;
   static constexpr int kQTileBytes = kGroups * kQGroupBytes;
+  static_assert(kSharedQueries || kQTileBytes <= kKvTileBytes, "queries come as a tile of keys");
   static constexpr int kThreads = 128 * (1 + kConsumers);
   // 40 * 128 + 232 * 256 = 168 * 384, the registers at launch; 24 / 240 spills in the producers.
   static constexpr int kProducerRegisters = 40;
