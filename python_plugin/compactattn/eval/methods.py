@@ -43,7 +43,7 @@ def methods() -> dict[str, Method]:
         "two_level-group": Settings.of("two_level").replace(heads_per_list=0),
     }
     # The same rows of a chunk's parts: more of them, and lists of their own.
-    for span in (256, 512, 1024):
+    for span in (256, 512):
         table[f"default-span{span}"] = ours.replace(query_span=span)
     for selector in ("sampled_exact", "pooled_mass"):
         for scope, heads in (("head", 1), ("group", 0)):
