@@ -19,24 +19,13 @@ import torch
 from driver import Kernel
 from lists_case import SPANS_CTAS, Buffers
 from time_chain import FORWARDS, forwards, graph_of, package, problem_of
-from time_lists import LAUNCHES, world_of
+from time_lists import LAUNCHES, replays, world_of
 
 SHAPES = {"16K": 16384, "128K": 131072}
 CHUNK, HEADS, PAGE, BLOCK = 1024, 32, 16, 32
 ROUNDS = 15
 BARS = {"16K": 1.0, "128K": 0.5}
 CHECKED_BAR = 5.0
-
-
-def replays(launch: Callable[[], None], count: int) -> torch.cuda.CUDAGraph:
-    """So many launches as one graph."""
-    launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(count):
-            launch()
-    return graph
 
 
 def in_turns(graphs: list[torch.cuda.CUDAGraph], each: int) -> list[float]:

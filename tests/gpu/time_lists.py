@@ -43,14 +43,20 @@ def world_of(blocks: int, heads: int, block: int, q_len: int, select: int, rule:
     return world
 
 
-def micros(launch: Callable[[], None]) -> float:
-    """Of one launch, within a graph of many."""
+def replays(launch: Callable[[], None], count: int) -> torch.cuda.CUDAGraph:
+    """So many launches as one graph."""
     launch()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(LAUNCHES):
+        for _ in range(count):
             launch()
+    return graph
+
+
+def micros(launch: Callable[[], None]) -> float:
+    """Of one launch, within a graph of many."""
+    graph = replays(launch, LAUNCHES)
     times = []
     for _ in range(6):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

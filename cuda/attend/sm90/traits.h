@@ -53,7 +53,7 @@ struct Tile {
   static constexpr bool kHeldWait = false;  // then: P V is waited for behind the exponentials
   static constexpr bool kTurns = false;     // warpgroups issue products in turn
   static constexpr bool kMeans = false;
-  // Loads of a part's rows, of 4 registers each: what the accumulators leave room for.
+  // Loads of each other part's rows, of 4 registers: what the accumulators leave room for.
   static constexpr int kMeetAtOnce = kOutputs > 64 ? 4 : 8;
 };
 
