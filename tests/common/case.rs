@@ -293,7 +293,7 @@ pub(crate) fn settings(rng: &mut Rng) -> Settings {
             max_q_len: rng.pick(&[0, 0, 0, 0, 1, 16]),
             prefix_tokens: rng.pick(&[0, 0, 0, 0, 0, 200]),
         },
-        sample_rows: rng.pick(&[0, 1, 2, 3, 7, 32]),
+        sample_rows: rng.pick(&[0, 1, 2, 3, 9, 32]),
         flashprefill: FlashPrefill {
             non_voting_spans: rng.pick(&[0, 0, 1, 2]),
             min_budget: rng.pick(&[0, 0, 3]),
