@@ -19,6 +19,11 @@ constexpr uint32_t flashprefill_sm90_bytes(uint32_t head_dim) { return 512 * hea
 // Stages of key groups and folded rows; logits take their place.
 constexpr uint32_t xattention_bytes() { return 110592; }
 
+// Sums of a group's queries.
+constexpr uint32_t sample_rows_bytes(uint32_t heads, uint32_t head_dim) {
+  return 4 * heads * head_dim;
+}
+
 // A tile of 128 sampled rows, two of 64 keys.
 constexpr uint32_t cells_bytes(uint32_t head_dim) { return 256 * row_bytes(head_dim); }
 

@@ -148,7 +148,7 @@ fn slices_that_shared_memory_does_not_hold_are_scored_from_registers_or_by_kerne
         let world = World::new("", PlanDesc { limits, shape, ..desc(settings, Dtype::Bf16, 128) }).unwrap();
         let launches = world.run(world.stream()).unwrap();
         let names = launches.iter().map(|line| line.split(' ').next().unwrap().to_owned());
-        names.skip(2).take_while(|name| name != "compactattn_plan_work").collect::<Vec<_>>()
+        names.skip(3).take_while(|name| name != "compactattn_plan_work").collect::<Vec<_>>()
     };
     assert_eq!(kernels(base, 1 << 17), ["compactattn_mass_lists"]);
     assert_eq!(kernels(of_groups, 1 << 17), ["compactattn_mass_lists", "compactattn_union_table_wide"]);
@@ -368,15 +368,17 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
     let layout = &plan.layouts()[0];
     let (dtype, dim) = (if dtype == Dtype::Bf16 { "bf16" } else { "fp16" }, layout.shape.head_dim);
     let scoring: &[&str] = match layout.settings.selector {
-        Selector::SampledExact => &["cells_read_T", "cells_lists"],
+        Selector::SampledExact => &["sample_rows_T", "cells_read_T", "cells_lists"],
         // 600 tokens of 4 heads, 128 rows a tile.
         Selector::Oracle => &["cells_read_T", "cells_mass"].repeat(19),
         // A tile of means for clusters is larger than shared memory at 256.
-        Selector::PooledMass if dim < 256 => &["pooled_lists_T"],
-        Selector::PooledMass => &["cells_pool_T", "cells_mass"],
-        Selector::TwoLevel if dim < 256 => &["pooled_lists_T", "cells_read_candidates_T", "cells_lists"],
+        Selector::PooledMass if dim < 256 => &["sample_rows_T", "pooled_lists_T"],
+        Selector::PooledMass => &["sample_rows_T", "cells_pool_T", "cells_mass"],
+        Selector::TwoLevel if dim < 256 => {
+            &["sample_rows_T", "pooled_lists_T", "cells_read_candidates_T", "cells_lists"]
+        }
         Selector::TwoLevel => {
-            let first = ["cells_pool_T", "cells_mass", "two_level_candidates"];
+            let first = ["sample_rows_T", "cells_pool_T", "cells_mass", "two_level_candidates"];
             &[&first[..], &["cells_read_candidates_T", "cells_lists"]].concat()
         }
         Selector::FlashPrefill if dim == 64 => &["flashprefill_sm90_T_d64", "flashprefill_relate"],

@@ -64,6 +64,7 @@ impl Scoring<'_> {
     /// # Errors
     /// The driver's; [`Status::Null`] for selector `attn_gate` without a gate.
     pub(crate) fn run(&self) -> Result<bool> {
+        self.sample_rows()?;
         match self.layout.settings.selector {
             Selector::SampledExact | Selector::Oracle if self.by_clusters() => {
                 self.cells_read(0, Read::Every)?;

@@ -25,6 +25,11 @@ pub(crate) const fn flashprefill_sm90(head_dim: u32) -> u32 {
     512 * head_dim
 }
 
+/// Of `compactattn_sample_rows_*`, for groups of so many heads.
+pub(crate) const fn sample_rows(heads: u32, head_dim: u32) -> u32 {
+    4 * heads * head_dim
+}
+
 /// Of `compactattn_cells_*`.
 pub(crate) const fn cells(head_dim: u32) -> u32 {
     256 * row(head_dim)
@@ -167,6 +172,7 @@ mod tests {
         for dim in [64, 96, 128, 256] {
             equal(&format!("flashprefill_bytes({dim})"), flashprefill(dim));
             equal(&format!("flashprefill_sm90_bytes({dim})"), flashprefill_sm90(dim));
+            equal(&format!("sample_rows_bytes(7, {dim})"), sample_rows(7, dim));
             equal(&format!("cells_bytes({dim})"), cells(dim));
             equal(&format!("cells_sm90_bytes({dim})"), cells_sm90(dim));
             equal(&format!("pooled_lists_bytes({dim}, 0)"), pooled_lists(dim, 0));
