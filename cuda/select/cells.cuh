@@ -32,6 +32,20 @@ __device__ __forceinline__ Samples samples_of(const Step& step, const Span& span
   return samples;
 }
 
+// product / divisor, which is below 2^31 as the divisor is: bit by bit, for it is rare, and the
+// compiler's division takes registers that some callers do not have.
+__device__ __forceinline__ int long_quotient(uint64_t product, uint32_t divisor) {
+  uint32_t rest = product >> 32, bits = static_cast<uint32_t>(product);
+#pragma unroll 1
+  for (int i = 0; i < 32; ++i) {
+    rest = rest << 1 | bits >> 31;
+    const bool goes = rest >= divisor;
+    bits = bits << 1 | goes;
+    if (goes) rest -= divisor;
+  }
+  return static_cast<int>(bits);
+}
+
 // Token of sample `i`: the span's last tokens for the last quarter, evenly strided over those
 // before for the others; a single one is the last (rust/select/rows.rs).
 __device__ __forceinline__ int sampled_token(const Span& span, int count, int i) {
@@ -40,7 +54,7 @@ __device__ __forceinline__ int sampled_token(const Span& span, int count, int i)
   const int last = count / 4, strided = count - last;
   if (i >= strided) return span.len - count + i;
   const uint64_t product = static_cast<uint64_t>(i) * (span.len - last - 1);
-  if (product >> 32) return static_cast<int>(product / (strided - 1));
+  if (product >> 32) return long_quotient(product, strided - 1);
   return static_cast<int>(static_cast<uint32_t>(product) / (strided - 1));  // a fifth of the time
 }
 
