@@ -21,6 +21,7 @@ CUBINS = {
     "summaries": ("compactattn_summaries",),
 }
 SM90 = {64: (128, 215040), 128: (128, 231424), 256: (64, 231424)}  # head_dim: tokens of a key tile, shared memory
+PAIRS_SHARED = 232448  # for rows of two spans
 UNTOUCHED = 777.0
 ROWS = 128
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -43,6 +44,7 @@ class Shape:
     query_span: int = 0
     candidate_share: float = 0.25
     dense: tuple[int, ...] = ()
+    dense_every: int = 0  # of the step's spans, the second of every so many is dense too
     scale: float = 1.0
     nan_key: tuple[int, int, int] | None = None  # request, token, KV head
 
@@ -146,7 +148,7 @@ class Case:
 
     def cut(self) -> Iterator[Span]:
         """The step's select spans, request by request."""
-        shape = self.data.shape
+        shape, count = self.data.shape, 0
         for at, req in enumerate(self.requests):
             q_len, kv_len = len(self.data.q[req]), len(self.data.k[req])
             past = max(0, kv_len - q_len)
@@ -154,8 +156,9 @@ class Case:
             for first in range(0, q_len, each):
                 length = min(each, q_len - first)
                 kv_end = max(0, kv_len - q_len + first + length)
-                span = Span(at, first, length, self.starts[at] + first, kv_end, past, int(req in shape.dense), 1)
-                yield span
+                dense = req in shape.dense or (shape.dense_every > 0 and count % shape.dense_every == 1)
+                count += 1
+                yield Span(at, first, length, self.starts[at] + first, kv_end, past, int(dense), 1)
 
     def fill(self) -> None:
         """The launch's parameters."""
@@ -222,10 +225,12 @@ class Kernels:
                 self.kernels[name.removeprefix("compactattn_")] = Kernel(cubins / f"{cubin}.cubin", full, shared)
 
         self.has_sm90 = head_dim in SM90
-        for name in ("cells_read_sm90", "cells_read_candidates_sm90") if self.has_sm90 else ():
+        for what in ("read", "read_candidates", "read_pairs") if self.has_sm90 else ():
             suffix = f"{NAMES[dtype]}_d{head_dim}"
             cubin = cubins / f"cells_sm90_{suffix}.cubin"
-            self.kernels[name] = Kernel(cubin, f"compactattn_{name}_{suffix}", SM90[head_dim][1])
+            shared = PAIRS_SHARED if what.endswith("pairs") else SM90[head_dim][1]
+            name = f"cells_{what}_sm90"
+            self.kernels[name] = Kernel(cubin, f"compactattn_{name}_{suffix}", shared)
 
     def launch(self, name: str, grid: tuple[int, ...], block: int, *args: object) -> None:
         """On torch's current stream."""
@@ -259,8 +264,8 @@ class Kernels:
             self.candidates(case)
             return
         if name.endswith("sm90"):
-            case.counters[16:] = 0  # the chunks taken, as plan_spans leaves them
-            self.launch(name, (x or 132,), 288, case.key_map(), case.step, index)
+            threads = 640 if "pairs" in name else 288
+            self.launch(name, (x or 132,), threads, case.key_map(), case.step, index)
             return
         longest = shape.query_span or case.step.batch.total_q
         pools = math.ceil(case.max_blocks / 64)

@@ -194,7 +194,8 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const char* query = smem.row_queries[first + (at + i * 128) / kUnits];
-      loaded[i] = query ? __ldg(reinterpret_cast<const uint4*>(query) + (at + i * 128) % kUnits) : uint4{};
+      loaded[i] =
+          query ? __ldg(reinterpret_cast<const uint4*>(query) + (at + i * 128) % kUnits) : uint4{};
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -426,7 +427,8 @@ __device__ __forceinline__ void read_cells(const CUtensorMap& map, const Step& s
   __syncwarp();
   Segment<kListed> segment;
   if (consumes) {
-    if constexpr (T::kConsumerRegisters) cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
+    if constexpr (T::kConsumerRegisters)
+      cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     Consumer<T, kListed> consumer(step, smem);
     if (consumer.part == T::kParts - 1) consumer.pass_turn();
     while (units.next(left, segment)) consumer.run(segment);

@@ -178,8 +178,9 @@ struct Units {
     return smem.share;
   }
 
-  // A share of the only units, the first of which is `unit`: one of `parts` of one KV head's chunks.
-  // CTAs side by side read the same tokens of all heads, which lie together in most layouts.
+  // A share of the only units, the first of which is `unit`: one of `parts` of one KV head's
+  // chunks. CTAs side by side read the same tokens of all heads, which lie together in most
+  // layouts.
   __device__ __forceinline__ Share slice(int unit, int parts) const {
     const int part = blockIdx.x / step.layout.num_kv_heads;
     if (part >= parts) return {};

@@ -11,8 +11,8 @@
 namespace compactattn::select::sm90 {
 
 // 128 sampled rows of each of `kSpans` neighbouring select spans, 64 a consumer warpgroup, meet
-// `kTokens` keys at a time. `kStages` tiles are under way: memory answers after about 1 us, in which
-// one SM's share of its bandwidth is 25 KB.
+// `kTokens` keys at a time. `kStages` tiles are under way: memory answers after about 1 us, in
+// which one SM's share of its bandwidth is 25 KB.
 template <class E, int kDim, int kTokens_, int kSpans_, int kStages_>
 struct KeyTile {
   using Element = E;  // __nv_bfloat16 or __half
@@ -22,7 +22,7 @@ struct KeyTile {
   static constexpr int kSpans = kSpans_;
   static constexpr int kStages = kStages_;
   static constexpr int kRows = 128 * kSpans;
-  static constexpr int kParts = kRows / 64;  // of the rows, a consumer warpgroup each
+  static constexpr int kParts = kRows / 64;    // of the rows, a consumer warpgroup each
   static constexpr int kLogits = kTokens / 2;  // of a thread
   static constexpr int kColumns = 64;          // of 2 bytes = 128 B, the widest swizzle
   static constexpr int kGroups = kDim / kColumns;
