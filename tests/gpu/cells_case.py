@@ -44,7 +44,7 @@ class Shape:
     query_span: int = 0
     candidate_share: float = 0.25
     dense: tuple[int, ...] = ()
-    dense_every: int = 0  # of the step's spans, the second of every so many is dense too
+    dense_every: int = 0  # of a request's spans, the second of every so many is dense too
     scale: float = 1.0
     nan_key: tuple[int, int, int] | None = None  # request, token, KV head
 
@@ -148,7 +148,7 @@ class Case:
 
     def cut(self) -> Iterator[Span]:
         """The step's select spans, request by request."""
-        shape, count = self.data.shape, 0
+        shape = self.data.shape
         for at, req in enumerate(self.requests):
             q_len, kv_len = len(self.data.q[req]), len(self.data.k[req])
             past = max(0, kv_len - q_len)
@@ -156,8 +156,8 @@ class Case:
             for first in range(0, q_len, each):
                 length = min(each, q_len - first)
                 kv_end = max(0, kv_len - q_len + first + length)
-                dense = req in shape.dense or (shape.dense_every > 0 and count % shape.dense_every == 1)
-                count += 1
+                number = first // each
+                dense = req in shape.dense or (shape.dense_every > 0 and number % shape.dense_every == 1)
                 yield Span(at, first, length, self.starts[at] + first, kv_end, past, int(dense), 1)
 
     def fill(self) -> None:
@@ -199,6 +199,7 @@ class Case:
         sizes = (64, shape.page, shape.head_dim // 64, shape.kv_heads, self.data.num_pages)
         strides = (pool.stride(1), 64, pool.stride(2), pool.stride(0))
         rows = min(shape.page, shape.block, SM90[shape.head_dim][0])
+        rows = 16 if rows == 32 else rows  # copied_tokens of cuda/ptx/tma.cuh
         return tensor_map(pool, sizes, strides, (64, rows, 1, 1, 1))
 
     def bits(self) -> torch.Tensor:
