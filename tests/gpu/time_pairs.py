@@ -6,6 +6,7 @@ context is short, copies are read in turn.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import sys
@@ -68,11 +69,11 @@ def time_shape(kernels: Kernels, base: Shape) -> None:
         cases[0].cells.fill_(math.nan)
         kernels.cells(cases[0], name, 0)
         seen.append(cases[0].cells.clone())
-        median, least = times_us([lambda case=case, name=name: kernels.cells(case, name, 0) for case in cases])
+        median, least = times_us([functools.partial(kernels.cells, case, name, 0) for case in cases])
         line.append(f"{name} {median:.1f} ({least:.1f})")
     same = torch.equal(*[cells.view(torch.int32) for cells in seen]) and not bool(seen[0].isnan().all())
     for name in ("cells_mass", "mass_lists") if cases[0].max_blocks <= 4096 else ("cells_mass",):
-        median, least = times_us([lambda case=case, name=name: kernels.cells(case, name, 0) for case in cases])
+        median, least = times_us([functools.partial(kernels.cells, case, name, 0) for case in cases])
         line.append(f"{name} {median:.1f} ({least:.1f})")
     print(describe(shape), f"  {'same cells' if same else 'OTHER CELLS'}:", *line, sep="\n  ", flush=True)
 
