@@ -112,7 +112,7 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
         for dim in [64, 128].iter().filter(|_| maps.is_some()) {
             kernels.push((format!("flashprefill_sm90_{dtype}_d{dim}"), "488"));
         }
-        let cells = ["cells_read", "cells_read_candidates"];
+        let cells = ["cells_read", "cells_read_candidates", "cells_read_pairs"];
         let cells = cells.map(|name| (format!("{name}_sm90_{dtype}_d128"), "128,488,4"));
         kernels.extend(cells.into_iter().filter(|_| maps.is_some()));
         for dim in [64, 96, 128, 256] {

@@ -325,6 +325,7 @@ const OVERLAPPING: [&str; 29] = [
     "cells_read",
     "cells_read_candidates",
     "cells_read_candidates_sm90",
+    "cells_read_pairs_sm90",
     "cells_read_sm90",
     "check_lists",
     "fill_scores",

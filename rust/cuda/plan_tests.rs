@@ -158,6 +158,26 @@ fn slices_that_shared_memory_does_not_hold_are_scored_from_registers_or_by_kerne
 }
 
 #[test]
+fn a_key_is_read_once_for_two_select_spans_where_a_request_can_have_them() {
+    let kernel = |selector, query_span| {
+        let scope = Scope { query_span, heads_per_list: 1 };
+        let world =
+            World::new("", desc(Settings { scope, ..Settings::of(selector) }, Dtype::Bf16, 128)).unwrap();
+        let launches = world.run(world.stream()).unwrap();
+        let words: Vec<_> = launches.iter().map(|line| line.split(' ').collect::<Vec<_>>()).collect();
+        words.iter().find(|words| words[0].contains("cells_read")).map(|words| words[0].to_owned()).unwrap()
+    };
+    let exact = Selector::SampledExact;
+    // Of 600 query tokens.
+    for several in [128, 256, 512] {
+        assert_eq!(kernel(exact, several), "compactattn_cells_read_pairs_sm90_bf16_d128", "{several}");
+    }
+    assert_eq!(kernel(exact, 0), "compactattn_cells_read_sm90_bf16_d128");
+    let listed = "compactattn_cells_read_candidates_sm90_bf16_d128";
+    assert_eq!(kernel(Selector::TwoLevel, 256), listed);
+}
+
+#[test]
 fn a_call_runs_on_the_legacy_stream_and_on_one_that_is_captured() {
     for selector in [Selector::Dense, Selector::TwoLevel, Selector::AttnGate] {
         let world = World::new("", desc(Settings::of(selector), Dtype::Bf16, 128)).unwrap();
@@ -395,7 +415,9 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
     let uniting: &[&str] = if makes_lists { &[] } else { &["union_table"] };
     let last = ["plan_work", attend];
     let all = [&["plan_spans"], scoring, keeping, uniting, &last].concat();
+    let has_neighbours = (1..600).contains(&layout.select_span());
     let full = |name: &&str| match *name {
+        "cells_read_T" if dim == 128 && has_neighbours => "cells_read_pairs_sm90_T_d128".to_owned(),
         "cells_read_T" | "cells_read_candidates_T" if dim == 128 => name.replace("_T", "_sm90_T_d128"),
         _ => (*name).to_owned(),
     };
