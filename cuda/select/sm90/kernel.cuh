@@ -139,6 +139,7 @@ struct Consumer {
   int lane;
   ptx::Ring<T::kStages> ring;
   int seen[2];
+  float* cells;  // of the thread's first row; its second is 8 below
   Held held;
   Partial partial;
 
@@ -242,6 +243,8 @@ struct Consumer {
   __device__ __forceinline__ void run_tiles(const Keys& keys) {
     const bool works = half * 64 < keys.tile.rows, by_turns = T::kSpans > 1 || keys.tile.rows > 64;
     if (works) load_queries(keys.tile);
+    const int64_t row = half * 64 + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane / 4;
+    cells = keys.tile.cells + row * step.layout.max_blocks;
     held = {};
     partial.clear();
 #pragma unroll 1
@@ -257,7 +260,7 @@ struct Consumer {
       if constexpr (kColumns < T::kTokens) fold_blocks<kColumns>(keys, t, block, logits);
       if constexpr (kColumns >= T::kTokens) fold(keys, t, block, logits);
     }
-    if (works) write(keys.tile);
+    if (works) write();
   }
 
   // Lane i of eight knows the tile's block i.
@@ -270,11 +273,11 @@ struct Consumer {
   __device__ __forceinline__ void fold(const Keys& keys, int t, int block, Logits& logits) {
     const int mask = (1 << log2_block()) - 1, i = t * T::kTokens;
     if (i >> log2_block() >= keys.blocks.count) return;
-    const int at = __shfl_sync(0xffffffffu, block, 0);
+    const int at = kListed ? __shfl_sync(0xffffffffu, block, 0) : i >> log2_block();
     const int token = (at << log2_block()) + (i & mask);
     if (token + T::kTokens > keys.tile.least_visible) hide<T::kTokens>(logits, 0, token);
     add(logits);
-    if ((i + T::kTokens & mask) == 0) finish(keys.tile, at);
+    if ((i + T::kTokens & mask) == 0) finish(at);
   }
 
   // A tile of several blocks. One maximum serves all: what it takes below the smallest number is no
@@ -283,17 +286,20 @@ struct Consumer {
   __device__ __forceinline__ void fold_blocks(const Keys& keys, int t, int block, Logits& logits) {
     constexpr int kBlocks = T::kTokens / kColumns, kAtOnce = kBlocks < 4 ? kBlocks : 4;
     const int count = keys.blocks.count - t * kBlocks;
+    // Blocks that are no list lie side by side: one question for all of them.
+    if (kListed || (t + 1) * T::kTokens > keys.tile.least_visible) {
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      const int token = __shfl_sync(0xffffffffu, block, i) * kColumns;
-      const bool all = i < count && token + kColumns <= keys.tile.least_visible;
-      if (!all) hide<kColumns>(logits, i * kColumns, i < count ? token : INT_MAX / 2);
+      for (int i = 0; i < kBlocks; ++i) {
+        const int at = kListed ? __shfl_sync(0xffffffffu, block, i) : t * kBlocks + i;
+        const bool all = i < count && (at + 1) * kColumns <= keys.tile.least_visible;
+        if (!all) hide<kColumns>(logits, i * kColumns, i < count ? at * kColumns : INT_MAX / 2);
+      }
     }
     const float top[2] = {top_of(logits, 0), top_of(logits, 1)};
 #pragma unroll
     for (int first = 0; first < kBlocks; first += kAtOnce) {
       const int i = first + lane % kAtOnce;
-      const int at = __shfl_sync(0xffffffffu, block, i);
+      const int at = kListed ? __shfl_sync(0xffffffffu, block, i) : t * kBlocks + i;
       const bool mine = kAtOnce == 4 || lane % 4 / kAtOnce == held.count / kAtOnce;
       if (mine) held.block = i < count ? at : -1;
 #pragma unroll
@@ -306,19 +312,23 @@ struct Consumer {
         if (mine) held.cells[r] = cell;
       }
       held.count += kAtOnce;
-      if (held.count == 4) write(keys.tile);
+      if (held.count == 4) write();
     }
   }
 
   // The largest exponent of 2 in row `r` of the tile, of a quad's lanes together; a finite number.
   __device__ __forceinline__ float top_of(const Logits& logits, int r) const {
-    float high[2] = {-INFINITY, -INFINITY};
+    float high[2] = {logits[2 * r], logits[2 * r + 1]};
 #pragma unroll
-    for (int n = 0; n < T::kTokens / 8; ++n) {
+    for (int n = 1; n < T::kTokens / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) high[e] = fmaxf(high[e], logits[4 * n + 2 * r + e]);
     }
     return fmaxf(-FLT_MAX, quad_max(fmaxf(high[0], high[1])) * step.layout.sm_scale * kLog2E);
+  }
+
+  __device__ __forceinline__ static float weight_of(float logit, float scale, float top) {
+    return ptx::exp2_approx(fmaf(logit, scale, -top));
   }
 
   // A lane's part of row `r`'s weight of kColumns tokens from column `from` on, over 2^top.
@@ -326,11 +336,12 @@ struct Consumer {
   __device__ __forceinline__ float sum_of(const Logits& logits, int from, int r, float top) const {
     const float scale = step.layout.sm_scale * kLog2E;
     // Two sums: half the length of the chain of additions.
-    float even = 0.0f, odd = 0.0f;
+    float even = weight_of(logits[from / 2 + 2 * r], scale, top);
+    float odd = weight_of(logits[from / 2 + 2 * r + 1], scale, top);
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-      even += ptx::exp2_approx(fmaf(logits[from / 2 + 4 * n + 2 * r], scale, -top));
-      odd += ptx::exp2_approx(fmaf(logits[from / 2 + 4 * n + 2 * r + 1], scale, -top));
+    for (int n = 1; n < kColumns / 8; ++n) {
+      even += weight_of(logits[from / 2 + 4 * n + 2 * r], scale, top);
+      odd += weight_of(logits[from / 2 + 4 * n + 2 * r + 1], scale, top);
     }
     return even + odd;
   }
@@ -377,7 +388,7 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void finish(const Tile& tile, int block) {
+  __device__ __forceinline__ void finish(int block) {
     const bool mine = lane % 4 == held.count;
     if (mine) held.block = block;
 #pragma unroll
@@ -386,17 +397,16 @@ struct Consumer {
       if (mine) held.cells[r] = partial.max[r] + ptx::log2_approx(sum);
     }
     partial.clear();
-    if (++held.count == 4) write(tile);
+    if (++held.count == 4) write();
   }
 
-  __device__ __forceinline__ void write(const Tile& tile) {
+  __device__ __forceinline__ void write() {
     if (lane % 4 < held.count && held.block >= 0) {
-      // Rows past the tile's see nothing, others at least the past.
-      const int64_t row = half * 64 + ptx::not_before(threadIdx.x) % 128 / 32 * 16 + lane / 4;
+      const int64_t second = 8 * static_cast<int64_t>(step.layout.max_blocks);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int64_t to = (row + 8 * r) * step.layout.max_blocks;
-        if (seen[r] > 0) tile.cells[to + held.block] = held.cells[r];
+        // Rows past the tile's see nothing, others at least the past.
+        if (seen[r] > 0) cells[r * second + held.block] = held.cells[r];
       }
     }
     held.count = 0;
