@@ -51,6 +51,18 @@ __device__ __forceinline__ int32_t load_from(int rank, const int32_t* shared) {
   return value;
 }
 
+// Writes a word of another CTA's copy.
+__device__ __forceinline__ void store_to(int rank, uint32_t* shared, uint32_t value) {
+  asm volatile(
+      "{\n\t"
+      ".reg .u32 to;\n\t"
+      "mapa.shared::cluster.u32 to, %0, %1;\n\t"
+      "st.shared::cluster.u32 [to], %2;\n\t"
+      "}" ::"r"(shared_address(shared)),
+      "r"(rank), "r"(value)
+      : "memory");
+}
+
 // Writes two words of another CTA's copy of a shared variable, 8-byte aligned.
 __device__ __forceinline__ void store_to(int rank, float2* shared, float2 value) {
   asm volatile(
@@ -88,6 +100,8 @@ __device__ __forceinline__ void fence_cluster() {}
 __device__ __forceinline__ void store_to_first(int32_t* shared, int32_t value) { *shared = value; }
 
 __device__ __forceinline__ void store_to(int, float2* shared, float2 value) { *shared = value; }
+
+__device__ __forceinline__ void store_to(int, uint32_t* shared, uint32_t value) { *shared = value; }
 
 __device__ __forceinline__ int32_t load_from(int, const int32_t* shared) { return *shared; }
 

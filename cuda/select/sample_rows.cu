@@ -1,9 +1,10 @@
 // select: which tokens of a span are scored, for the group of one KV head: most of them evenly
 // strided, the others those whose queries are least like the mean (rust/select/sample.rs).
 //
-// Grid (clusters: 8, else 1; num_kv_heads, max_select_spans) x 256, dynamic shared memory
-// sample_rows_bytes. A cluster's CTAs share the candidates of one (select span, KV head). Sums are
-// of whole numbers, so neither their order nor the number of CTAs shows.
+// Grid (clusters: 8, else 1; num_kv_heads, max_select_spans) x 512, dynamic shared memory
+// sample_rows_bytes. A cluster's CTAs share the candidates of one (select span, KV head). The mean
+// is a sum of whole numbers, so neither its order nor the number of CTAs shows.
+#define COMPACTATTN_CTA_THREADS 512
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -15,10 +16,13 @@
 namespace compactattn::select {
 namespace {
 
-constexpr int kCandidates = 1024;
-constexpr int kBits = 11;  // of a whole number, beside its sign
+constexpr int kCandidates = 512;
+constexpr int kBits = 11;  // of a whole number in the first candidate's query, beside its sign
 constexpr int kLeastExponent = -100;
-constexpr int kHalves = 8;  // 16-byte loads of a thread under way, and elements of one
+constexpr float kMost = 1 << 20;      // of a whole number: 512 of them fit 32 bits
+constexpr float kRounding = 3 << 22;  // numbers up to 2^22 added to it are rounded to whole ones
+constexpr int kElements = 8;          // of a 16-byte load
+constexpr int kHeads = 4;             // whose loads are under way together
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr int kSharers = kCtas;
 #else
@@ -26,9 +30,10 @@ constexpr int kSharers = 1;
 #endif
 
 struct Picking {
-  uint2 keys[kCandidates];      // of all candidates: least like the mean first, by number
+  alignas(16) uint32_t keys[kCandidates];  // of all candidates: lower is less like the mean
   int32_t picked[kCandidates];  // the first CTA's: whether a candidate is one of the chosen
   int32_t chosen[kCandidates];  // their tokens, ascending
+  float lengths[64];            // of each head's mean
 };
 
 // What a CTA works on. Sixteen bytes of a query are a lane's; `lanes` of them hold a vector.
@@ -43,9 +48,9 @@ struct Unit {
   __device__ Unit(const Step& step, const Span& span, int kv_head) : span(span) {
     const Batch& batch = step.batch;
     heads = step.layout.group_size;
-    units = step.layout.head_dim / kHalves;
-    token_stride = batch.q_token_stride / kHalves;
-    head_stride = batch.q_head_stride / kHalves;
+    units = step.layout.head_dim / kElements;
+    token_stride = batch.q_token_stride / kElements;
+    head_stride = batch.q_head_stride / kElements;
     queries = static_cast<const int4*>(batch.q) + span.q_start * token_stride +
               static_cast<int64_t>(kv_head) * heads * head_stride;
     candidates = min(span.len, kCandidates);
@@ -63,154 +68,152 @@ struct Unit {
     return static_cast<int>(static_cast<int64_t>(candidate) * span.len / candidates);
   }
 
-  // This lane's part of the queries of head `head` of `kHalves` candidates, from the CTA's `row` on
-  // every `groups`-th; zeros for those that there are not.
-  __device__ __forceinline__ void load(int head, int row, int4 (&parts)[kHalves]) const {
+  // This lane's part of the queries of a token's heads from `head` on; zeros past the group's.
+  __device__ __forceinline__ void load(int token, int head, int4 (&parts)[kHeads]) const {
 #pragma unroll
-    for (int i = 0; i < kHalves; ++i) {
-      const int at = row + i * groups;
+    for (int i = 0; i < kHeads; ++i) {
       parts[i] = {};
-      if (at < count && lane < units)
-        parts[i] = __ldg(queries + token(first + at) * token_stride + head * head_stride + lane);
+      if (head + i < heads && lane < units)
+        parts[i] = __ldg(queries + token * token_stride + (head + i) * head_stride + lane);
     }
+  }
+
+  // Where this lane's element `e` of a head's vector lies among sums.
+  __device__ __forceinline__ int at(int head, int e) const {
+    return (head * kElements + e) * lanes + lane;
   }
 };
 
+using Part = float[kElements];
+
 template <class E>
-__device__ __forceinline__ float2 two_of(uint32_t bits) {
-  if constexpr (cuda::std::is_same_v<E, __half>) {
-    return __half22float2(reinterpret_cast<const __half2&>(bits));
-  } else {
-    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(bits));
-  }
-}
-
-// The largest of a vector's lanes, or the sum.
-__device__ __forceinline__ float vector_max(float x, int lanes) {
-  for (int d = 1; d < lanes; d *= 2) x = fmaxf(x, __shfl_xor_sync(cta::kAllLanes, x, d));
-  return x;
-}
-
-__device__ __forceinline__ int vector_sum(int x, int lanes) {
-  for (int d = 1; d < lanes; d *= 2) x += __shfl_xor_sync(cta::kAllLanes, x, d);
-  return x;
-}
-
-// A vector times the power of two that puts its largest component into 2^10..2^11, rounded; what is
-// no number is 0.
-template <class E>
-__device__ __forceinline__ void whole_numbers(const int4& part, int lanes, int (&whole)[kHalves]) {
-  float x[kHalves];
-  const uint32_t words[4] = {static_cast<uint32_t>(part.x), static_cast<uint32_t>(part.y),
-                             static_cast<uint32_t>(part.z), static_cast<uint32_t>(part.w)};
-  float top = 0.0f;
+__device__ __forceinline__ void widen(const int4& part, Part& x) {
+  const int words[4] = {part.x, part.y, part.z, part.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float2 two = two_of<E>(words[i]);
+    float2 two;
+    if constexpr (cuda::std::is_same_v<E, __half>) {
+      two = __half22float2(reinterpret_cast<const __half2&>(words[i]));
+    } else {
+      two = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(words[i]));
+    }
     x[2 * i] = two.x, x[2 * i + 1] = two.y;
-    top = fmaxf(top, isfinite(two.x) ? fabsf(two.x) : 0.0f);
-    top = fmaxf(top, isfinite(two.y) ? fabsf(two.y) : 0.0f);
-  }
-  top = vector_max(top, lanes);
-  const int exponent = max(kLeastExponent, (__float_as_int(top) >> 23) - 126);
-  const float scale = __int_as_float(kBits - exponent + 127 << 23);
-  constexpr float kMost = (1 << kBits) - 1;
-#pragma unroll
-  for (int i = 0; i < kHalves; ++i) {
-    const float scaled = rintf(__fmul_rn(x[i], scale));
-    whole[i] = isnan(scaled) ? 0 : static_cast<int>(fminf(fmaxf(scaled, -kMost), kMost));
   }
 }
 
-// Adds the CTA's queries to `sums`, [heads, head_dim], shared memory.
+// The power of two that puts a vector's largest finite component into 2^10 .. 2^11.
+__device__ __forceinline__ float scale_of(const Part& x, int lanes) {
+  float top = 0.0f;
+#pragma unroll
+  for (int e = 0; e < kElements; ++e) top = fmaxf(top, isfinite(x[e]) ? fabsf(x[e]) : 0.0f);
+  for (int d = 1; d < lanes; d *= 2) top = fmaxf(top, __shfl_xor_sync(cta::kAllLanes, top, d));
+  const int exponent = max(kLeastExponent, (__float_as_int(top) >> 23) - 126);
+  return __int_as_float((kBits - exponent + 127) << 23);
+}
+
+// Adds the CTA's queries to `sums`, shared memory, in units of the head's first candidate.
 template <class E>
 __device__ __forceinline__ void add_queries(const Unit& unit, int* sums) {
 #pragma unroll 1
-  for (int row = unit.group; row - unit.group < unit.count; row += kHalves * unit.groups) {
+  for (int head = 0; head < unit.heads; head += kHeads) {
+    int4 parts[kHeads];
+    float scales[kHeads];
+    int sum[kHeads][kElements] = {};
+    unit.load(0, head, parts);
+#pragma unroll
+    for (int i = 0; i < kHeads; ++i) {
+      Part x;
+      widen<E>(parts[i], x);
+      scales[i] = scale_of(x, unit.lanes);
+    }
 #pragma unroll 1
-    for (int head = 0; head < unit.heads; ++head) {
-      int4 parts[kHalves];
-      unit.load(head, row, parts);
-      int sum[kHalves] = {};
+    for (int row = unit.group; row < unit.count; row += unit.groups) {
+      unit.load(unit.token(unit.first + row), head, parts);
 #pragma unroll
-      for (int i = 0; i < kHalves; ++i) {
-        int whole[kHalves];
-        whole_numbers<E>(parts[i], unit.lanes, whole);
+      for (int i = 0; i < kHeads; ++i) {
+        Part x;
+        widen<E>(parts[i], x);
 #pragma unroll
-        for (int e = 0; e < kHalves; ++e) sum[e] += whole[e];
+        for (int e = 0; e < kElements; ++e) {
+          const float most = fminf(fmaxf(__fmul_rn(x[e], scales[i]), -kMost), kMost);
+          sum[i][e] += __float_as_int(__fadd_rn(most, kRounding)) - __float_as_int(kRounding);
+        }
       }
-      // Vectors of a warp first: a quarter of the atomics, or half.
+    }
+    // Vectors of a warp first: a quarter of the atomics, or half.
 #pragma unroll
-      for (int e = 0; e < kHalves; ++e) {
+    for (int i = 0; i < kHeads; ++i) {
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
         for (int d = unit.lanes; d < 32; d *= 2)
-          sum[e] += __shfl_xor_sync(cta::kAllLanes, sum[e], d);
-      }
-      if (threadIdx.x % 32 < unit.units) {
-#pragma unroll
-        for (int e = 0; e < kHalves; ++e)
-          atomicAdd(sums + (head * unit.units + unit.lane) * kHalves + e, sum[e]);
+          sum[i][e] += __shfl_xor_sync(cta::kAllLanes, sum[i][e], d);
+        if (head + i < unit.heads && threadIdx.x % 32 < unit.lanes)
+          atomicAdd(sums + unit.at(head + i, e), sum[i][e]);
       }
     }
   }
 }
 
-// Every CTA's `sums` become those of all.
+// Every CTA's `sums` become those of all, as floats.
 __device__ __forceinline__ void join_sums(int* sums, int length) {
   ptx::fence_cluster();
   ptx::arrive_at_cluster();
   ptx::wait_for_cluster();
-  if constexpr (kSharers > 1) {
 #pragma unroll 1
-    for (int first = threadIdx.x; first - static_cast<int>(threadIdx.x) < length;
-         first += kHalves * kWide) {
-      int all[kHalves] = {};
+  for (int base = 0; base < length; base += kElements * kWide) {
+    int all[kElements] = {};
 #pragma unroll
-      for (int i = 0; i < kHalves; ++i) {
-        const int at = first + i * kWide;
-        for (int rank = 0; rank < kSharers; ++rank)
-          if (at < length) all[i] += ptx::load_from(rank, sums + at);
-      }
-      // All have read these before any writes them.
-      ptx::arrive_at_cluster();
-      ptx::wait_for_cluster();
+    for (int i = 0; i < kElements; ++i) {
+      const int at = base + i * kWide + threadIdx.x;
 #pragma unroll
-      for (int i = 0; i < kHalves; ++i) {
-        const int at = first + i * kWide;
-        if (at < length) sums[at] = all[i];
-      }
+      for (int rank = 0; rank < kSharers; ++rank)
+        if (at < length) all[i] += ptx::load_from(rank, sums + at);
+    }
+    // All have read these before any writes them.
+    ptx::arrive_at_cluster();
+    ptx::wait_for_cluster();
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const int at = base + i * kWide + threadIdx.x;
+      if (at < length) sums[at] = __float_as_int(__int2float_rn(all[i]));
     }
   }
   __syncthreads();
 }
 
-// Halves a head's sums, rounded down, as often as the largest needs to come below 2^11; and the
-// product of what is left with itself. A warp a head.
-__device__ __forceinline__ void narrow(int* sums, int* products, int heads, int head_dim) {
-  const int lane = threadIdx.x % 32;
-  for (int head = threadIdx.x / 32; head < heads; head += kWide / 32) {
-    int* mine = sums + head * head_dim;
-    unsigned top = 0;
-    for (int i = lane; i < head_dim; i += 32) top = max(top, static_cast<unsigned>(abs(mine[i])));
-    top = __reduce_max_sync(cta::kAllLanes, top);
-    const int shift = max(0, 32 - __clz(top) - kBits);
-    int product = 0;
-    for (int i = lane; i < head_dim; i += 32) {
-      const int x = mine[i] >> shift;
-      mine[i] = x;
-      product += x * x;
-    }
-    product = __reduce_add_sync(cta::kAllLanes, product);
-    if (lane == 0) products[head] = product;
+// The product of two vectors, eight elements a lane one after the other, then lanes pair by pair:
+// every step rounded, as on a host.
+__device__ __forceinline__ float dot(const Part& a, const Part& b, int lanes) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int e = 0; e < kElements; ++e) sum = __fadd_rn(sum, __fmul_rn(a[e], b[e]));
+  for (int d = 1; d < lanes; d *= 2) sum = __fadd_rn(sum, __shfl_xor_sync(cta::kAllLanes, sum, d));
+  return sum;
+}
+
+__device__ __forceinline__ void load_mean(const Unit& unit, const int* sums, int head, Part& mean) {
+#pragma unroll
+  for (int e = 0; e < kElements; ++e)
+    mean[e] = head < unit.heads ? __int_as_float(sums[unit.at(head, e)]) : 0.0f;
+}
+
+// The length of each head's mean.
+__device__ __forceinline__ void measure(const Unit& unit, const int* sums, float* lengths) {
+#pragma unroll 1
+  for (int base = 0; base < unit.heads; base += unit.groups) {
+    const int head = base + unit.group;
+    Part mean;
+    load_mean(unit, sums, head, mean);
+    const float length = __fsqrt_rn(dot(mean, mean, unit.lanes));
+    if (head < unit.heads && unit.lane == 0) lengths[head] = length;
   }
   __syncthreads();
 }
 
-// Of vectors with these products; a vector of zeros is like any other. Every step is rounded to the
-// nearest, as on a host.
-__device__ __forceinline__ float cosine(int product, int a, int b) {
-  if (a == 0 || b == 0) return 1.0f;
-  const float lengths = __fmul_rn(__fsqrt_rn(__int2float_rn(a)), __fsqrt_rn(__int2float_rn(b)));
-  return __fdiv_rn(__int2float_rn(product), lengths);
+// A vector of zeros, or of what is no number, is like any other.
+__device__ __forceinline__ float cosine(float product, float square, float length) {
+  const float cosine = __fdiv_rn(product, __fmul_rn(__fsqrt_rn(square), length));
+  return isnan(cosine) ? 1.0f : cosine;
 }
 
 // A number that grows with the float.
@@ -221,61 +224,56 @@ __device__ __forceinline__ uint32_t ordered(float x) {
 
 // Every CTA learns how like the mean this one's candidates are.
 template <class E>
-__device__ __forceinline__ void compare(const Unit& unit, const int* means, const int* products,
-                                        Picking& shared) {
+__device__ __forceinline__ void compare(const Unit& unit, const int* sums, Picking& shared) {
 #pragma unroll 1
-  for (int row = unit.group; row - unit.group < unit.count; row += kHalves * unit.groups) {
-    float likeness[kHalves] = {};
+  for (int base = 0; base < unit.count; base += unit.groups) {
+    const int row = base + unit.group;
+    const int token = unit.token(min(unit.first + row, unit.candidates - 1));
+    float likeness = 0.0f;
 #pragma unroll 1
-    for (int head = 0; head < unit.heads; ++head) {
-      int4 parts[kHalves];
-      unit.load(head, row, parts);
-      int mean[kHalves];
+    for (int head = 0; head < unit.heads; head += kHeads) {
+      int4 parts[kHeads];
+      unit.load(token, head, parts);
+      // A lane for each head: a quarter of the roots and divisions.
+      float product = 0.0f, square = 0.0f;
 #pragma unroll
-      for (int e = 0; e < kHalves; ++e)
-        mean[e] = unit.lane < unit.units ? means[(head * unit.units + unit.lane) * kHalves + e] : 0;
+      for (int i = 0; i < kHeads; ++i) {
+        Part x, mean;
+        widen<E>(parts[i], x);
+        load_mean(unit, sums, head + i, mean);
+        const float with_mean = dot(x, mean, unit.lanes), with_itself = dot(x, x, unit.lanes);
+        if (unit.lane % kHeads == i) product = with_mean, square = with_itself;
+      }
+      const int own = min(head + unit.lane % kHeads, unit.heads - 1);
+      const float mine = cosine(product, square, shared.lengths[own]);
 #pragma unroll
-      for (int i = 0; i < kHalves; ++i) {
-        int whole[kHalves], with_mean = 0, with_itself = 0;
-        whole_numbers<E>(parts[i], unit.lanes, whole);
-#pragma unroll
-        for (int e = 0; e < kHalves; ++e) {
-          with_mean += whole[e] * mean[e];
-          with_itself += whole[e] * whole[e];
-        }
-        with_mean = vector_sum(with_mean, unit.lanes);
-        with_itself = vector_sum(with_itself, unit.lanes);
-        likeness[i] = __fadd_rn(likeness[i], cosine(with_mean, with_itself, products[head]));
+      for (int i = 0; i < kHeads; ++i) {
+        const float other = __shfl_sync(cta::kAllLanes, mine, i, kHeads);
+        if (head + i < unit.heads) likeness = __fadd_rn(likeness, other);
       }
     }
-#pragma unroll
-    for (int i = 0; i < kHalves; ++i) {
-      const int at = row + i * unit.groups;
-      if (at >= unit.count) continue;
-      const float2 key = {__uint_as_float(ordered(likeness[i])), __uint_as_float(unit.first + at)};
-      for (int rank = unit.lane; rank < kSharers; rank += unit.lanes)
-        ptx::store_to(rank, reinterpret_cast<float2*>(shared.keys + unit.first + at), key);
-    }
+    if (row < unit.count && unit.lane < kSharers)
+      ptx::store_to(unit.lane, shared.keys + unit.first + row, ordered(likeness));
   }
 }
 
 // The first CTA learns which of this one's candidates are among the `wanted` least like the mean.
 __device__ __forceinline__ void pick(const Unit& unit, int wanted, Picking& shared) {
-  // Two threads a candidate, each looks at half of all.
-  const int half = threadIdx.x % 2, middle = unit.candidates / 2;
-  const int begin = half ? middle : 0, end = half ? unit.candidates : middle;
+  constexpr int kThreadsEach = 8;  // look at an eighth of all each
+  const int part = threadIdx.x % kThreadsEach;
 #pragma unroll 1
-  for (int base = 0; base < unit.count; base += kWide / 2) {
-    const int at = base + static_cast<int>(threadIdx.x) / 2;
-    const uint32_t own = shared.keys[unit.first + min(at, unit.count - 1)].x;
+  for (int base = 0; base < unit.count; base += kWide / kThreadsEach) {
+    const int row = base + static_cast<int>(threadIdx.x) / kThreadsEach;
+    const int at = unit.first + min(row, unit.count - 1);
+    const uint32_t own = shared.keys[at];
     int before = 0;
-    for (int i = begin; i < end; ++i) {
-      const uint32_t other = shared.keys[i].x;
-      before += other < own || (other == own && i < unit.first + at);
+    for (int i = part; i < unit.candidates; i += kThreadsEach) {
+      const uint32_t other = shared.keys[i];
+      before += other < own || (other == own && i < at);
     }
-    before += __shfl_xor_sync(cta::kAllLanes, before, 1);
-    if (half == 0 && at < unit.count)
-      ptx::store_to_first(shared.picked + unit.first + at, before < wanted);
+#pragma unroll
+    for (int d = 1; d < kThreadsEach; d *= 2) before += __shfl_xor_sync(cta::kAllLanes, before, d);
+    if (part == 0 && row < unit.count) ptx::store_to_first(shared.picked + at, before < wanted);
   }
 }
 
@@ -289,6 +287,7 @@ __device__ __forceinline__ int strided(const Span& span, int i, int n) {
 __device__ __forceinline__ void write_samples(const Unit& unit, int count, int wanted,
                                               Picking& shared, int* samples) {
   constexpr int kEach = kCandidates / kWide;
+  static_assert(kEach * kWide == kCandidates);
   const int first = static_cast<int>(threadIdx.x) * kEach;
   int mine = 0;
   for (int i = 0; i < kEach; ++i) mine += first + i < unit.candidates && shared.picked[first + i];
@@ -329,9 +328,8 @@ __device__ __forceinline__ void write_samples(const Unit& unit, int count, int w
 
 template <class E>
 __device__ __forceinline__ void sample_rows(const Step& step) {
-  extern __shared__ int sums[];  // [heads, head_dim], then their means
+  extern __shared__ int sums[];  // [heads, 8, lanes]
   __shared__ Picking shared;
-  __shared__ int products[64];
   ptx::wait_for_earlier();
   const int kv_head = blockIdx.y;
   const Span* span = scored_span(step, blockIdx.z);
@@ -339,14 +337,14 @@ __device__ __forceinline__ void sample_rows(const Step& step) {
   const int count = samples_of(step, *span, 0).count, wanted = unusual_of(count);
   if (count == span->len) return;
   const Unit unit(step, *span, kv_head);
-  const int length = unit.heads * step.layout.head_dim;
   if (wanted > 0) {
+    const int length = unit.heads * kElements * unit.lanes;
     for (int i = threadIdx.x; i < length; i += kWide) sums[i] = 0;
     __syncthreads();
     add_queries<E>(unit, sums);
     join_sums(sums, length);
-    narrow(sums, products, unit.heads, step.layout.head_dim);
-    compare<E>(unit, sums, products, shared);
+    measure(unit, sums, shared.lengths);
+    compare<E>(unit, sums, shared);
     ptx::fence_cluster();
     ptx::arrive_at_cluster();
     ptx::wait_for_cluster();
@@ -362,12 +360,12 @@ __device__ __forceinline__ void sample_rows(const Step& step) {
 }  // namespace
 }  // namespace compactattn::select
 
-extern "C" __global__ void COMPACTATTN_SCORING_CLUSTER __launch_bounds__(256, 1)
+extern "C" __global__ void COMPACTATTN_SCORING_CLUSTER __launch_bounds__(512, 1)
     compactattn_sample_rows_bf16(const __grid_constant__ compactattn::Step step) {
   compactattn::select::sample_rows<__nv_bfloat16>(step);
 }
 
-extern "C" __global__ void COMPACTATTN_SCORING_CLUSTER __launch_bounds__(256, 1)
+extern "C" __global__ void COMPACTATTN_SCORING_CLUSTER __launch_bounds__(512, 1)
     compactattn_sample_rows_fp16(const __grid_constant__ compactattn::Step step) {
   compactattn::select::sample_rows<__half>(step);
 }

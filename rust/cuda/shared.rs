@@ -27,7 +27,7 @@ pub(crate) const fn flashprefill_sm90(head_dim: u32) -> u32 {
 
 /// Of `compactattn_sample_rows_*`, for groups of so many heads.
 pub(crate) const fn sample_rows(heads: u32, head_dim: u32) -> u32 {
-    4 * heads * head_dim
+    4 * heads * if head_dim == 96 { 128 } else { head_dim }
 }
 
 /// Of `compactattn_cells_*`.

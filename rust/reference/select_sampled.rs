@@ -1,5 +1,6 @@
 //! Which tokens the selectors that sample score with, from the definition in rust/select/sample.rs.
 
+use super::dot;
 use super::select::At;
 
 impl At<'_> {
@@ -10,7 +11,7 @@ impl At<'_> {
         if rows == 0 || rows >= len {
             return (self.all_rows(), true);
         }
-        let (candidates, start) = (len.min(1024), self.chunk.tokens.start);
+        let (candidates, start) = (len.min(512), self.chunk.tokens.start);
         let unusual = (rows / 4).min(candidates);
         let even = rows - unusual;
         let mut tokens: Vec<usize> = if even == 1 {
@@ -23,8 +24,9 @@ impl At<'_> {
         ranked.sort_by(|a, b| a.0.total_cmp(&b.0));
         tokens.extend(ranked[..unusual].iter().map(|(_, t)| t));
         tokens.sort_unstable();
-        // A head's cosine goes through eight roundings of half a unit of 2^-23, and the sum through one more.
-        let slack = self.heads.len() as f64 * 1e-6;
+        // In 32 bits a product of 256 elements goes through 1 + 8 + 5 roundings, of its terms' sizes at worst; a cosine has
+        // three of them, and the sum over heads one more each.
+        let slack = self.heads.len() as f64 * 64.0 * f64::from(f32::EPSILON / 2.0);
         let certain =
             unusual == 0 || unusual == candidates || ranked[unusual].0 - ranked[unusual - 1].0 > slack;
         (tokens, certain)
@@ -34,32 +36,31 @@ impl At<'_> {
     fn likeness(&self, tokens: &[usize]) -> Vec<f64> {
         let mut likeness = vec![0.0; tokens.len()];
         for head in self.heads.clone() {
-            let queries: Vec<Vec<i64>> =
-                tokens.iter().map(|&t| whole_numbers(&self.request.q[head][t])).collect();
-            let mut mean: Vec<i64> =
-                (0..self.layout.shape.head_dim).map(|x| queries.iter().map(|q| q[x]).sum()).collect();
-            let top = mean.iter().map(|x| x.abs()).max().unwrap_or(0);
-            let halvings = (0..).find(|&n| top >> n < 2048).unwrap_or(0);
-            mean.iter_mut().for_each(|x| *x = x.div_euclid(1 << halvings));
-            let dot = |a: &[i64], b: &[i64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<i64>() as f64;
+            let queries: Vec<&Vec<f64>> = tokens.iter().map(|&t| &self.request.q[head][t]).collect();
+            let unit = unit_of(queries[0]);
+            let whole = |q: &[f64], x: usize| match q[x] / unit {
+                scaled if scaled.is_nan() => -LARGEST,
+                scaled => scaled.clamp(-LARGEST, LARGEST).round_ties_even(),
+            };
+            let dim = self.layout.shape.head_dim;
+            let mean: Vec<f64> = (0..dim).map(|x| queries.iter().map(|q| whole(q, x)).sum()).collect();
             for (sum, q) in likeness.iter_mut().zip(&queries) {
-                let lengths = (dot(q, q) * dot(&mean, &mean)).sqrt();
-                *sum += if lengths == 0.0 { 1.0 } else { dot(q, &mean) / lengths };
+                let cosine = dot(q, &mean) / (dot(q, q) * dot(&mean, &mean)).sqrt();
+                *sum += if cosine.is_nan() { 1.0 } else { cosine };
             }
         }
         likeness
     }
 }
 
-/// The vector as whole numbers of at most 2047, its largest one at least 1024 before it is rounded; of a vector below
-/// `2^-101`, smaller ones.
-fn whole_numbers(vector: &[f64]) -> Vec<i64> {
+/// The power of two of which the vector's largest component is 1024 to 2048; no less than `2^-111`.
+fn unit_of(vector: &[f64]) -> f64 {
     let top = vector.iter().map(|x| x.abs()).filter(|x| x.is_finite()).fold(0.0, f64::max);
-    let mut scale = 2.0_f64.powi(111);
-    while top * scale >= 2048.0 {
-        scale /= 2.0;
+    let mut unit = 2.0_f64.powi(-111);
+    while top / unit >= 2048.0 {
+        unit *= 2.0;
     }
-    let rounded = vector.iter().map(|x| (x * scale).round_ties_even().clamp(-2047.0, 2047.0));
-    // What is no number is 0.
-    rounded.map(|x| x as i64).collect()
+    unit
 }
+
+const LARGEST: f64 = 1_048_576.0;

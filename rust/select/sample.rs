@@ -30,24 +30,25 @@ pub(super) fn tokens(input: &Input, span: &Span, kv_head: usize) -> Vec<usize> {
 }
 
 /// `count` of the span's candidates, those whose queries' cosines with the mean query, summed over the group's heads, are
-/// lowest; of equal ones the first. All in whole numbers but the last steps, so that every backend takes the same tokens.
+/// lowest; of equal ones the first. The mean is a sum of whole numbers and every other step is rounded in a fixed order,
+/// so that all backends take the same tokens.
 fn least_like_the_mean(input: &Input, span: &Span, kv_head: usize, count: usize) -> Vec<usize> {
     let shape = &input.layout.shape;
     let (group, dim) = (shape.group_size(), shape.head_dim);
     let n = span.len.min(CANDIDATES);
     let token = |candidate: usize| candidate * span.len / n;
     let mut likeness = vec![0.0; n];
-    let (mut vector, mut rows) = (vec![0.0; dim], vec![0; n * dim]);
+    let mut queries = vec![0.0; n * dim];
     for head in kv_head * group..(kv_head + 1) * group {
-        let mut mean = vec![0; dim];
-        for (i, row) in rows.chunks_exact_mut(dim).enumerate() {
-            input.batch.q().load(span.q_start + token(i), head, &mut vector);
-            whole_numbers(&vector, row);
-            mean.iter_mut().zip(&*row).for_each(|(sum, x)| *sum += x);
+        for (i, query) in queries.chunks_exact_mut(dim).enumerate() {
+            input.batch.q().load(span.q_start + token(i), head, query);
         }
-        narrow(&mut mean);
-        for (sum, row) in likeness.iter_mut().zip(rows.chunks_exact(dim)) {
-            *sum += cosine(dot(row, &mean), dot(row, row), dot(&mean, &mean));
+        let mean = sum_of_whole_numbers(&queries, dim);
+        let length = dot(&mean, &mean).sqrt();
+        for (sum, query) in likeness.iter_mut().zip(queries.chunks_exact(dim)) {
+            let cosine = dot(query, &mean) / (dot(query, query).sqrt() * length);
+            // A query of zeros, or of what is no number, is like any other.
+            *sum += if cosine.is_nan() { 1.0 } else { cosine };
         }
     }
     let mut order: Vec<usize> = (0..n).collect();
@@ -55,46 +56,56 @@ fn least_like_the_mean(input: &Input, span: &Span, kv_head: usize, count: usize)
     order[..count].iter().map(|&i| token(i)).collect()
 }
 
-/// A vector times the power of two that puts its largest component into `2^10..2^11`, rounded; what is no number is 0.
-fn whole_numbers(vector: &[f32], into: &mut [i32]) {
-    let top = vector.iter().map(|x| x.abs()).filter(|x| x.is_finite()).fold(0.0, f32::max);
+/// The sum of the queries in units that put the first one's largest component into `2^10..2^11`, each rounded.
+fn sum_of_whole_numbers(queries: &[f32], dim: usize) -> Vec<f32> {
+    let sizes = queries[..dim].iter().map(|x| x.abs()).filter(|x| x.is_finite());
+    let top = sizes.fold(0.0, f32::max);
     let exponent = ((top.to_bits() >> 23).cast_signed() - 126).max(LEAST_EXPONENT);
     let scale = f32::from_bits((BITS - exponent + 127).cast_unsigned() << 23);
-    let largest = ((1 << BITS) - 1) as f32;
-    for (to, x) in into.iter_mut().zip(vector) {
-        let scaled = (x * scale).round_ties_even();
-        *to = if scaled.is_nan() { 0 } else { scaled.clamp(-largest, largest) as i32 };
+    let mut sums = vec![0_i32; dim];
+    for query in queries.chunks_exact(dim) {
+        for (sum, x) in sums.iter_mut().zip(query) {
+            // In this order NaN becomes a number.
+            *sum += (x * scale).max(-MOST).min(MOST).round_ties_even() as i32;
+        }
     }
+    sums.iter().map(|&x| x as f32).collect()
 }
 
-/// Halves all, rounded down, as often as the largest needs to come below `2^BITS`; what is negative may end at it.
-fn narrow(sums: &mut [i32]) {
-    let top = sums.iter().map(|x| x.unsigned_abs()).max().unwrap_or(0);
-    let shift = (32 - top.leading_zeros()).saturating_sub(BITS.cast_unsigned());
-    sums.iter_mut().for_each(|x| *x >>= shift);
-}
-
-/// At most 256 products below `2^22`.
-fn dot(a: &[i32], b: &[i32]) -> i32 {
-    a.iter().zip(b).map(|(x, y)| x * y).sum()
-}
-
-/// Of vectors with these products; a vector of zeros is like any other.
-fn cosine(product: i32, a: i32, b: i32) -> f32 {
-    if a == 0 || b == 0 { 1.0 } else { product as f32 / ((a as f32).sqrt() * (b as f32).sqrt()) }
+/// The product of two vectors: eight elements one after the other, then those sums pair by pair.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let eights = a.chunks_exact(EIGHT).zip(b.chunks_exact(EIGHT));
+    let mut sums = [0.0_f32; 32];
+    for (sum, (a, b)) in sums.iter_mut().zip(eights) {
+        *sum = a.iter().zip(b).fold(0.0, |sum, (x, y)| sum + x * y);
+    }
+    let mut width = (a.len() / EIGHT).next_power_of_two();
+    while width > 1 {
+        width /= 2;
+        for i in 0..width {
+            sums[i] = sums[2 * i] + sums[2 * i + 1];
+        }
+    }
+    sums[0]
 }
 
 /// One sample in so many is an unusual one.
 const UNUSUAL_SHARE: usize = 4;
 
 /// Most tokens of a span that are looked at; of a longer one every second, third .. is.
-const CANDIDATES: usize = 1024;
+const CANDIDATES: usize = 512;
 
-/// Of a whole number, beside its sign.
+/// Of a whole number in the first candidate's query, beside its sign.
 const BITS: i32 = 11;
 
-/// Of a vector's largest component; smaller vectors become zeros.
+/// Of the first candidate's largest component; of smaller ones the sum is of what they round to.
 const LEAST_EXPONENT: i32 = -100;
+
+/// Of a whole number: so many candidates' fit 32 bits.
+const MOST: f32 = (1 << 20) as f32;
+
+/// Elements of 16 bytes.
+const EIGHT: usize = 8;
 
 #[cfg(test)]
 mod tests {
@@ -137,25 +148,27 @@ mod tests {
 
     #[test]
     fn of_a_long_span_every_second_token_is_a_candidate() {
-        let found = sampled(2048, 8, &[600, 1201]);
-        assert!(found.contains(&600) && !found.contains(&1201), "{found:?}");
+        let found = sampled(1024, 8, &[600, 801]);
+        assert!(found.contains(&600) && !found.contains(&801), "{found:?}");
     }
 
     #[test]
-    fn whole_numbers_keep_a_vectors_direction() {
-        let mut out = [0; 5];
-        whole_numbers(&[1.0, -0.5, f32::NAN, f32::INFINITY, 0.0], &mut out);
-        assert_eq!(out, [1024, -512, 0, 2047, 0]);
-        whole_numbers(&[1.999_999, 3e-4, 0.0, 0.0, 0.0], &mut out);
-        assert_eq!(out, [2047, 0, 0, 0, 0]);
-        whole_numbers(&[0.0, 1e-40, 0.0, 0.0, -0.0], &mut out);
-        assert_eq!(out, [0; 5]);
+    fn sums_are_of_whole_numbers() {
+        let huge = [1.0, -0.5, 0.25, 3e-4, 0.0, 0.0, 0.0, 0.0];
+        let other = [f32::NAN, 1e30, -1e30, 3e-4, f32::INFINITY, 0.0, 0.0, 0.0];
+        let most = 1_048_576.0;
+        let sums = sum_of_whole_numbers(&[huge, other].concat(), 8);
+        assert_eq!(sums, [1024.0 - most, most - 512.0, 256.0 - most, 0.0, most, 0.0, 0.0, 0.0]);
+        assert_eq!(sum_of_whole_numbers(&[0.0; 8], 8), [0.0; 8]);
+        assert_eq!(sum_of_whole_numbers(&[1e-40; 8], 8), [0.0; 8]);
     }
 
     #[test]
-    fn sums_are_narrowed_together() {
-        let mut sums = [1 << 20, -5, -(1 << 12), 0];
-        narrow(&mut sums);
-        assert_eq!(sums, [1 << 10, -1, -4, 0]);
+    fn a_product_is_summed_pair_by_pair() {
+        let (mut a, b) = ([1.0; 96], [1.0; 96]);
+        assert_eq!(dot(&a, &b), 96.0);
+        // What one half cannot hold any more the other adds before they meet.
+        (a[0], a[8]) = (1.0e8, -1.0e8);
+        assert_eq!(dot(&a, &b), 80.0);
     }
 }
