@@ -242,10 +242,13 @@ install:
 	sed -e 's|@VERSION@|$(VERSION)|' cpp_shim/cmake/compactattnConfigVersion.cmake.in > "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn/compactattnConfigVersion.cmake"
 	install -m 644 cpp_shim/cmake/compactattnConfig.cmake "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn/"
 
-# The site of docs/, with the C ABI's page made of the header, in build/site; a broken link is an error.
+# The site of docs/, with the C ABI's page made of the header, in build/site; a broken link is an error. Records that pages
+# link to lie beside them there.
 docs: $(VENV)/ready
 	$(VENV)/bin/pip install -q -r docs/requirements.txt
 	rm -rf $(BUILD)/docs && mkdir -p $(BUILD) && cp -r docs $(BUILD)/docs
+	cp -r tests/bench/record $(BUILD)/docs/record
+	sed -i 's|](\.\./tests/bench/record/|](record/|g' $(BUILD)/docs/*.md
 	$(PYTHON) docs/abi.py include/compactattn.h > $(BUILD)/docs/abi.md
 	$(VENV)/bin/mkdocs build -q --strict
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -59,6 +60,21 @@ def test_the_capacity_page_is_what_its_script_prints() -> None:
     assert page.split("<!-- capacity.py -->\n\n")[1].split("\n<!-- end of")[0] == printed
 
 
+def test_the_support_page_has_the_cpus_answers() -> None:
+    # Those of GPUs want a library with kernels: tests/package compares the whole page.
+    spec = importlib.util.spec_from_file_location("support", DOCS / "support.py")
+    assert spec and spec.loader
+    support = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(support)
+    page = (DOCS / "support.md").read_text(encoding="utf-8")
+    found = support.probe("cpu")
+    assert len(found) > 20
+    for row, answer in found.items():
+        name = row.removeprefix("selector ").removeprefix("feature ")
+        wanted = [f"| {name} | {answer} |", f"| `{name}` | {answer} |"]
+        assert any(each in page for each in wanted), wanted
+
+
 def test_the_abi_page_has_every_function_struct_and_enum_of_the_header(tmp_path: Path) -> None:
     header = ROOT / "include" / "compactattn.h"
     page = subprocess.check_output([sys.executable, str(DOCS / "abi.py"), str(header)], text=True)
@@ -77,6 +93,15 @@ def test_links_between_pages_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             # Made of the header when the site is built.
             assert target == "abi.md" or (DOCS / target).exists(), f"{page.name}: {target}"
+            # `make docs` puts records beside the pages; nothing else outside of docs/ is on the site.
+            assert not target.startswith("..") or target.startswith("../tests/bench/record/"), f"{page.name}: {target}"
+
+
+def test_every_page_has_its_place_in_the_sites_menu_and_in_the_index() -> None:
+    menu = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    pages = {page.name for page in DOCS.glob("*.md")} | {"abi.md"}
+    listed = set(re.findall(r"\]\((\w+\.md)\)", (DOCS / "index.md").read_text(encoding="utf-8")))
+    assert menu == pages == listed | {"index.md"}
 
 
 def test_every_project_that_the_faq_cites_is_named_at_its_end() -> None:
