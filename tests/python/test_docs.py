@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import urllib.request
 from pathlib import Path
 
 import compactattn
@@ -16,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-BLOCK = re.compile(r"(?:<!-- (run|not run: [^>]+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"(?:<!-- (run|run until it serves|not run: [^>]+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 RUNNABLE = {"sh", "python"}
 
 
@@ -43,15 +44,42 @@ def test_every_snippet_runs_or_says_why_not() -> None:
     ids=[f"{page}{n}" for n, (page, _, _) in enumerate(MARKED)],
 )
 def test_a_snippet_does_what_it_says(language: str, code: str, tmp_path: Path) -> None:
-    scripts = Path(sysconfig.get_path("scripts"))
-    tool = scripts / "compactattn"
+    tool = Path(sysconfig.get_path("scripts")) / "compactattn"
     if language == "sh" and "compactattn " in code and not tool.exists():
         pytest.skip("no tool: make test-python installs it")
-    env = {**os.environ, "ROOT": str(ROOT), "PATH": f"{scripts}:{os.environ['PATH']}"}
-    env["PYTHONPATH"] = str(Path(compactattn.__file__).parents[1])
     command = ["bash", "-euo", "pipefail", "-c", code] if language == "sh" else [sys.executable, "-c", code]
-    ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    ran = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def environment() -> dict[str, str]:
+    """A reader's: the tool and the package are there, $ROOT is the source tree."""
+    scripts, package = sysconfig.get_path("scripts"), Path(compactattn.__file__).parents[1]
+    path = f"{scripts}:{os.environ['PATH']}"
+    return {**os.environ, "ROOT": str(ROOT), "PATH": path, "PYTHONPATH": str(package)}
+
+
+def test_the_exporter_serves_what_the_page_says() -> None:
+    ((code, address),) = [
+        (code, re.findall(r"--serve (\S+)", code)[0])
+        for _, mark, _, code in snippets()
+        if mark == "run until it serves"
+    ]
+    if not (Path(sysconfig.get_path("scripts")) / "compactattn").exists():
+        pytest.skip("no tool: make test-python installs it")
+    (folder,) = (Path(word) for word in code.split() if word.startswith("/dev/shm/"))
+    folder.mkdir(exist_ok=True)
+    counters = folder / f"test_{os.getpid()}.json"
+    counters.write_text(f'{{"pid": {os.getpid()}, "split_steps": 12, "plans": []}}')
+    server = subprocess.Popen(["bash", "-c", f"exec {code}"], env=environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout and address in server.stdout.readline()
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+            assert f'compactattn_split_steps_total{{pid="{os.getpid()}"}} 12' in answer.read().decode()
+    finally:
+        server.kill()
+        server.wait()
+        counters.unlink()
 
 
 def test_the_capacity_page_is_what_its_script_prints() -> None:
