@@ -92,7 +92,8 @@ fn check_drawn(page: &Path) {
         let required = std::env::var("COMPACTATTN_TEST_BROWSER").is_ok_and(|word| word == "require");
         assert!(!required, "no chromium on PATH");
         // Past the test's capture: a page that nobody has drawn is no page that was found right.
-        writeln!(std::io::stderr(), "NOT RUN: no chromium on PATH to draw {}", page.display()).unwrap();
+        let said = format!("NOT RUN: no chromium on PATH to draw {}\n", page.display());
+        std::io::stderr().write_all(said.as_bytes()).unwrap();
         return;
     };
     let profile = page.with_file_name("profile");
