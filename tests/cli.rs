@@ -40,25 +40,19 @@ fn check_summary(path: &Path) {
     let summary: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     let rows = summary.as_array().unwrap();
     for row in rows {
-        assert!(row["selector"].is_string() && row["scope"].is_string(), "{row}");
-        assert!(row["block_size"].is_u64(), "{row}");
+        let words = ["selector", "scope"].iter().all(|&key| row[key].is_string());
+        assert!(words && row["block_size"].is_u64(), "{row}");
         for (key, most) in [("density", 1.0), ("error", 2.0), ("ms", f64::INFINITY)] {
             let x = row[key].as_f64().unwrap();
             assert!((0.0..=most).contains(&x), "{key} of {row}");
         }
     }
-    for selector in [
-        "dense",
-        "sampled_exact",
-        "flashprefill",
-        "pooled_mass",
-        "two_level",
-        "quoka",
-        "xattention",
-        "streaming",
-        "oracle",
-        "external",
-    ] {
+    assert!(
+        rows.iter().any(|row| row["block_size"] == 32 && row["scope"] == "head x chunk"),
+        "the default's"
+    );
+    let plain = ["dense", "streaming", "oracle", "external", "quoka", "xattention"];
+    for selector in plain.into_iter().chain(["sampled_exact", "flashprefill", "pooled_mass", "two_level"]) {
         let of: Vec<_> = rows.iter().filter(|row| row["selector"] == selector).collect();
         let targets: Vec<_> = of.iter().filter_map(|row| row["target_density"].as_f64()).collect();
         assert!(!of.is_empty(), "no row of {selector}");

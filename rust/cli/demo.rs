@@ -58,8 +58,14 @@ pub(crate) fn run(args: &Args, out: &mut impl Write) -> Outcome {
         print_table(&rows, target, path.gpu().is_some(), out)?;
     }
     print_dense(&sweep, out)?;
-    let ms = time(path.forward(&prefills[0], &prefill::sparse(Selector::SampledExact))?.ms);
-    writeln!(out, "one forward with the default settings (sampled_exact, head x chunk): {ms} ms a layer")?;
+    let default = prefill::sparse(Selector::SampledExact);
+    let ms = time(path.forward(&prefills[0], &default)?.ms);
+    let what =
+        format!("sampled_exact, {}, blocks of {}", contender::scope_name(default.scope), default.block_size);
+    writeln!(
+        out,
+        "one forward with the default settings ({what}): {ms} ms a layer; `view` shows what it reads"
+    )?;
     print_gpu(&sweep, &rows, out)?;
     if !args.engine.has_gate() {
         writeln!(out, "skipped: attn_gate (needs trained gate weights: --gate FILE --rope-theta BASE)")?;
