@@ -137,5 +137,15 @@ def test_the_table_of_what_ci_runs_has_every_step() -> None:
     assert steps <= told, steps - told
 
 
+def test_what_is_skipped_without_torch_runs_where_it_is() -> None:
+    recipe = read("Makefile")
+    given = re.search(r"WITH_TORCH := .*,(.*)\)", recipe)
+    assert given
+    for path in sorted((ROOT / "tests/python").glob("test_*.py")):
+        if re.search(r'importorskip\("(torch|ml_dtypes)"', path.read_text(encoding="utf-8")):
+            known = path.name.removeprefix("test_") in given[1].split() or f"tests/python/{path.name}" in recipe
+            assert known, f"{path.name} runs nowhere"
+
+
 # As documents write it: in code marks, at the start of a line, after another command.
 MAKE = re.compile(r"(?:`|^ *|&& |COMPACTATTN_TEST_SDIST=1 )make ([a-z][a-z-]*)", re.MULTILINE)
