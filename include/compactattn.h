@@ -301,7 +301,7 @@ typedef struct compactattn_settings {
   int32_t selector;
   // Tokens per block: 16, 32, 64, 128 or 256; 1 for quoka.
   int32_t block_size;
-  // Query tokens per list: 128, 256 or 512; 0 = the whole chunk.
+  // Query tokens per list: 128, 256, 512, 1024 or 2048; 0 = the whole chunk.
   int32_t query_span;
   // Query heads per list within a KV group; 0 = the whole group.
   int32_t heads_per_list;

@@ -302,7 +302,7 @@ mod tests {
     fn spans_cover_every_query_once_and_fit_the_planned_number() {
         let paged = paged();
         let batch = paged.batch();
-        for tokens in [0, 128, 256, 512] {
+        for tokens in [0, 128, 256, 512, 1024, 2048] {
             let layout = paged.layout(settings(tokens, 1));
             let spans = layout.list_spans(&batch);
             let covered: Vec<_> = spans.iter().flat_map(|s| s.q_start..s.q_start + s.len).collect();

@@ -300,13 +300,9 @@ impl Settings {
             return Err(Error::new(Status::Unsupported, "mean_correction", "a block_size of 16..=256", 1));
         }
         let span = self.scope.query_span;
-        if ![0, 128, 256, 512].contains(&span) {
-            return Err(Error::new(
-                Status::Unsupported,
-                "query_span",
-                "0 (whole chunk), 128, 256 or 512",
-                span,
-            ));
+        if ![0, 128, 256, 512, 1024, 2048].contains(&span) {
+            let wanted = "0 (whole chunk), 128, 256, 512, 1024 or 2048";
+            return Err(Error::new(Status::Unsupported, "query_span", wanted, span));
         }
         let stride = self.xattention_stride;
         let strides_fit = stride > 0 && self.block_size.is_multiple_of(stride);

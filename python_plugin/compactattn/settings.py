@@ -27,7 +27,7 @@ class Settings:
     selector: str
     # Tokens per block: 16, 32, 64, 128 or 256; 1 for quoka.
     block_size: int
-    # Query tokens per list: 128, 256 or 512; 0 = the whole chunk.
+    # Query tokens per list: 128, 256, 512, 1024 or 2048; 0 = the whole chunk.
     query_span: int
     # Query heads per list within a KV group; 0 = the whole group.
     heads_per_list: int

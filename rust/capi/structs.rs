@@ -170,7 +170,7 @@ pub struct compactattn_settings {
     pub selector: i32,
     /// Tokens per block: 16, 32, 64, 128 or 256; 1 for quoka.
     pub block_size: i32,
-    /// Query tokens per list: 128, 256 or 512; 0 = the whole chunk.
+    /// Query tokens per list: 128, 256, 512, 1024 or 2048; 0 = the whole chunk.
     pub query_span: i32,
     /// Query heads per list within a KV group; 0 = the whole group.
     pub heads_per_list: i32,

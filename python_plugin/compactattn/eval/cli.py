@@ -79,7 +79,7 @@ def _rows(asked: argparse.Namespace, study: Any, subject: Any, length: int, fold
     from .methods import methods
     from .protocol import Bench, Rows
 
-    table, bench = methods(), Bench(study, subject, length, folder)
+    table, bench = methods(asked.methods.split(",")), Bench(study, subject, length, folder)
     names = [name for name in _names(asked.methods, list(table)) if name != "dense"]
     at_names = names if asked.at_density == "all" else _names(asked.at_density, list(table))
     at_names = [name for name in at_names if name != "dense" and not table[name].missing]
@@ -103,15 +103,16 @@ def _repro(asked: argparse.Namespace, study: Any, subject: Any, folder: Any) -> 
 
     task, length, index, name = asked.repro.split(",")
     base, _, target = name.partition("@")
-    row = methods()[_names(base, list(methods()))[0]]
+    table = methods([base, *asked.main.split(",")])
+    row = table[_names(base, list(table))[0]]
     if target:
         key = f"{name}:{length}"
         if key not in folder.keep:
             raise ValueError(f"{key}: {folder.path} has no number for it; wanted one of {', '.join(folder.keep)}")
         row = row.at(folder.keep[key], float(target))
-    rows = [methods()["dense"], row] if base != "dense" else [row]
+    rows = [table["dense"], row] if base != "dense" else [row]
     size = study.contexts_of(int(length))
-    main = base in _names(asked.main, list(methods()))
+    main = base in _names(asked.main, list(table))
     group = Group(int(length), task, int(index) // size * size, size, main)
     contexts = [study.context(subject.codec, task, group.length, group.first + i) for i in range(size)]
     made_by = batch(Run(study, subject, folder, Clock(0)), rows, group, contexts)
@@ -191,7 +192,7 @@ def _add_what(add: Any) -> None:
     add("--library", type=Path, help="the native library, instead of the package's own")
     add("--lengths", type=_lengths, default=[8192], help="tokens of a prompt with its answer: 8k,16k,32k")
     add("--tasks", default="all", help="names with commas, or all")
-    add("--methods", default=_ROWS, help="rows as they come, with commas, or all")
+    add("--methods", default=_ROWS, help="rows as they come, with commas, or all; default:query_span=512+keep_value=.98")
     add("--density", type=_numbers, default=[], help="densities for the rows of --at-density: .1,.2")
     add(
         "--at-density", default="default,flashprefill-union", help="rows set to each --density; all: those of --methods"

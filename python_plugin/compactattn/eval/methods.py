@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 
 from ..settings import Settings
 
@@ -23,8 +23,12 @@ class Method:
         return replace(self, name=f"{self.name}@{target:g}", settings=self.settings.replace(**free))
 
 
-def methods() -> dict[str, Method]:
-    """All of them, each as it is published or, for ours, shipped. Needs the native library."""
+def methods(wanted: Iterable[str] = ()) -> dict[str, Method]:
+    """All of them, each as it is published or, for ours, shipped. Needs the native library.
+
+    And those of ``wanted`` that change another's settings: ``default:query_span=512+sample_rows=64``. ValueError for a
+    setting that there is not.
+    """
     ours = Settings.mode("compactattn")
     paper, by_span = Settings.mode("paper"), Settings.mode("block_sparse")
     table = {
@@ -42,9 +46,6 @@ def methods() -> dict[str, Method]:
         "two_level": Settings.of("two_level"),
         "two_level-group": Settings.of("two_level").replace(heads_per_list=0),
     }
-    # The same rows of a chunk's parts: more of them, and lists of their own.
-    for span in (256, 512):
-        table[f"default-span{span}"] = ours.replace(query_span=span)
     for selector in ("sampled_exact", "pooled_mass"):
         for scope, heads in (("head", 1), ("group", 0)):
             for suffix, correction in (("", False), ("-mean", True)):
@@ -53,7 +54,28 @@ def methods() -> dict[str, Method]:
     found = {name: Method(name, settings) for name, settings in table.items()}
     reason = "its gates are weights of a model; the transformers backend takes none"
     found["attn_gate"] = Method("attn_gate", Settings.of("attn_gate"), reason)
+    for name in wanted:
+        base, _, changes = name.partition(":")
+        if changes and base in found:
+            found[name] = replace(found[base], name=name, settings=_changed(found[base].settings, changes))
     return found
+
+
+def _changed(settings: Settings, changes: str) -> Settings:
+    types = {field.name: field.type for field in fields(Settings)}
+    values: dict[str, object] = {}
+    for change in changes.split("+"):
+        name, _, text = change.partition("=")
+        if name not in types:
+            raise ValueError(f"{change}: wanted NAME=VALUE of {', '.join(types)}")
+        values[name] = {"int": int, "float": float, "bool": _truth}.get(str(types[name]), str)(text)
+    return settings.replace(**values)
+
+
+def _truth(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError(f"{text}: wanted true or false")
+    return text == "true"
 
 
 def find_keep_value(
