@@ -70,6 +70,23 @@ def test_import_and_context_are_quick(fresh: Fresh) -> None:
     assert min(run["open"] for run in runs) < OPEN_S
 
 
+def test_every_python_of_this_machine_takes_the_one_wheel(unpacked_wheel: Path) -> None:
+    names = [f"python3.{minor}" for minor in range(10, 20)]
+    homes = [Path(folder) for folder in os.environ["PATH"].split(os.pathsep)]
+    homes += Path.home().glob(".pyenv/versions/3.*/bin")
+    found = {path.resolve() for home in homes for path in map(home.joinpath, names) if path.is_file()}
+    tried = 0
+    for python in {*found, Path(sys.executable)}:
+        env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(unpacked_wheel)}
+        # A version manager's stand-in may name a Python that is not there.
+        if subprocess.run([python, "-c", ""], env=env, capture_output=True, check=False).returncode == 0:
+            done = subprocess.run([python, "-c", STEP], env=env, capture_output=True, text=True, check=False)
+            assert done.returncode == 0 and abs(float(done.stdout) - 2.995732) < 1e-6, f"{python}: {done.stderr}"
+            tried += 1
+    print(f"{tried} interpreters")
+    assert tried > 0
+
+
 def test_what_is_uninstalled_leaves_nothing(fresh: Fresh, wheel: Path) -> None:
     fresh.run("python", "-m", "pip", "uninstall", "-q", "-y", "compactattn", check=True)
     left = [path for path in fresh.root.rglob("*compactattn*") if path.is_file()]
