@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -69,6 +70,13 @@ def test_the_exporter_serves_what_the_page_says() -> None:
         pytest.skip("no tool: make test-python installs it")
     (folder,) = (Path(word) for word in code.split() if word.startswith("/dev/shm/"))
     folder.mkdir(exist_ok=True)
+    with socket.socket() as mine:
+        # Somebody else's exporter may run here: then at another port, else as written.
+        if mine.connect_ex(("127.0.0.1", int(address.rpartition(":")[2]))) == 0:
+            mine.close()
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                elsewhere = f"127.0.0.1:{free.getsockname()[1]}"
+            code, address = code.replace(address, elsewhere), elsewhere
     counters = folder / f"test_{os.getpid()}.json"
     counters.write_text(f'{{"pid": {os.getpid()}, "split_steps": 12, "plans": []}}')
     server = subprocess.Popen(["bash", "-c", f"exec {code}"], env=environment(), stdout=subprocess.PIPE, text=True)
