@@ -57,7 +57,7 @@ BY_HAND = {
     "header": "tests/header.rs",  # Writes what that test compares.
     "install": "tests/cpp/run.sh",  # `make test-cpp`, of `make test`.
     "reproducible": "tests/bench/record/cpu/2026-11-22-packages.txt",
-    "sanitize-candle": "Makefile",  # No record of it.
+    "sanitize-candle": "tests/bench/record/cpu/2026-11-22-packages.txt",
     "tsan": "tests/bench/record/cpu/2026-11-22-reliability.txt",
     "test-vllm": "tests/bench/record/cpu/2026-11-22-packages.txt",
 }
