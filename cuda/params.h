@@ -185,6 +185,7 @@ struct Stages {
   float* scores;          // [select spans, num_q_heads, max_blocks]; only past blocks of spans that
                           // are not dense are written or read
   float* cells;           // select's scratch
+  int32_t* samples;       // [select spans, num_kv_heads, sample_rows] tokens of a span, ascending
   uint32_t* masks;        // [select spans, num_q_heads, mask_words]
   uint32_t* lists;        // [list spans, lists per span, mask_words]; a list row is (list span, kv
                           // head, part of the group)
@@ -207,7 +208,7 @@ struct Stages {
   int32_t whole_items;  // 1: cuts fall between items only, so bits do not depend on neighbours
   int32_t reserved;
 };
-static_assert(sizeof(Stages) == 176, "host code writes this layout");
+static_assert(sizeof(Stages) == 184, "host code writes this layout");
 
 // The one argument of every stage from batch to plan.
 struct Step {
@@ -216,7 +217,7 @@ struct Step {
   Settings settings;
   Stages stages;
 };
-static_assert(sizeof(Step) == 480, "host code writes this layout");
+static_assert(sizeof(Step) == 488, "host code writes this layout");
 
 // ---- attend and combine ----
 

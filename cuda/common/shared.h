@@ -19,11 +19,19 @@ constexpr uint32_t flashprefill_sm90_bytes(uint32_t head_dim) { return 512 * hea
 // Stages of key groups and folded rows; logits take their place.
 constexpr uint32_t xattention_bytes() { return 110592; }
 
+// Sums of a group's queries.
+constexpr uint32_t sample_rows_bytes(uint32_t heads, uint32_t head_dim) {
+  return 4 * heads * head_dim;
+}
+
 // A tile of 128 sampled rows, two of 64 keys.
 constexpr uint32_t cells_bytes(uint32_t head_dim) { return 256 * row_bytes(head_dim); }
 
-// The same on sm_90a: 128 rows, and as many tiles of keys as fit beside them.
-constexpr uint32_t cells_sm90_bytes(uint32_t head_dim) { return head_dim == 64 ? 215040 : 231424; }
+// The same on sm_90a: 128 rows of each of one or two spans, and as many tiles of keys as fit beside
+// them.
+constexpr uint32_t cells_sm90_bytes(uint32_t head_dim, uint32_t spans) {
+  return spans == 2 ? 232448 : head_dim == 64 ? 215040 : 231424;
+}
 
 // Cells of a slice, 128 rows of `pitch` floats, at least a tile of 128 keys.
 constexpr uint32_t pooled_cells_bytes(uint32_t head_dim, uint32_t pitch) {

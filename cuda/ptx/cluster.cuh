@@ -36,6 +36,21 @@ __device__ __forceinline__ void store_to_first(int32_t* shared, int32_t value) {
       : "memory");
 }
 
+// Reads a word of another CTA's copy of a shared variable.
+__device__ __forceinline__ int32_t load_from(int rank, const int32_t* shared) {
+  int32_t value;
+  asm volatile(
+      "{\n\t"
+      ".reg .u32 from;\n\t"
+      "mapa.shared::cluster.u32 from, %1, %2;\n\t"
+      "ld.shared::cluster.u32 %0, [from];\n\t"
+      "}"
+      : "=r"(value)
+      : "r"(shared_address(shared)), "r"(rank)
+      : "memory");
+  return value;
+}
+
 // Writes two words of another CTA's copy of a shared variable, 8-byte aligned.
 __device__ __forceinline__ void store_to(int rank, float2* shared, float2 value) {
   asm volatile(
@@ -73,6 +88,8 @@ __device__ __forceinline__ void fence_cluster() {}
 __device__ __forceinline__ void store_to_first(int32_t* shared, int32_t value) { *shared = value; }
 
 __device__ __forceinline__ void store_to(int, float2* shared, float2 value) { *shared = value; }
+
+__device__ __forceinline__ int32_t load_from(int, const int32_t* shared) { return *shared; }
 
 template <int kCtas>
 __device__ __forceinline__ void store_to_all(float* shared, float value) {

@@ -32,16 +32,20 @@ __device__ __forceinline__ Samples samples_of(const Step& step, const Span& span
   return samples;
 }
 
-// Token of sample `i`: the span's last tokens for the last quarter, evenly strided over those
-// before for the others; a single one is the last (rust/select/rows.rs).
-__device__ __forceinline__ int sampled_token(const Span& span, int count, int i) {
-  if (count == span.len) return i;
-  if (count == 1) return span.len - 1;
-  const int last = count / 4, strided = count - last;
-  if (i >= strided) return span.len - count + i;
-  const uint64_t product = static_cast<uint64_t>(i) * (span.len - last - 1);
-  if (product >> 32) return static_cast<int>(product / (strided - 1));
-  return static_cast<int>(static_cast<uint32_t>(product) / (strided - 1));  // a fifth of the time
+// How many of a span's samples are unusual ones; the others are even (rust/select/sample.rs).
+__device__ __forceinline__ int unusual_of(int count) { return min(count / 4, 1024); }
+
+// Tokens of the samples of one (select span, KV head), ascending: [sample_rows], by sample_rows.cu;
+// not written where all tokens are samples.
+__device__ __forceinline__ int* samples_at(const Step& step, int span, int kv_head) {
+  const int64_t unit = static_cast<int64_t>(span) * step.layout.num_kv_heads + kv_head;
+  return step.stages.samples + unit * step.settings.sample_rows;
+}
+
+// Token of sample `i`, given its (select span, KV head)'s.
+__device__ __forceinline__ int sampled_token(const Span& span, const int* tokens, int count,
+                                             int i) {
+  return count == span.len ? i : tokens[i];
 }
 
 // The span a CTA works on, or null where it has no scores.
@@ -77,6 +81,7 @@ __device__ __forceinline__ int* candidate_list_of(const Step& step, int span, in
 struct Tile {
   Span span;
   Samples samples;
+  const int* tokens;  // of all samples
   int kv_head;
   int rows;
   int least_visible;  // KV tokens that the first sampled token sees
@@ -95,9 +100,11 @@ __device__ __forceinline__ bool tile_of(const Step& step, const Span& span, int 
   if (samples.tokens <= 0) return false;
   const int last = samples.first + samples.tokens - 1;
   tile.kv_head = kv_head;
+  tile.tokens = samples_at(step, span_index, kv_head);
   tile.rows = samples.tokens * step.layout.group_size;
-  tile.least_visible = visible(tile.span, sampled_token(tile.span, samples.count, samples.first));
-  tile.kv_end = visible(tile.span, sampled_token(tile.span, samples.count, last));
+  tile.least_visible =
+      visible(tile.span, sampled_token(tile.span, tile.tokens, samples.count, samples.first));
+  tile.kv_end = visible(tile.span, sampled_token(tile.span, tile.tokens, samples.count, last));
   const int block_tokens = 1 << step.layout.log2_block_tokens;
   tile.blocks = (tile.kv_end + block_tokens - 1) >> step.layout.log2_block_tokens;
   tile.cells = cells_of(step, span_index, kv_head);
@@ -128,7 +135,7 @@ __device__ __forceinline__ Row row_at(const Step& step, const Tile& tile, int in
   const Batch& batch = step.batch;
   const int head = tile.kv_head * step.layout.group_size + index / tile.samples.tokens;
   const int i = tile.samples.first + index % tile.samples.tokens;
-  const int token = sampled_token(tile.span, tile.samples.count, i);
+  const int token = sampled_token(tile.span, tile.tokens, tile.samples.count, i);
   const int64_t offset =
       (tile.span.q_start + token) * batch.q_token_stride + head * batch.q_head_stride;
   return {static_cast<const char*>(batch.q) + 2 * offset, visible(tile.span, token)};

@@ -120,9 +120,10 @@ __device__ __forceinline__ void add_mass(const Step& step, int index) {
   if (samples.tokens <= 0) return;
   const Layout& layout = step.layout;
   const int last = samples.first + samples.tokens - 1;
-  const int kv_end = visible(*span, sampled_token(*span, samples.count, last));
-  const int blocks = (kv_end + (1 << layout.log2_block_tokens) - 1) >> layout.log2_block_tokens;
   const int kv_head = head / layout.group_size;
+  const int* tokens = samples_at(step, span_index, kv_head);
+  const int kv_end = visible(*span, sampled_token(*span, tokens, samples.count, last));
+  const int blocks = (kv_end + (1 << layout.log2_block_tokens) - 1) >> layout.log2_block_tokens;
   const int64_t stride = layout.max_blocks;
   const float* cells =
       cells_of(step, span_index, kv_head) + head % layout.group_size * samples.tokens * stride;

@@ -6,7 +6,22 @@ use super::params::{Then, Wish};
 use super::select::Scoring;
 use super::shared::{self, MAX_ROW_BLOCKS};
 use crate::error::Result;
+use crate::plan::Layout;
+use crate::settings::Selector;
 use crate::types::Dtype;
+
+/// Whether the layer's selector scores some tokens of a span in place of all.
+pub(super) fn samples(layout: &Layout) -> bool {
+    let samples = matches!(
+        layout.settings.selector,
+        Selector::SampledExact | Selector::PooledMass | Selector::TwoLevel
+    );
+    let longest = match layout.select_span() {
+        0 => layout.limits.max_total_q,
+        span => span.min(layout.limits.max_total_q),
+    };
+    samples && (1..longest).contains(&layout.settings.sample_rows)
+}
 
 /// CTAs of a cluster, kCtas of cuda/select/cluster.cuh.
 const CTAS: u32 = 8;
@@ -18,6 +33,20 @@ const HELD_ROWS: usize = 32;
 const HELD_BLOCKS: usize = 4096;
 
 impl Scoring<'_> {
+    /// Which tokens are scored, for selectors that sample where a span can have more than they do.
+    pub(super) fn sample_rows(&self) -> Result<()> {
+        if !samples(self.layout) {
+            return Ok(());
+        }
+        let has_clusters = self.context.device().properties().has_clusters();
+        let ctas = if has_clusters { CTAS } else { 1 };
+        let group = self.step.layout.group_size.cast_unsigned();
+        let shared_bytes = shared::sample_rows(group, self.head_dim());
+        let grid = Grid { blocks: [ctas, self.kv_heads(), self.selects()], threads: THREADS, shared_bytes };
+        let name = self.of_dtype("compactattn_sample_rows_bf16", "compactattn_sample_rows_fp16");
+        self.launch(name, grid, &[Arg::of(self.step)])
+    }
+
     /// Whether clusters score this step.
     pub(super) fn by_clusters(&self) -> bool {
         self.context.device().properties().has_clusters() && self.one_tile()

@@ -104,16 +104,16 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
     for dtype in ["bf16", "fp16"] {
         kernels.extend(TYPED.map(|(name, params)| (format!("{name}_{dtype}"), params)));
         let over_e4m3 = ["cells_read", "cells_read_candidates", "cells_pool"];
-        kernels.extend(over_e4m3.map(|name| (format!("{name}_{dtype}_e4m3"), "480,4")));
+        kernels.extend(over_e4m3.map(|name| (format!("{name}_{dtype}_e4m3"), "488,4")));
         if let Some([params, corrected]) = maps {
             kernels.push((format!("attend_sm90_{dtype}_d128"), params));
             kernels.push((format!("attend_sm90_{dtype}_d128_means"), corrected));
         }
         for dim in [64, 128].iter().filter(|_| maps.is_some()) {
-            kernels.push((format!("flashprefill_sm90_{dtype}_d{dim}"), "480"));
+            kernels.push((format!("flashprefill_sm90_{dtype}_d{dim}"), "488"));
         }
-        let cells = ["cells_read", "cells_read_candidates"];
-        let cells = cells.map(|name| (format!("{name}_sm90_{dtype}_d128"), "128,480,4"));
+        let cells = ["cells_read", "cells_read_candidates", "cells_read_pairs"];
+        let cells = cells.map(|name| (format!("{name}_sm90_{dtype}_d128"), "128,488,4"));
         kernels.extend(cells.into_iter().filter(|_| maps.is_some()));
         for dim in [64, 96, 128, 256] {
             kernels.push((format!("attend_sm80_{dtype}_d{dim}"), "296"));
@@ -131,42 +131,43 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
     Arc::new(Context::on(device, &[image]).unwrap())
 }
 
-/// Kernels with the bytes of their parameters: `Step` 480, `GateParams` 56, `AttendParams` 296, `Means` 72, maps 128.
+/// Kernels with the bytes of their parameters: `Step` 488, `GateParams` 56, `AttendParams` 296, `Means` 72, maps 128.
 const ALONE: [(&str, &str); 19] = [
-    ("check_lists", "480,8,8"),
-    ("plan_spans", "480"),
-    ("keep_rows", "480"),
-    ("union_table", "480,4"),
-    ("union_table_wide", "480,4"),
-    ("table", "480"),
-    ("export_padded", "480,32"),
-    ("export_counts", "480,32"),
+    ("check_lists", "488,8,8"),
+    ("plan_spans", "488"),
+    ("keep_rows", "488"),
+    ("union_table", "488,4"),
+    ("union_table_wide", "488,4"),
+    ("table", "488"),
+    ("export_padded", "488,32"),
+    ("export_counts", "488,32"),
     ("export_starts", "32"),
-    ("export_csr", "480,32"),
-    ("plan_work", "480"),
-    ("fill_scores", "480,4"),
-    ("cells_mass", "480,4"),
-    ("two_level_mass", "480,4"),
-    ("two_level_candidates", "480"),
-    ("cells_lists", "480,12"),
-    ("mass_lists", "480,12"),
-    ("flashprefill_relate", "480"),
-    ("summaries_e4m3", "480,8,8,8,4,4"),
+    ("export_csr", "488,32"),
+    ("plan_work", "488"),
+    ("fill_scores", "488,4"),
+    ("cells_mass", "488,4"),
+    ("two_level_mass", "488,4"),
+    ("two_level_candidates", "488"),
+    ("cells_lists", "488,12"),
+    ("mass_lists", "488,12"),
+    ("flashprefill_relate", "488"),
+    ("summaries_e4m3", "488,8,8,8,4,4"),
 ];
 /// One for each 16-bit type.
-const TYPED: [(&str, &str); 12] = [
-    ("cells_read", "480,4"),
-    ("cells_read_candidates", "480,4"),
-    ("cells_pool", "480,4"),
-    ("pooled_lists", "480,12"),
-    ("flashprefill", "480"),
-    ("xattention", "480"),
-    ("xattention_mass", "480"),
-    ("attn_gate_keys", "480,56"),
-    ("attn_gate", "480,56"),
-    ("summaries", "480,8,8,8,4,4"),
+const TYPED: [(&str, &str); 13] = [
+    ("cells_read", "488,4"),
+    ("cells_read_candidates", "488,4"),
+    ("cells_pool", "488,4"),
+    ("pooled_lists", "488,12"),
+    ("sample_rows", "488"),
+    ("flashprefill", "488"),
+    ("xattention", "488"),
+    ("xattention_mass", "488"),
+    ("attn_gate_keys", "488,56"),
+    ("attn_gate", "488,56"),
+    ("summaries", "488,8,8,8,4,4"),
     ("merge", "136"),
-    ("plan_work_means", "480,72"),
+    ("plan_work_means", "488,72"),
 ];
 
 /// A file of its own for each copy, because the loader opens one file only once; it stays open, so that its name

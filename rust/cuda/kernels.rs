@@ -314,7 +314,7 @@ fn check_image(image: &Image) -> Result<()> {
 
 /// Kernels that wait for themselves, without the dtype and head_dim that follow. Never the first of a step: what the
 /// caller put on the stream before it need not be done when the kernel before the step's is.
-const OVERLAPPING: [&str; 28] = [
+const OVERLAPPING: [&str; 29] = [
     "attend_sm80",
     "attend_sm90",
     "attn_gate",
@@ -325,6 +325,7 @@ const OVERLAPPING: [&str; 28] = [
     "cells_read",
     "cells_read_candidates",
     "cells_read_candidates_sm90",
+    "cells_read_pairs_sm90",
     "cells_read_sm90",
     "check_lists",
     "fill_scores",
@@ -336,6 +337,7 @@ const OVERLAPPING: [&str; 28] = [
     "plan_work",
     "plan_work_means",
     "pooled_lists",
+    "sample_rows",
     "table",
     "two_level_candidates",
     "two_level_mass",

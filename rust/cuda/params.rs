@@ -88,6 +88,7 @@ pub(crate) struct Stages {
     pub(crate) select_spans: u64,
     pub(crate) scores: u64,
     pub(crate) cells: u64,
+    pub(crate) samples: u64,
     pub(crate) masks: u64,
     pub(crate) lists: u64,
     pub(crate) counts: u64,
@@ -201,7 +202,7 @@ pub(crate) const TILE_TOKENS: usize = 128;
 // What cuda/params.h asserts on its side.
 const _: () = {
     assert!(size_of::<Batch>() == 160 && size_of::<Layout>() == 64 && size_of::<Settings>() == 80);
-    assert!(size_of::<Stages>() == 176 && size_of::<Step>() == 480);
+    assert!(size_of::<Stages>() == 184 && size_of::<Step>() == 488);
     assert!(size_of::<Work>() == 56 && size_of::<Results>() == 64 && size_of::<AttendParams>() == 296);
     assert!(size_of::<Means>() == 72);
     assert!(std::mem::offset_of!(Step, stages) == 304 && std::mem::offset_of!(AttendParams, batch) == 120);

@@ -148,13 +148,33 @@ fn slices_that_shared_memory_does_not_hold_are_scored_from_registers_or_by_kerne
         let world = World::new("", PlanDesc { limits, shape, ..desc(settings, Dtype::Bf16, 128) }).unwrap();
         let launches = world.run(world.stream()).unwrap();
         let names = launches.iter().map(|line| line.split(' ').next().unwrap().to_owned());
-        names.skip(2).take_while(|name| name != "compactattn_plan_work").collect::<Vec<_>>()
+        names.skip(3).take_while(|name| name != "compactattn_plan_work").collect::<Vec<_>>()
     };
     assert_eq!(kernels(base, 1 << 17), ["compactattn_mass_lists"]);
     assert_eq!(kernels(of_groups, 1 << 17), ["compactattn_mass_lists", "compactattn_union_table_wide"]);
     let apart = ["compactattn_cells_mass", "compactattn_union_table_wide"];
     assert_eq!(kernels(base, (1 << 17) + 32), apart);
     assert_eq!(kernels(many_rows, 1 << 17), apart);
+}
+
+#[test]
+fn a_key_is_read_once_for_two_select_spans_where_a_request_can_have_them() {
+    let kernel = |selector, query_span| {
+        let scope = Scope { query_span, heads_per_list: 1 };
+        let world =
+            World::new("", desc(Settings { scope, ..Settings::of(selector) }, Dtype::Bf16, 128)).unwrap();
+        let launches = world.run(world.stream()).unwrap();
+        let words: Vec<_> = launches.iter().map(|line| line.split(' ').collect::<Vec<_>>()).collect();
+        words.iter().find(|words| words[0].contains("cells_read")).map(|words| words[0].to_owned()).unwrap()
+    };
+    let exact = Selector::SampledExact;
+    // Of 600 query tokens.
+    for several in [128, 256, 512] {
+        assert_eq!(kernel(exact, several), "compactattn_cells_read_pairs_sm90_bf16_d128", "{several}");
+    }
+    assert_eq!(kernel(exact, 0), "compactattn_cells_read_sm90_bf16_d128");
+    let listed = "compactattn_cells_read_candidates_sm90_bf16_d128";
+    assert_eq!(kernel(Selector::TwoLevel, 256), listed);
 }
 
 #[test]
@@ -368,15 +388,17 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
     let layout = &plan.layouts()[0];
     let (dtype, dim) = (if dtype == Dtype::Bf16 { "bf16" } else { "fp16" }, layout.shape.head_dim);
     let scoring: &[&str] = match layout.settings.selector {
-        Selector::SampledExact => &["cells_read_T", "cells_lists"],
+        Selector::SampledExact => &["sample_rows_T", "cells_read_T", "cells_lists"],
         // 600 tokens of 4 heads, 128 rows a tile.
         Selector::Oracle => &["cells_read_T", "cells_mass"].repeat(19),
         // A tile of means for clusters is larger than shared memory at 256.
-        Selector::PooledMass if dim < 256 => &["pooled_lists_T"],
-        Selector::PooledMass => &["cells_pool_T", "cells_mass"],
-        Selector::TwoLevel if dim < 256 => &["pooled_lists_T", "cells_read_candidates_T", "cells_lists"],
+        Selector::PooledMass if dim < 256 => &["sample_rows_T", "pooled_lists_T"],
+        Selector::PooledMass => &["sample_rows_T", "cells_pool_T", "cells_mass"],
+        Selector::TwoLevel if dim < 256 => {
+            &["sample_rows_T", "pooled_lists_T", "cells_read_candidates_T", "cells_lists"]
+        }
         Selector::TwoLevel => {
-            let first = ["cells_pool_T", "cells_mass", "two_level_candidates"];
+            let first = ["sample_rows_T", "cells_pool_T", "cells_mass", "two_level_candidates"];
             &[&first[..], &["cells_read_candidates_T", "cells_lists"]].concat()
         }
         Selector::FlashPrefill if dim == 64 => &["flashprefill_sm90_T_d64", "flashprefill_relate"],
@@ -393,7 +415,9 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
     let uniting: &[&str] = if makes_lists { &[] } else { &["union_table"] };
     let last = ["plan_work", attend];
     let all = [&["plan_spans"], scoring, keeping, uniting, &last].concat();
+    let has_neighbours = (1..600).contains(&layout.select_span());
     let full = |name: &&str| match *name {
+        "cells_read_T" if dim == 128 && has_neighbours => "cells_read_pairs_sm90_T_d128".to_owned(),
         "cells_read_T" | "cells_read_candidates_T" if dim == 128 => name.replace("_T", "_sm90_T_d128"),
         _ => (*name).to_owned(),
     };

@@ -1,6 +1,7 @@
 //! A call's workspace on the device, cut into the stage buffers.
 
 use super::batch::int32;
+use super::clusters::samples;
 use super::params::{
     ARRIVALS, COUNTERS_BYTES, ITEM_BYTES, PIECE_BYTES, REQUEST_BYTES, SPAN_BYTES, Stages, TILE_ROWS,
     TILE_TOKENS,
@@ -66,6 +67,10 @@ impl Scratch {
             stages.scores = cursor.take(&[selects, heads, layout.max_blocks(), 4])?;
         }
         stages.cells = cursor.take(&[cells, 4])?;
+        if samples(layout) {
+            let (kv_heads, each) = (layout.shape.num_kv_heads, layout.settings.sample_rows);
+            stages.samples = cursor.take(&[selects, kv_heads, each, 4])?;
+        }
         if by_rows {
             stages.masks = cursor.take(&[selects, heads, layout.mask_words(), 4])?;
         }

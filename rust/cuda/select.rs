@@ -64,6 +64,7 @@ impl Scoring<'_> {
     /// # Errors
     /// The driver's; [`Status::Null`] for selector `attn_gate` without a gate.
     pub(crate) fn run(&self) -> Result<bool> {
+        self.sample_rows()?;
         match self.layout.settings.selector {
             Selector::SampledExact | Selector::Oracle if self.by_clusters() => {
                 self.cells_read(0, Read::Every)?;
@@ -199,7 +200,9 @@ impl Scoring<'_> {
     /// Exact cells of one tile of sampled rows.
     fn cells_read(&self, tile: i32, which: Read) -> Result<()> {
         if let Some(kernel) = Sm90::choose(self.context, self.layout) {
-            return self.cells_read_sm90(tile, kernel.names[which as usize], kernel.map_tokens);
+            let by_pairs = which == Read::Every && self.has_neighbours();
+            let launch = if by_pairs { kernel.pairs } else { kernel.launches[which as usize] };
+            return self.cells_read_sm90(tile, &launch, kernel.map_tokens);
         }
         let per_sm = u32::try_from(3 * self.context.num_sms()).unwrap_or(u32::MAX);
         let name = cells_name(&READ[which as usize], &self.layout.shape);
@@ -207,16 +210,16 @@ impl Scoring<'_> {
     }
 
     /// The same by the copy engine; CTAs share the work evenly, whatever their number.
-    fn cells_read_sm90(&self, tile: i32, name: &'static str, map_tokens: usize) -> Result<()> {
+    fn cells_read_sm90(&self, tile: i32, kernel: &Sm90Kernel, map_tokens: usize) -> Result<()> {
         // A pool without pages has no map.
         if self.selects() == 0 || self.batch.num_pages == 0 {
             return Ok(());
         }
         let map = pool_map(self.context, self.layout, self.batch, &self.batch.k, map_tokens)?;
         let ctas = u32::try_from(self.context.num_sms()).unwrap_or(u32::MAX);
-        let grid =
-            Grid { blocks: [ctas, 1, 1], threads: 288, shared_bytes: shared::cells_sm90(self.head_dim()) };
-        self.launch(name, grid, &[Arg::of(&map), Arg::of(self.step), Arg::of(&tile)])
+        let shared_bytes = shared::cells_sm90(self.head_dim(), kernel.spans);
+        let grid = Grid { blocks: [ctas, 1, 1], threads: kernel.threads, shared_bytes };
+        self.launch(kernel.name, grid, &[Arg::of(&map), Arg::of(self.step), Arg::of(&tile)])
     }
 
     /// Cells of one tile by mean keys.
@@ -271,6 +274,12 @@ impl Scoring<'_> {
     /// want one tile round otherwise, and a request's scores must not depend on what is beside it.
     pub(super) fn one_tile(&self) -> bool {
         self.tiles_of(self.longest_span(self.layout.limits.max_total_q)) <= 1
+    }
+
+    /// Whether a request of this step can have two select spans.
+    fn has_neighbours(&self) -> bool {
+        let span = self.layout.select_span();
+        span > 0 && self.step.batch.total_q.unsigned_abs() as usize > span
     }
 
     fn longest_span(&self, total_q: usize) -> usize {
@@ -365,9 +374,20 @@ pub(crate) fn cells_name(names: &ByCache, shape: &Shape) -> &'static str {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Sm90 {
     /// By [`Read`].
-    pub(crate) names: [&'static str; 2],
+    pub(crate) launches: [Sm90Kernel; 2],
+    /// Every block, each key once for two select spans of a request.
+    pub(crate) pairs: Sm90Kernel,
     /// Most tokens of a box of keys.
     map_tokens: usize,
+}
+
+/// One of them, as cuda/select/sm90/traits.h has its tile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Sm90Kernel {
+    pub(crate) name: &'static str,
+    /// Select spans that a key is read once for.
+    pub(crate) spans: u32,
+    threads: u32,
 }
 
 impl Sm90 {
@@ -376,20 +396,26 @@ impl Sm90 {
         // None of them takes e4m3.
         let key = (layout.shape.kv_dtype, layout.shape.head_dim);
         let found = SM90.iter().find(|(dtype, head_dim, _)| (*dtype, *head_dim) == key);
-        found.map(|(_, _, kernels)| *kernels).filter(|kernels| context.kernels().has(kernels.names[0]))
+        found.map(|(_, _, kernels)| *kernels).filter(|kernels| context.kernels().has(kernels.pairs.name))
     }
 }
 
 macro_rules! sm90 {
     ($dtype:literal, $dim:literal, $map_tokens:literal) => {
         Sm90 {
-            names: [
-                concat!("compactattn_cells_read_sm90_", $dtype, "_d", $dim),
-                concat!("compactattn_cells_read_candidates_sm90_", $dtype, "_d", $dim),
+            launches: [
+                by_spans(concat!("compactattn_cells_read_sm90_", $dtype, "_d", $dim), 1),
+                by_spans(concat!("compactattn_cells_read_candidates_sm90_", $dtype, "_d", $dim), 1),
             ],
+            pairs: by_spans(concat!("compactattn_cells_read_pairs_sm90_", $dtype, "_d", $dim), 2),
             map_tokens: $map_tokens,
         }
     };
+}
+
+/// Two consumer warpgroups a span; copies by a warp, or by a warpgroup that gives registers away.
+const fn by_spans(name: &'static str, spans: u32) -> Sm90Kernel {
+    Sm90Kernel { name, spans, threads: if spans == 1 { 288 } else { 640 } }
 }
 
 /// `map_tokens` are those of a tile of cuda/select/sm90/traits.h.

@@ -3,7 +3,7 @@
 
 use super::attend::Kernel;
 use super::context::Context;
-use super::select::{POOL, READ, Read, Sm90, cells_name};
+use super::select::{POOL, READ, Read, Sm90, Sm90Kernel, cells_name};
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::settings::{KeepAt, Selector};
@@ -25,14 +25,23 @@ pub(crate) const fn flashprefill_sm90(head_dim: u32) -> u32 {
     512 * head_dim
 }
 
+/// Of `compactattn_sample_rows_*`, for groups of so many heads.
+pub(crate) const fn sample_rows(heads: u32, head_dim: u32) -> u32 {
+    4 * heads * head_dim
+}
+
 /// Of `compactattn_cells_*`.
 pub(crate) const fn cells(head_dim: u32) -> u32 {
     256 * row(head_dim)
 }
 
-/// Of `compactattn_cells_*_sm90_*`.
-pub(crate) const fn cells_sm90(head_dim: u32) -> u32 {
-    if head_dim == 64 { 215_040 } else { 231_424 }
+/// Of `compactattn_cells_*_sm90_*`, with rows of one select span or of two.
+pub(crate) const fn cells_sm90(head_dim: u32, spans: u32) -> u32 {
+    match (head_dim, spans) {
+        (_, 2) => 232_448,
+        (64, _) => 215_040,
+        _ => 231_424,
+    }
 }
 
 /// Of `compactattn_cells_lists`, with `pitch` floats between rows of cells.
@@ -105,13 +114,16 @@ fn scoring(
     let bf16 = layout.shape.dtype == Dtype::Bf16;
     let of = |names: [&'static str; 2]| if bf16 { names[0] } else { names[1] };
     let dim = narrow(layout.shape.head_dim);
-    let read = |which| match Sm90::choose(context, layout) {
-        Some(kernels) => (kernels.names[which as usize], cells_sm90(dim)),
+    let hopper = Sm90::choose(context, layout);
+    let of_hopper = |kernel: Sm90Kernel| (kernel.name, cells_sm90(dim, kernel.spans));
+    let read = |which| match hopper {
+        Some(kernels) => of_hopper(kernels.launches[which as usize]),
         None => (cells_name(&READ[which as usize], &layout.shape), cells(dim)),
     };
+    let pairs = hopper.map(|kernels| of_hopper(kernels.pairs));
     let pool = (cells_name(&POOL, &layout.shape), cells(dim));
     match layout.settings.selector {
-        Selector::SampledExact | Selector::Oracle => [Some(read(Read::Every)), None],
+        Selector::SampledExact | Selector::Oracle => [Some(read(Read::Every)), pairs],
         Selector::PooledMass => [Some(pool), None],
         Selector::TwoLevel => [Some(pool), Some(read(Read::Candidates))],
         Selector::FlashPrefill => {
@@ -167,8 +179,10 @@ mod tests {
         for dim in [64, 96, 128, 256] {
             equal(&format!("flashprefill_bytes({dim})"), flashprefill(dim));
             equal(&format!("flashprefill_sm90_bytes({dim})"), flashprefill_sm90(dim));
+            equal(&format!("sample_rows_bytes(7, {dim})"), sample_rows(7, dim));
             equal(&format!("cells_bytes({dim})"), cells(dim));
-            equal(&format!("cells_sm90_bytes({dim})"), cells_sm90(dim));
+            equal(&format!("cells_sm90_bytes({dim}, 1)"), cells_sm90(dim, 1));
+            equal(&format!("cells_sm90_bytes({dim}, 2)"), cells_sm90(dim, 2));
             equal(&format!("pooled_lists_bytes({dim}, 0)"), pooled_lists(dim, 0));
             equal(&format!("pooled_lists_bytes({dim}, 264)"), pooled_lists(dim, 264));
             equal(&format!("gate_keys_bytes({dim})"), gate_keys(dim));

@@ -9,6 +9,7 @@ pub mod gate;
 pub mod keep;
 pub mod select;
 mod select_pooled;
+mod select_sampled;
 mod select_tokens;
 pub mod table;
 pub mod union;

@@ -57,9 +57,15 @@ impl At<'_> {
             Selector::Streaming => each(&|_| vec![0.0; self.past_blocks()]),
             Selector::External | Selector::AttnGate => each(&|_| vec![f64::NAN; self.past_blocks()]),
             Selector::FlashPrefill => each(&|head| self.flashprefill(head)),
-            Selector::SampledExact => each(&|head| self.block_mass(head, &self.sampled())),
+            Selector::SampledExact => {
+                let (tokens, certain) = self.sampled();
+                Scored { certain, ..each(&|head| self.block_mass(head, &tokens)) }
+            }
             Selector::Oracle => each(&|head| self.block_mass(head, &self.all_rows())),
-            Selector::PooledMass => each(&|head| self.pooled_mass(head)),
+            Selector::PooledMass => {
+                let (tokens, certain) = self.sampled();
+                Scored { certain, ..each(&|head| self.pooled_mass(head, &tokens)) }
+            }
             Selector::XAttention => each(&|head| self.xattention(head)),
             Selector::TwoLevel => self.two_level(slack),
             Selector::Quoka => self.quoka(slack),
@@ -70,25 +76,8 @@ impl At<'_> {
         self.request.past() / self.layout.settings.block_size
     }
 
-    fn all_rows(&self) -> Vec<usize> {
+    pub(super) fn all_rows(&self) -> Vec<usize> {
         self.chunk.tokens.clone().collect()
-    }
-
-    /// `sample_rows` tokens: a quarter are the span's last, the others even steps over those before, rounded down; a single
-    /// one is the last.
-    pub(super) fn sampled(&self) -> Vec<usize> {
-        let (rows, len) = (self.layout.settings.sample_rows, self.chunk.tokens.len());
-        match rows {
-            1 => vec![self.chunk.tokens.end - 1],
-            _ if rows == 0 || rows >= len => self.all_rows(),
-            _ => {
-                let (last, start) = (rows / 4, self.chunk.tokens.start);
-                let mut tokens: Vec<usize> =
-                    (0..rows - last).map(|i| start + i * (len - last - 1) / (rows - last - 1)).collect();
-                tokens.extend(start + len - last..start + len);
-                tokens
-            }
-        }
     }
 
     /// Share of exact causal attention that each past block receives, averaged over `rows`.

@@ -6,23 +6,25 @@ use crate::settings::Keep;
 
 impl At<'_> {
     /// Block masses of attention in which each key of a block that the row sees whole is the block's mean.
-    pub(super) fn pooled_mass(&self, head: usize) -> Vec<f64> {
-        self.mixed_mass(head, &|_, sees_whole| sees_whole)
+    pub(super) fn pooled_mass(&self, head: usize, tokens: &[usize]) -> Vec<f64> {
+        self.mixed_mass(head, tokens, &|_, sees_whole| sees_whole)
     }
 
     /// Masses of the group's candidate blocks with exact keys there; other blocks pooled in the total and scored 0.
     pub(super) fn two_level(&self, slack: f64) -> Scored {
+        let (tokens, sampled) = self.sampled();
         let mut pooled = vec![0.0; self.past_blocks()];
-        for mass in self.heads.clone().map(|head| self.pooled_mass(head)) {
+        for mass in self.heads.clone().map(|head| self.pooled_mass(head, &tokens)) {
             let said = mass.iter().map(|&share| if share.is_nan() { 0.0 } else { share });
             pooled.iter_mut().zip(said).for_each(|(sum, share)| *sum += share);
         }
         let chosen = self.candidates(&pooled, slack);
-        let certain = chosen.is_some();
+        let certain = sampled && chosen.is_some();
         let candidates = chosen.unwrap_or_default();
         let score = |head: usize| {
             let past = self.past_blocks();
-            let mass = self.mixed_mass(head, &|block, _| block < past && !candidates.contains(&block));
+            let mass =
+                self.mixed_mass(head, &tokens, &|block, _| block < past && !candidates.contains(&block));
             mass.iter()
                 .enumerate()
                 .map(|(j, &m)| if candidates.contains(&j) || m.is_nan() { m } else { 0.0 })
@@ -33,11 +35,11 @@ impl At<'_> {
 
     /// Share of attention of each past block where the keys of `pooled(block, whether the row sees it whole)` blocks
     /// are their mean.
-    fn mixed_mass(&self, head: usize, pooled: &dyn Fn(usize, bool) -> bool) -> Vec<f64> {
+    fn mixed_mass(&self, head: usize, rows: &[usize], pooled: &dyn Fn(usize, bool) -> bool) -> Vec<f64> {
         let block = self.layout.settings.block_size;
-        let (means, rows) = (self.mean_keys(), self.sampled());
+        let means = self.mean_keys();
         let mut mass = vec![0.0; self.past_blocks()];
-        for &t in &rows {
+        for &t in rows {
             let sees_whole = |j: usize| (j + 1) * block <= self.request.visible(t);
             let stand_in = |key: usize| match key / block {
                 j if pooled(j, sees_whole(j)) => &means[j],

@@ -6,14 +6,14 @@
 //! `settings.flashprefill.relative_to_past`.
 
 use super::cells::mean_keys;
-use super::rows::{Rows, samples};
+use super::rows::Rows;
 use super::{Input, Unit};
 use crate::math::{self, Mat};
 
 /// Scores one unit; without summaries nothing can be judged, and NaN keeps everything the cap allows.
 pub(super) fn score(input: &Input, unit: &mut Unit) {
     let Some(summaries) = &input.summaries else { return unit.fill(f32::NAN) };
-    let rows = Rows::load(input, unit, &samples(unit.span.len, 0));
+    let rows = Rows::load(input, unit, &(0..unit.span.len).collect::<Vec<_>>());
     let geometry = input.layout.geometry;
     let blocks = if input.layout.settings.flashprefill.relative_to_past {
         unit.past_blocks

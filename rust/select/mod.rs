@@ -17,6 +17,7 @@ mod pooled_mass;
 mod quoka;
 mod rope;
 mod rows;
+mod sample;
 mod sampled_exact;
 #[cfg(test)]
 mod scored;

@@ -1,6 +1,6 @@
 //! The selectors' formulas in plain f64, one row and one key at a time, for tests to compare with.
 
-use super::{Input, score};
+use super::{Input, sample, score};
 use crate::fixture::{Paged, over_e4m3, shape};
 use crate::parallel::Parallel;
 use crate::plan::{Layout, Span};
@@ -53,6 +53,13 @@ pub(super) struct Row<'a> {
 impl Row<'_> {
     fn block_size(&self) -> usize {
         self.layout.geometry.block_size
+    }
+
+    /// The span's tokens that are scored, by this layout.
+    pub(super) fn sampled(&self) -> Vec<usize> {
+        let batch = self.paged.batch();
+        let input = Input { layout: self.layout, batch: &batch, summaries: None, gate: None };
+        sample::tokens(&input, &self.span, self.head / self.layout.shape.group_size())
     }
 
     pub(super) fn past_blocks(&self) -> usize {

@@ -8,14 +8,14 @@
 //! (Jensen), so an exact open region would make rows that attend far away count for less.
 
 use super::cells::Cells;
-use super::rows::{Rows, samples, tokens_per_tile};
-use super::{Input, Unit};
+use super::rows::{Rows, tokens_per_tile};
+use super::{Input, Unit, sample};
 use crate::summaries::Summaries;
 
 /// Scores one unit by mean keys; without summaries nothing can be judged, and NaN keeps everything the cap allows.
 pub(super) fn score(input: &Input, unit: &mut Unit) {
     let Some(summaries) = &input.summaries else { return unit.fill(f32::NAN) };
-    let tokens = samples(unit.span.len, input.layout.settings.sample_rows);
+    let tokens = sample::tokens(input, &unit.span, unit.kv_head);
     unit.fill(0.0);
     for tile in tokens.chunks(tokens_per_tile(input.layout.shape.group_size())) {
         let rows = Rows::load(input, unit, tile);
@@ -39,7 +39,6 @@ pub(super) fn cells<'a>(
 #[cfg(test)]
 mod tests {
     use super::super::plain::{assert_scores, batches, settings};
-    use super::*;
     use crate::settings::{Selector, Settings};
 
     #[test]
@@ -47,9 +46,7 @@ mod tests {
         for (paged, block_size) in batches() {
             for sample_rows in [0, 5] {
                 let settings = Settings { sample_rows, ..settings(Selector::PooledMass, block_size) };
-                assert_scores(&paged, settings, |row| {
-                    row.mass(&samples(row.span.len, sample_rows), |i, j| row.pooled(i, j))
-                });
+                assert_scores(&paged, settings, |row| row.mass(&row.sampled(), |i, j| row.pooled(i, j)));
             }
         }
     }

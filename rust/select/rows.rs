@@ -1,4 +1,4 @@
-//! The query rows a selector scores with: which tokens of a span, and their vectors as the products want them.
+//! The query rows a selector scores with: the vectors of some tokens of a span as the products want them.
 
 use super::{Input, Unit};
 use crate::math;
@@ -58,24 +58,6 @@ impl Rows {
     }
 }
 
-/// `count` of `0..len`: a quarter of them (rounded down) the last ones, the others evenly strided over those before,
-/// first and last included; all of them for 0 or `>= len`.
-///
-/// What a prompt asks stands in its last few tokens, of which even strides over a chunk of 2048 meet one: the blocks that
-/// only a question looks for were lost (tests/bench/record/h100/2026-11-22-hf-smollm2.txt). Sample `i` of the `n` strided
-/// ones over `m` tokens is `floor(i * (m - 1) / (n - 1))`; a single sample is the last one, which sees most.
-pub(super) fn samples(len: usize, count: usize) -> Vec<usize> {
-    let last = count / LAST_SHARE;
-    match count {
-        _ if count == 0 || count >= len => (0..len).collect(),
-        1 => vec![len - 1],
-        _ => {
-            let (strided, over) = (count - last, len - last);
-            (0..strided).map(|i| i * (over - 1) / (strided - 1)).chain(over..len).collect()
-        }
-    }
-}
-
 /// Tokens of a group of `heads` that are scored together.
 pub(super) fn tokens_per_tile(heads: usize) -> usize {
     match TILE_ROWS / heads {
@@ -84,38 +66,8 @@ pub(super) fn tokens_per_tile(heads: usize) -> usize {
     }
 }
 
-/// One sample in so many is of a span's last tokens.
-const LAST_SHARE: usize = 4;
-
 /// Rows of one product: a tile of keys is loaded once for so many, and their logits stay in the L2 cache.
 const TILE_ROWS: usize = 256;
 
 /// Columns of the product's register tile; whole tiles leave no ragged edge.
 const COLUMNS: usize = 16;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn samples_are_even_but_for_the_last_quarter() {
-        assert_eq!(samples(1024, 3), [0, 511, 1023]);
-        assert_eq!(samples(10, 4), [0, 4, 8, 9]);
-        assert_eq!(samples(2048, 32)[22..], [1950, 2039, 2040, 2041, 2042, 2043, 2044, 2045, 2046, 2047]);
-        for (len, count) in [(1024, 32), (33, 32), (1000, 7), (5, 4), (2, 1)] {
-            let rows = samples(len, count);
-            assert_eq!((rows.len(), rows[count - 1]), (count, len - 1));
-            assert!(
-                rows.windows(2)
-                    .all(|w| w[0] < w[1] && w[1] - w[0] <= len.div_ceil((count - count / 4).max(2) - 1))
-            );
-        }
-    }
-
-    #[test]
-    fn no_count_or_too_large_a_count_takes_every_row() {
-        for count in [0, 5, 6] {
-            assert_eq!(samples(5, count), [0, 1, 2, 3, 4]);
-        }
-    }
-}

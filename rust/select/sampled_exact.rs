@@ -6,12 +6,12 @@
 //! samples.
 
 use super::cells::Cells;
-use super::rows::{Rows, samples, tokens_per_tile};
-use super::{Input, Unit};
+use super::rows::{Rows, tokens_per_tile};
+use super::{Input, Unit, sample};
 
 /// Scores one unit by sampled rows.
 pub(super) fn score(input: &Input, unit: &mut Unit) {
-    of_rows(input, unit, &samples(unit.span.len, input.layout.settings.sample_rows));
+    of_rows(input, unit, &sample::tokens(input, &unit.span, unit.kv_head));
 }
 
 /// Scores one unit by the exact attention of the span's `tokens`.
@@ -28,7 +28,6 @@ pub(super) fn of_rows(input: &Input, unit: &mut Unit, tokens: &[usize]) {
 #[cfg(test)]
 mod tests {
     use super::super::plain::{assert_scores, batches, scores, settings};
-    use super::*;
     use crate::fixture::{Paged, shape};
     use crate::settings::{Scope, Selector};
     use crate::types::Dtype;
@@ -37,7 +36,7 @@ mod tests {
     fn scores_are_the_mean_attention_shares_of_the_sampled_rows() {
         for (paged, block_size) in batches() {
             assert_scores(&paged, settings(Selector::SampledExact, block_size), |row| {
-                row.mass(&samples(row.span.len, 5), |i, j| row.exact(i, j))
+                row.mass(&row.sampled(), |i, j| row.exact(i, j))
             });
         }
     }
@@ -47,7 +46,7 @@ mod tests {
         let paged = Paged::random(5, shape(1, 2, 64, 16, Dtype::F32), &[(300, 600)]);
         let scope = Scope { query_span: 128, heads_per_list: 1 };
         let settings = crate::settings::Settings { scope, ..settings(Selector::SampledExact, 64) };
-        assert_scores(&paged, settings, |row| row.mass(&samples(row.span.len, 5), |i, j| row.exact(i, j)));
+        assert_scores(&paged, settings, |row| row.mass(&row.sampled(), |i, j| row.exact(i, j)));
     }
 
     #[test]

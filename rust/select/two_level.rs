@@ -7,8 +7,8 @@
 //! whose attention lies elsewhere says less; blocks that are no candidates score 0.
 
 use super::keep::{self, Forced};
-use super::rows::{Rows, samples, tokens_per_tile};
-use super::{Input, Unit, pooled_mass};
+use super::rows::{Rows, tokens_per_tile};
+use super::{Input, Unit, pooled_mass, sample};
 use crate::settings::{Keep, Settings};
 
 /// Scores one unit in two passes.
@@ -16,7 +16,7 @@ pub(super) fn score(input: &Input, unit: &mut Unit) {
     let Some(summaries) = &input.summaries else { return unit.fill(f32::NAN) };
     pooled_mass::score(input, unit);
     let candidates = candidates(&input.layout.settings, unit);
-    let tokens = samples(unit.span.len, input.layout.settings.sample_rows);
+    let tokens = sample::tokens(input, &unit.span, unit.kv_head);
     unit.fill(0.0);
     for tile in tokens.chunks(tokens_per_tile(input.layout.shape.group_size())) {
         let rows = Rows::load(input, unit, tile);
@@ -95,7 +95,7 @@ mod tests {
     fn the_best_pooled_blocks_get_exact_scores_and_the_others_none() {
         for (paged, block_size) in batches() {
             assert_scores(&paged, small_budget(block_size), |row| {
-                let tokens = samples(row.span.len, 5);
+                let tokens = row.sampled();
                 let best = best(row, &tokens);
                 let is_exact = |j: usize| j >= row.past_blocks() || best.contains(&j);
                 let cell = |i, j| if is_exact(j) { row.exact(i, j) } else { row.pooled(i, j) };

@@ -21,6 +21,7 @@ CUBINS = {
     "summaries": ("compactattn_summaries",),
 }
 SM90 = {64: (128, 215040), 128: (128, 231424), 256: (64, 231424)}  # head_dim: tokens of a key tile, shared memory
+PAIRS_SHARED = 232448  # for rows of two spans
 UNTOUCHED = 777.0
 ROWS = 128
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -43,19 +44,17 @@ class Shape:
     query_span: int = 0
     candidate_share: float = 0.25
     dense: tuple[int, ...] = ()
+    dense_every: int = 0  # of a request's spans, the second of every so many is dense too
     scale: float = 1.0
     nan_key: tuple[int, int, int] | None = None  # request, token, KV head
 
 
 def sampled(length: int, count: int) -> list[int]:
-    """Sampled tokens of a span (rust/select/rows.rs)."""
+    """Sampled tokens of a span that are even (rust/select/sample.rs); the others are the kernel's, judged by gpu_suite."""
     if count == 0 or count >= length:
         return list(range(length))
-    if count == 1:
-        return [length - 1]
-    last = count // 4
-    over, evenly = length - last, count - last
-    return [i * (over - 1) // (evenly - 1) for i in range(evenly)] + list(range(over, length))
+    even = count - min(count // 4, 1024)
+    return [length - 1] if even == 1 else [i * (length - 1) // (even - 1) for i in range(even)]
 
 
 def pool(shape: Shape, pages: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,8 +153,9 @@ class Case:
             for first in range(0, q_len, each):
                 length = min(each, q_len - first)
                 kv_end = max(0, kv_len - q_len + first + length)
-                span = Span(at, first, length, self.starts[at] + first, kv_end, past, int(req in shape.dense), 1)
-                yield span
+                number = first // each
+                dense = req in shape.dense or (shape.dense_every > 0 and number % shape.dense_every == 1)
+                yield Span(at, first, length, self.starts[at] + first, kv_end, past, int(dense), 1)
 
     def fill(self) -> None:
         """The launch's parameters."""
@@ -196,6 +196,7 @@ class Case:
         sizes = (64, shape.page, shape.head_dim // 64, shape.kv_heads, self.data.num_pages)
         strides = (pool.stride(1), 64, pool.stride(2), pool.stride(0))
         rows = min(shape.page, shape.block, SM90[shape.head_dim][0])
+        rows = 16 if rows == 32 else rows  # copied_tokens of cuda/ptx/tma.cuh
         return tensor_map(pool, sizes, strides, (64, rows, 1, 1, 1))
 
     def bits(self) -> torch.Tensor:
@@ -222,10 +223,12 @@ class Kernels:
                 self.kernels[name.removeprefix("compactattn_")] = Kernel(cubins / f"{cubin}.cubin", full, shared)
 
         self.has_sm90 = head_dim in SM90
-        for name in ("cells_read_sm90", "cells_read_candidates_sm90") if self.has_sm90 else ():
+        for what in ("read", "read_candidates", "read_pairs") if self.has_sm90 else ():
             suffix = f"{NAMES[dtype]}_d{head_dim}"
             cubin = cubins / f"cells_sm90_{suffix}.cubin"
-            self.kernels[name] = Kernel(cubin, f"compactattn_{name}_{suffix}", SM90[head_dim][1])
+            shared = PAIRS_SHARED if what.endswith("pairs") else SM90[head_dim][1]
+            name = f"cells_{what}_sm90"
+            self.kernels[name] = Kernel(cubin, f"compactattn_{name}_{suffix}", shared)
 
     def launch(self, name: str, grid: tuple[int, ...], block: int, *args: object) -> None:
         """On torch's current stream."""
@@ -259,8 +262,8 @@ class Kernels:
             self.candidates(case)
             return
         if name.endswith("sm90"):
-            case.counters[16:] = 0  # the chunks taken, as plan_spans leaves them
-            self.launch(name, (x or 132,), 288, case.key_map(), case.step, index)
+            threads = 640 if "pairs" in name else 288
+            self.launch(name, (x or 132,), threads, case.key_map(), case.step, index)
             return
         longest = shape.query_span or case.step.batch.total_q
         pools = math.ceil(case.max_blocks / 64)

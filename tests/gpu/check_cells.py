@@ -22,6 +22,7 @@ from cells_case import UNTOUCHED, Case, Data, Expected, Kernels, Shape
 RAGGED = ((200, 1000), (1, 517), (130, 0), (63, 2100), (7, 129), (70, -30), (128, 128))
 EXACT, POOLED, TWO_LEVEL = "exact", "pooled", "two_level"
 SM90 = " by sm_90a"
+PAIRS = " of two spans by sm_90a"
 HELD = " from registers"
 
 
@@ -37,6 +38,7 @@ def cases() -> Iterator[Shape]:
         yield Shape(RAGGED, group=group, kv_heads=1 if group > 7 else 2, sample_rows=rows, dense=(0,))
     for span, rows, group in itertools.product((64, 128), (0, 1, 5, 32), (3, 4)):
         yield Shape(RAGGED, query_span=span, sample_rows=rows, group=group, block=16, dense=(6,))
+    yield from cases_of_spans()
     for scale in (0.2, 3.0):
         yield Shape(RAGGED, scale=scale, dtype=torch.float16)
     yield Shape(((40, 9000), (1, 33000)), block=16, kv_heads=1)
@@ -45,6 +47,20 @@ def cases() -> Iterator[Shape]:
     for share in (0.01, 1.0):
         yield Shape(RAGGED, candidate_share=share, block=16)
     yield Shape(RAGGED, nan_key=(0, 700, 1), candidate_share=0.1, block=16)
+
+
+def cases_of_spans() -> Iterator[Shape]:
+    """Requests of up to nine spans, some of them dense, whose last blocks not all see."""
+    requests = ((530, 1500), (1, 2000), (256, 640), (130, 0), (200, 3333), (64, 700))
+    dtypes = (torch.bfloat16, torch.float16)
+    for i, (block, head_dim) in enumerate(itertools.product((16, 32, 64, 128, 256), (64, 128, 256))):
+        span = (64, 128)[i % 2]
+        base = Shape(requests, block=block, head_dim=head_dim, query_span=span, sample_rows=32, dtype=dtypes[i % 2])
+        # Rows of both halves of a span, then of one; every second, third or fourth span is dense.
+        yield Shape(**{**vars(base), "dense_every": (0, 2, 3)[i % 3], "page": (16, 64, 256)[i % 3]})
+        yield Shape(**{**vars(base), "sample_rows": 9, "dense_every": (4, 0, 3)[i % 3], "dense": (4,)})
+    yield Shape(((2100, 9000),), kv_heads=1, query_span=512, sample_rows=64, block=32)
+    yield Shape(((1040, 9000),), kv_heads=8, query_span=512, sample_rows=32, block=32)
 
 
 def bound(shape: Shape, pooled: bool, reach: float) -> float:
@@ -64,7 +80,7 @@ def reset(case: Case) -> None:
 def run(kernels: Kernels, case: Case, what: str, x: int = 0) -> None:
     """All launches of a selector."""
     reset(case)
-    own = "_sm90" if what.endswith(SM90) else ""
+    own = "_pairs_sm90" if what.endswith(PAIRS) else "_sm90" if what.endswith(SM90) else ""
     if what.startswith(EXACT):
         kernels.score(case, "cells_read" + own, "mass_lists" if what.endswith(HELD) else "cells_mass", x)
         return
@@ -174,6 +190,22 @@ def batch_faults(kernels: Kernels, case: Case, what: str) -> Iterator[str]:
                 yield f"span {s}: other bits when alone"
 
 
+def pair_faults(kernels: Kernels, case: Case) -> Iterator[str]:
+    """Keys read once for two spans fill the same cells with the same bits, and no others, by any number of CTAs."""
+    for tile in range(case.tiles):
+        case.cells.fill_(math.nan)
+        kernels.cells(case, "cells_read_sm90", tile)
+        want = case.cells.clone()
+        for x in (0, 1, 7, 16):
+            case.cells.fill_(math.nan)
+            kernels.cells(case, "cells_read_pairs_sm90", tile, x)
+            other = int((case.cells.view(torch.int32) != want.view(torch.int32)).sum())
+            if other:
+                yield f"tile {tile}: {other} other cells by {x or 132} CTAs"
+        if tile == 0 and bool(want.isnan().all()):
+            yield "no cells at all"
+
+
 def can_hold(case: Case) -> bool:
     """Whether mass_lists takes the case and each of its requests alone: 32 rows of 4096 blocks."""
     longest = max(span.len for span in case.spans)
@@ -187,7 +219,9 @@ def faults(kernels: Kernels, shape: Shape, seed: int, worst: list[float]) -> Ite
     if not shape.nan_key:
         yield from summary_faults(kernels, case)
     kernels.summaries(case, 1, 1000)
-    own = (EXACT + SM90, TWO_LEVEL + SM90) if kernels.has_sm90 else ()
+    own = (EXACT + SM90, TWO_LEVEL + SM90, EXACT + PAIRS) if kernels.has_sm90 else ()
+    if own:
+        yield from pair_faults(kernels, case)
     held = (EXACT + HELD, TWO_LEVEL + HELD) if can_hold(case) else ()
     for what in (EXACT, POOLED, TWO_LEVEL, *own, *held):
         run(kernels, case, what)

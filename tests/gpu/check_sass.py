@@ -80,7 +80,7 @@ EVERYWHERE = {
 EXPECTED = {arch: set(EVERYWHERE) for arch in ARCHS}
 EXPECTED["sm_90a"] |= {
     f"compactattn_{name}_sm90_{dtype}_d{dim}"
-    for name in ("attend", "cells_read", "cells_read_candidates")
+    for name in ("attend", "cells_read", "cells_read_candidates", "cells_read_pairs")
     for dtype in DTYPES
     for dim in (64, 128, 256)
 }
@@ -93,6 +93,7 @@ WANTED = {
     "compactattn_attend_sm80_": {"HMMA", "LDGSTS"},
     "compactattn_cells_read_sm90_": {"HGMMA", "UTMALDG"},
     "compactattn_cells_read_candidates_sm90_": {"HGMMA", "UTMALDG"},
+    "compactattn_cells_read_pairs_sm90_": {"HGMMA", "UTMALDG"},
     "compactattn_cells_read_": {"HMMA", "LDGSTS"},
     "compactattn_cells_pool_": {"HMMA", "LDGSTS"},
     "compactattn_pooled_lists_": {"HMMA", "LDGSTS"},

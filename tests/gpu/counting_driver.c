@@ -151,9 +151,10 @@ static int most_shared_bytes(void) {
   return roomy ? 232448 : capability() == 80 ? 166912 : 101376;
 }
 
-// None in attend kernels, as their dynamic memory is all that some GPUs have.
+// None in kernels whose dynamic memory is all that some GPUs have.
 static int static_bytes(const struct Function* function) {
-  return strstr(function->name, "_attend_") ? 0 : 1024;
+  const char* name = function->name;
+  return strstr(name, "_attend_") || strstr(name, "_cells_read_pairs_") ? 0 : 1024;
 }
 
 static struct Block* block_of(Address address) {

@@ -8,13 +8,13 @@ static void add_param(struct Function* function, size_t bytes) {
   function->param_bytes[function->num_params++] = bytes;
 }
 
-// Of real images: maps of 128 bytes, then those of cuda/params.h (Step 480, AttendParams 296), then
+// Of real images: maps of 128 bytes, then those of cuda/params.h (Step 488, AttendParams 296), then
 // a number of the launch's own. Exports, merges, gates and means are not among them.
 static void describe_real(struct Function* function, const char* name) {
   int attends = has(name, "_attend_") || has(name, "_combine_");
   int maps = has(name, "_attend_sm90_") ? 3 : has(name, "_sm90_") ? 1 : 0;
   for (int i = 0; i < maps; ++i) add_param(function, 128);
-  add_param(function, attends ? 296 : 480);
+  add_param(function, attends ? 296 : 488);
   if (has(name, "_cells_") || has(name, "_two_level_mass") || has(name, "_union_table") ||
       has(name, "_fill_scores")) {
     add_param(function, 4);

@@ -86,8 +86,8 @@ class Stages(ctypes.Structure):
     """Buffers of one call."""
 
     _fields_ = [
-        *_fields(c_uint64, "counters requests list_spans select_spans scores cells masks lists counts stream_lens"),
-        *_fields(c_uint64, "boxes items arrivals pieces piece_starts costs k_mean stats stats_mirror"),
+        *_fields(c_uint64, "counters requests list_spans select_spans scores cells samples masks lists counts"),
+        *_fields(c_uint64, "stream_lens boxes items arrivals pieces piece_starts costs k_mean stats stats_mirror"),
         *_fields(c_int32, "max_list_spans max_select_spans max_items num_ctas whole_items reserved"),
     ]
 
@@ -146,8 +146,8 @@ for _type, _bytes in (
     (Span, 48),
     (Counters, 32),
     (WorkItem, 32),
-    (Stages, 176),
-    (Step, 480),
+    (Stages, 184),
+    (Step, 488),
     (AttendParams, 296),
     (Means, 72),
 ):

@@ -1,9 +1,10 @@
 // select on sm_90a: cells by the blocks' keys, exact (rust/select/cells.rs, Cells::read), as
 // cells_read.cu has them.
 //
-// Grid (any > 0) x 288: the CTAs share all blocks evenly, one an SM fills a GPU. One warp copies
-// boxes of keys from the paged pool into a ring of tiles; consumer warpgroups multiply them with 64
-// sampled rows each and fold the products to one number a (row, block).
+// Grid (any > 0) x KeyTile::kThreads: the CTAs share all blocks evenly, one an SM fills a GPU. One
+// warp copies boxes of keys from the paged pool into a ring of tiles; consumer warpgroups multiply
+// them with 64 sampled rows each, of one select span or of two, and fold the products to one number
+// a (row, block).
 #pragma once
 
 #include "../../ptx/grid.cuh"
@@ -15,24 +16,33 @@ namespace compactattn::select::sm90 {
 // ---- producer ----
 
 // The one box of each key tile that a lane copies: of min(page, block, kTokens) tokens or half of
-// them, and 64 columns.
+// them, and 64 columns. Nothing of it stays in registers, which the warp has few of.
 template <class T>
 struct BoxLane {
-  int first;    // token of the tile
-  int columns;  // group of 64
-  int smem;     // byte of the tile
-  bool copies;
+  const Layout& layout;
 
   static_assert(T::kTokens / 16 * T::kGroups <= 32, "boxes of 16 tokens, one a lane");
 
-  __device__ BoxLane(const Layout& layout, int lane) {
+  __device__ __forceinline__ int lane() const {
+    return static_cast<int>(ptx::not_before(threadIdx.x)) % 32;
+  }
+
+  // Token of the tile.
+  __device__ __forceinline__ int first() const {
     const int log2_box = min(layout.log2_page_tokens, layout.log2_block_tokens);
     const int rows = ptx::copied_tokens(min(1 << log2_box, T::kTokens));
-    first = lane / T::kGroups * rows;
-    columns = lane % T::kGroups;
-    smem = columns * T::kKeyGroupBytes + first * T::kRowBytes;
-    copies = first < T::kTokens;
+    return lane() / T::kGroups * rows;
   }
+
+  // Group of 64.
+  __device__ __forceinline__ int columns() const { return lane() % T::kGroups; }
+
+  // Byte of the tile.
+  __device__ __forceinline__ int smem() const {
+    return columns() * T::kKeyGroupBytes + first() * T::kRowBytes;
+  }
+
+  __device__ __forceinline__ bool copies() const { return first() < T::kTokens; }
 };
 
 // Where token `i` of the unit's blocks lies in the pool; in the page past the last, which reads as
@@ -64,7 +74,7 @@ struct Producer {
 
   __device__ __forceinline__ Producer(const CUtensorMap& map, const Step& step,
                                       SharedStorage<T>& smem)
-      : map(map), step(step), smem(smem), mine(step.layout, threadIdx.x % 32), ring{} {}
+      : map(map), step(step), smem(smem), mine{step.layout}, ring{} {}
 
   // Copies the keys of a segment. Every tile arrives with all its bytes, zeros included.
   __device__ __forceinline__ void run(const Segment<kListed>& segment) {
@@ -73,7 +83,7 @@ struct Producer {
     for (int tile = segment.begin - 1; tile < segment.end; ++tile) {
       const ptx::PoolBox at = next;
       // A tile's table entry is under way while the tile before it waits for room.
-      next = place(step, segment, (tile + 1) * T::kTokens + mine.first);
+      next = place(step, segment, (tile + 1) * T::kTokens + mine.first());
       if (tile >= segment.begin) copy(at);
     }
   }
@@ -83,9 +93,9 @@ struct Producer {
     smem.empty[ring.stage].wait(ring.phase ^ 1);
     if (threadIdx.x % 32 == 0) full.arrive_and_expect_tx(T::kKeyBytes);
     __syncwarp();
-    if (mine.copies) {
-      at.columns = mine.columns;
-      ptx::load(map, full, smem.keys[ring.stage] + mine.smem, at, ptx::CacheHint::EVICT_FIRST);
+    if (mine.copies()) {
+      at.columns = mine.columns();
+      ptx::load(map, full, smem.keys[ring.stage] + mine.smem(), at, ptx::CacheHint::EVICT_FIRST);
     }
     ring.advance();
   }
@@ -113,9 +123,9 @@ struct Partial {
   }
 };
 
-// Named barriers: one a half each.
+// Named barriers: one a part of the rows each, of which there are up to four.
 constexpr int kMeet = 0;
-constexpr int kTurn = 2;
+constexpr int kTurn = 4;
 
 template <class T, bool kListed>
 struct Consumer {
@@ -124,11 +134,12 @@ struct Consumer {
 
   const Step& step;
   SharedStorage<T>& smem;
-  int half;  // of the rows
+  int part;  // of the rows of all spans
+  int half;  // of those of its span
   int lane;
-  int row;  // of the tile; the thread's second row is 8 below
   ptx::Ring<T::kStages> ring;
   int seen[2];
+  float* cells;  // of the thread's first row; its second is 8 below
   Held held;
   Partial partial;
 
@@ -136,62 +147,68 @@ struct Consumer {
       : step(step), smem(smem), ring{} {
     lane = threadIdx.x % 32;
     // The compiler learns that operands made of it are the same in all lanes.
-    half = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-    row = half * 64 + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane / 4;
+    part = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+    half = part % 2;
   }
 
   __device__ __forceinline__ int log2_block() const { return step.layout.log2_block_tokens; }
 
-  // All warps of this half of the rows meet.
+  // All warps of this part of the rows meet.
   __device__ __forceinline__ void meet() const {
-    cutlass::arch::NamedBarrier::sync(128, kMeet + half);
+    cutlass::arch::NamedBarrier::sync(128, kMeet + part);
   }
 
-  // The tensor cores are one half's at a time, so that its products run beside the exponentials of
-  // the other: by itself each waits for the same keys and both do the same at once.
+  // The tensor cores are one part's at a time, so that its products run beside the exponentials of
+  // the others: by itself each waits for the same keys and all do the same at once.
   __device__ __forceinline__ void take_turn() const {
-    cutlass::arch::NamedBarrier::sync(256, kTurn + half);
+    cutlass::arch::NamedBarrier::sync(256, kTurn + part);
   }
 
   __device__ __forceinline__ void pass_turn() const {
-    cutlass::arch::NamedBarrier::arrive(256, kTurn + 1 - half);
+    cutlass::arch::NamedBarrier::arrive(256, kTurn + (part + 1) % T::kParts);
   }
 
-  // This half of the rows to shared memory, swizzled as the products want them; zeros past the
+  // This part of the rows to shared memory, swizzled as the products want them; zeros past the
   // tile's.
   __device__ __forceinline__ void load_queries(const Tile& tile) {
-    constexpr int kUnits = T::kHeadDim / 8;  // of 16 bytes
-    constexpr int kLoads = 64 * kUnits / 128;
-    const int thread = threadIdx.x % 128, first = half * 64;
+    constexpr int kLoads = 64 * kUnits / 128, kAtOnce = kLoads / T::kSpans;
+    const int thread = ptx::not_before(threadIdx.x) % 128, first = part * 64;
+    const int warp_row = thread / 32 * 16;
     meet();  // done with the rows before
-    if (thread < 64) {
-      const Row mine = row_at(step, tile, first + thread);
-      smem.row_queries[first + thread] = mine.query;
-      smem.row_seen[first + thread] = mine.seen;
-    }
+    const Row mine = row_at(step, tile, half * 64 + warp_row + lane % 16);
+    if (lane < 16) smem.row_queries[first + warp_row + lane] = mine.query;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) seen[r] = __shfl_sync(0xffffffffu, mine.seen, lane / 4 + 8 * r);
     meet();
+#pragma unroll 1
+    for (int i = 0; i < kLoads; i += kAtOnce) copy_queries<kAtOnce>(first, thread + i * 128);
+    cutlass::arch::fence_view_async_shared();
+    meet();
+  }
+
+  static constexpr int kUnits = T::kHeadDim / 8;  // of 16 bytes, of a row
+
+  // Every 128th of kLoads units of the rows from `first` on, from unit `at` on.
+  template <int kLoads>
+  __device__ __forceinline__ void copy_queries(int first, int at) {
     uint4 loaded[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int at = thread + i * 128;
-      const char* query = smem.row_queries[first + at / kUnits];
-      loaded[i] = query ? __ldg(reinterpret_cast<const uint4*>(query) + at % kUnits) : uint4{};
+      const char* query = smem.row_queries[first + (at + i * 128) / kUnits];
+      loaded[i] =
+          query ? __ldg(reinterpret_cast<const uint4*>(query) + (at + i * 128) % kUnits) : uint4{};
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int at = thread + i * 128, to = first + at / kUnits, unit = at % kUnits;
+      const int to = first + (at + i * 128) / kUnits, unit = (at + i * 128) % kUnits;
       uint8_t* group = smem.queries + unit / 8 * T::kQueryGroupBytes + to * T::kRowBytes;
       reinterpret_cast<uint4*>(group)[unit % 8 ^ to % 8] = loaded[i];
     }
-    cutlass::arch::fence_view_async_shared();
-    meet();
-#pragma unroll
-    for (int r = 0; r < 2; ++r) seen[r] = smem.row_seen[row + 8 * r];
   }
 
   __device__ __forceinline__ void multiply(Logits& logits) {
     using Element = typename T::Element;
-    const uint64_t left = ptx::swizzled_operand(smem.queries + half * 64 * T::kRowBytes);
+    const uint64_t left = ptx::swizzled_operand(smem.queries + part * 64 * T::kRowBytes);
     const uint64_t right = ptx::swizzled_operand(smem.keys[ring.stage]);
     ptx::fence_registers(logits);
     cute::warpgroup_arrive();
@@ -209,22 +226,41 @@ struct Consumer {
 
   // Fills the cells of a segment.
   __device__ __forceinline__ void run(const Keys& keys) {
-    const bool works = half * 64 < keys.tile.rows, both_work = keys.tile.rows > 64;
+    switch (log2_block()) {
+      case 4:
+        return run_tiles<16>(keys);
+      case 5:
+        return run_tiles<32>(keys);
+      case 6:
+        return run_tiles<64>(keys);
+      default:
+        return run_tiles<T::kTokens>(keys);
+    }
+  }
+
+  // The same where a tile has blocks of `kColumns` tokens, or a part of one that is no smaller.
+  template <int kColumns>
+  __device__ __forceinline__ void run_tiles(const Keys& keys) {
+    const bool works = half * 64 < keys.tile.rows, by_turns = T::kSpans > 1 || keys.tile.rows > 64;
     if (works) load_queries(keys.tile);
-    held.count = 0;
+    const int64_t row = half * 64 + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane / 4;
+    cells = keys.tile.cells + row * step.layout.max_blocks;
+    held = {};
     partial.clear();
 #pragma unroll 1
     for (int t = keys.begin; t < keys.end; ++t, ring.advance()) {
       const int block = block_of_lane(keys, t);
       Logits logits;
       smem.full[ring.stage].wait(ring.phase);
-      if (both_work) take_turn();
+      if (by_turns) take_turn();
       if (works) multiply(logits);
-      if (both_work) pass_turn();
+      if (by_turns) pass_turn();
       if (lane == 0) smem.empty[ring.stage].arrive();
-      if (works) fold_tile(keys, t, block, logits);
+      if (!works) continue;
+      if constexpr (kColumns < T::kTokens) fold_blocks<kColumns>(keys, t, block, logits);
+      if constexpr (kColumns >= T::kTokens) fold(keys, t, block, logits);
     }
-    if (works) write(keys.tile);
+    if (works) write();
   }
 
   // Lane i of eight knows the tile's block i.
@@ -233,29 +269,15 @@ struct Consumer {
     return keys.blocks.at(min(i, keys.blocks.count - 1));
   }
 
-  __device__ __forceinline__ void fold_tile(const Keys& keys, int t, int block, Logits& logits) {
-    switch (log2_block()) {
-      case 4:
-        return fold_blocks<16>(keys, t, block, logits);
-      case 5:
-        return fold_blocks<32>(keys, t, block, logits);
-      case 6:
-        if constexpr (T::kTokens > 64) return fold_blocks<64>(keys, t, block, logits);
-        [[fallthrough]];
-      default:
-        return fold(keys, t, block, logits);
-    }
-  }
-
   // A tile of a block: adds its products, and keeps the cell where the block ends.
   __device__ __forceinline__ void fold(const Keys& keys, int t, int block, Logits& logits) {
     const int mask = (1 << log2_block()) - 1, i = t * T::kTokens;
     if (i >> log2_block() >= keys.blocks.count) return;
-    const int at = __shfl_sync(0xffffffffu, block, 0);
+    const int at = kListed ? __shfl_sync(0xffffffffu, block, 0) : i >> log2_block();
     const int token = (at << log2_block()) + (i & mask);
     if (token + T::kTokens > keys.tile.least_visible) hide<T::kTokens>(logits, 0, token);
     add(logits);
-    if ((i + T::kTokens & mask) == 0) finish(keys.tile, at);
+    if ((i + T::kTokens & mask) == 0) finish(at);
   }
 
   // A tile of several blocks. One maximum serves all: what it takes below the smallest number is no
@@ -264,17 +286,20 @@ struct Consumer {
   __device__ __forceinline__ void fold_blocks(const Keys& keys, int t, int block, Logits& logits) {
     constexpr int kBlocks = T::kTokens / kColumns, kAtOnce = kBlocks < 4 ? kBlocks : 4;
     const int count = keys.blocks.count - t * kBlocks;
+    // Blocks that are no list lie side by side: one question for all of them.
+    if (kListed || (t + 1) * T::kTokens > keys.tile.least_visible) {
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      const int token = __shfl_sync(0xffffffffu, block, i) * kColumns;
-      const bool all = i < count && token + kColumns <= keys.tile.least_visible;
-      if (!all) hide<kColumns>(logits, i * kColumns, i < count ? token : INT_MAX / 2);
+      for (int i = 0; i < kBlocks; ++i) {
+        const int at = kListed ? __shfl_sync(0xffffffffu, block, i) : t * kBlocks + i;
+        const bool all = i < count && (at + 1) * kColumns <= keys.tile.least_visible;
+        if (!all) hide<kColumns>(logits, i * kColumns, i < count ? at * kColumns : INT_MAX / 2);
+      }
     }
     const float top[2] = {top_of(logits, 0), top_of(logits, 1)};
 #pragma unroll
     for (int first = 0; first < kBlocks; first += kAtOnce) {
       const int i = first + lane % kAtOnce;
-      const int at = __shfl_sync(0xffffffffu, block, i);
+      const int at = kListed ? __shfl_sync(0xffffffffu, block, i) : t * kBlocks + i;
       const bool mine = kAtOnce == 4 || lane % 4 / kAtOnce == held.count / kAtOnce;
       if (mine) held.block = i < count ? at : -1;
 #pragma unroll
@@ -287,19 +312,23 @@ struct Consumer {
         if (mine) held.cells[r] = cell;
       }
       held.count += kAtOnce;
-      if (held.count == 4) write(keys.tile);
+      if (held.count == 4) write();
     }
   }
 
   // The largest exponent of 2 in row `r` of the tile, of a quad's lanes together; a finite number.
   __device__ __forceinline__ float top_of(const Logits& logits, int r) const {
-    float high[2] = {-INFINITY, -INFINITY};
+    float high[2] = {logits[2 * r], logits[2 * r + 1]};
 #pragma unroll
-    for (int n = 0; n < T::kTokens / 8; ++n) {
+    for (int n = 1; n < T::kTokens / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) high[e] = fmaxf(high[e], logits[4 * n + 2 * r + e]);
     }
     return fmaxf(-FLT_MAX, quad_max(fmaxf(high[0], high[1])) * step.layout.sm_scale * kLog2E);
+  }
+
+  __device__ __forceinline__ static float weight_of(float logit, float scale, float top) {
+    return ptx::exp2_approx(fmaf(logit, scale, -top));
   }
 
   // A lane's part of row `r`'s weight of kColumns tokens from column `from` on, over 2^top.
@@ -307,11 +336,12 @@ struct Consumer {
   __device__ __forceinline__ float sum_of(const Logits& logits, int from, int r, float top) const {
     const float scale = step.layout.sm_scale * kLog2E;
     // Two sums: half the length of the chain of additions.
-    float even = 0.0f, odd = 0.0f;
+    float even = weight_of(logits[from / 2 + 2 * r], scale, top);
+    float odd = weight_of(logits[from / 2 + 2 * r + 1], scale, top);
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-      even += ptx::exp2_approx(fmaf(logits[from / 2 + 4 * n + 2 * r], scale, -top));
-      odd += ptx::exp2_approx(fmaf(logits[from / 2 + 4 * n + 2 * r + 1], scale, -top));
+    for (int n = 1; n < kColumns / 8; ++n) {
+      even += weight_of(logits[from / 2 + 4 * n + 2 * r], scale, top);
+      odd += weight_of(logits[from / 2 + 4 * n + 2 * r + 1], scale, top);
     }
     return even + odd;
   }
@@ -358,7 +388,7 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void finish(const Tile& tile, int block) {
+  __device__ __forceinline__ void finish(int block) {
     const bool mine = lane % 4 == held.count;
     if (mine) held.block = block;
 #pragma unroll
@@ -367,15 +397,16 @@ struct Consumer {
       if (mine) held.cells[r] = partial.max[r] + ptx::log2_approx(sum);
     }
     partial.clear();
-    if (++held.count == 4) write(tile);
+    if (++held.count == 4) write();
   }
 
-  __device__ __forceinline__ void write(const Tile& tile) {
+  __device__ __forceinline__ void write() {
     if (lane % 4 < held.count && held.block >= 0) {
+      const int64_t second = 8 * static_cast<int64_t>(step.layout.max_blocks);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int64_t to = row + 8 * r;
-        if (to < tile.rows) tile.cells[to * step.layout.max_blocks + held.block] = held.cells[r];
+        // Rows past the tile's see nothing, others at least the past.
+        if (seen[r] > 0) cells[r * second + held.block] = held.cells[r];
       }
     }
     held.count = 0;
@@ -397,16 +428,26 @@ __device__ __forceinline__ void read_cells(const CUtensorMap& map, const Step& s
     cutlass::arch::fence_barrier_init();
   }
   ptx::wait_for_earlier();
-  const Units<T, kListed> units{step, index};
-  Share share = units.share(smem);
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const bool consumes = warp < T::kConsumerWarps;
+  const Units<T, kListed> units{step, index, T::kSpans > 1 && consumes ? warp / 8 : kLast};
+  Share& left = smem.left[warp];
+  const Share share = units.share(smem);
+  if (threadIdx.x % 32 == 0) left = share;
+  __syncwarp();
   Segment<kListed> segment;
-  if (threadIdx.x / 32 == T::kConsumerWarps) {
-    Producer<T, kListed> producer(map, step, smem);
-    while (units.next(share, segment)) producer.run(segment);
-  } else {
+  if (consumes) {
+    if constexpr (T::kConsumerRegisters)
+      cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     Consumer<T, kListed> consumer(step, smem);
-    if (consumer.half == 1) consumer.pass_turn();
-    while (units.next(share, segment)) consumer.run(segment);
+    if (consumer.part == T::kParts - 1) consumer.pass_turn();
+    while (units.next(left, segment)) consumer.run(segment);
+  } else {
+    if constexpr (T::kConsumerRegisters)
+      cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
+    if (warp > T::kConsumerWarps) return;
+    Producer<T, kListed> producer(map, step, smem);
+    while (units.next(left, segment)) producer.run(segment);
   }
 }
 

@@ -1,5 +1,6 @@
 // Which blocks of which (select span, KV head) a CTA reads: even shares of all there are, by chunks
-// that no two CTAs split, so that what a cell holds does not depend on the share.
+// that no two CTAs split, so that what a cell holds does not depend on the share. Where a tile has
+// rows of two spans, neighbours of one request are read for together.
 #pragma once
 
 #include "../cells.cuh"
@@ -21,16 +22,18 @@ struct SharedStorage {
   ptx::CopyBarrier full[T::kStages];
   ptx::Barrier empty[T::kStages];
   Share share;
-  int chunks[T::kConsumerWarps + 1];   // of each warp's units
-  int alive[T::kConsumerWarps + 1];    // of those, how many have any
-  int leading[T::kConsumerWarps + 1];  // and the first that has
-  const char* row_queries[T::kRows];   // null: a row of zeros
-  int row_seen[T::kRows];
+  Share left[T::kWarps];              // of each warp, here: registers are short
+  int chunks[T::kWarps];              // of each warp's units
+  int alive[T::kWarps];               // of those, how many have any
+  int leading[T::kWarps];             // and the first that has
+  const char* row_queries[T::kRows];  // null: a row of zeros
 };
 
-static_assert(sizeof(SharedStorage<KeyTileOf<__half, 64>>) == cells_sm90_bytes(64), "a launch's");
-static_assert(sizeof(SharedStorage<KeyTileOf<__half, 128>>) == cells_sm90_bytes(128), "a launch's");
-static_assert(sizeof(SharedStorage<KeyTileOf<__half, 256>>) == cells_sm90_bytes(256), "a launch's");
+template <int kDim, int kSpans>
+constexpr bool kFits =
+    sizeof(SharedStorage<KeyTileOf<__half, kDim, kSpans>>) == cells_sm90_bytes(kDim, kSpans);
+static_assert(kFits<64, 1> && kFits<128, 1> && kFits<256, 1>, "a launch's");
+static_assert(kFits<64, 2> && kFits<128, 2> && kFits<256, 2>, "a launch's");
 
 // Blocks of a (select span, KV head) whose cells are read: all that the tile sees, or the
 // candidates and then the open blocks.
@@ -60,33 +63,64 @@ struct Blocks {
   }
 };
 
-// Key tiles `begin` .. `end` of a (select span, KV head).
+// Key tiles `begin` .. `end` of a unit, and one span's rows of it.
 template <bool kListed>
 struct Segment {
-  Tile tile;
+  Tile tile;  // without rows where the unit has none of that span
   Blocks<kListed> blocks;
   int begin;
   int end;
 };
 
-// The (select span, KV head)s of a step, in chunks of a whole number of blocks and of key tiles.
+// Of which span of a unit someone wants the rows: by number, or the last that has any, which sees
+// all that those before it see.
+constexpr int kLast = -1;
+
+// The units of a step, in chunks of a whole number of blocks and of key tiles: a (select span, KV
+// head), or two neighbours' and those of an only one, as many as the tile has room for.
 template <class T, bool kListed>
 struct Units {
   const Step& step;
   int index;  // of the tile of sampled rows
+  int side = kLast;
+
+  static_assert(T::kSpans == 1 || !kListed, "spans have candidates of their own");
 
   __device__ __forceinline__ int tiles_per_chunk() const {
     return max(1, (1 << step.layout.log2_block_tokens) / T::kTokens);
   }
 
+  // Spans that are read for together with span `span`, itself the first: none where one before it
+  // comes first. Counted within the request.
+  __device__ __forceinline__ int spans_from(int span) const {
+    if (T::kSpans == 1) return 1;
+    const Span* at = step.stages.select_spans + span;
+    const int each = step.layout.select_span;
+    if (each > 0 && at->first / each % T::kSpans != 0) return 0;
+    const int left = min(T::kSpans, step.stages.counters->num_select_spans - span);
+    int count = 1;
+    while (count < left && at[count].req == at->req) ++count;
+    return count;
+  }
+
   // Chunks of a unit; none where it has no cells to fill.
   __device__ __forceinline__ int load(int unit, Segment<kListed>& segment) const {
-    const int span = unit / step.layout.num_kv_heads;
-    const int kv_head = unit - span * step.layout.num_kv_heads;
-    if (!tile_at(step, index, span, kv_head, segment.tile)) return 0;
-    segment.blocks = Blocks<kListed>(step, segment.tile, span);
+    const int first = unit / step.layout.num_kv_heads;
+    const int kv_head = unit - first * step.layout.num_kv_heads, spans = spans_from(first);
+    int count = 0;
+    segment.tile.rows = 0;
+#pragma unroll 1  // half the code to fetch before the first tile
+    for (int i = 0; i < T::kSpans; ++i) {
+      Tile tile;
+      if (i >= spans || !tile_at(step, index, first + i, kv_head, tile)) continue;
+      const Blocks<kListed> blocks(step, tile, first + i);
+      count = max(count, blocks.count);
+      if (side != kLast && side != i) continue;
+      segment.tile = tile;
+      segment.blocks = blocks;
+    }
     const int chunk_tokens = T::kTokens * tiles_per_chunk();
-    const int tokens = segment.blocks.count << step.layout.log2_block_tokens;
+    const int tokens = count << step.layout.log2_block_tokens;
     return (tokens + chunk_tokens - 1) / chunk_tokens;
   }
 
@@ -124,7 +158,7 @@ struct Units {
     before -= mine;
     alive = 0;
     int64_t total = 0;
-    for (int w = 0; w < T::kThreads / 32; ++w) {
+    for (int w = 0; w < T::kWarps; ++w) {
       if (w < warp) before += smem.chunks[w];
       total += smem.chunks[w];
       alive += smem.alive[w];
@@ -144,8 +178,9 @@ struct Units {
     return smem.share;
   }
 
-  // A share of the only span, whose first unit is `unit`: one of `parts` of one KV head's chunks.
-  // CTAs side by side read the same tokens of all heads, which lie together in most layouts.
+  // A share of the only units, the first of which is `unit`: one of `parts` of one KV head's
+  // chunks. CTAs side by side read the same tokens of all heads, which lie together in most
+  // layouts.
   __device__ __forceinline__ Share slice(int unit, int parts) const {
     const int part = blockIdx.x / step.layout.num_kv_heads;
     if (part >= parts) return {};
@@ -154,14 +189,19 @@ struct Units {
     return {unit, part * each, min(each, count - part * each)};
   }
 
-  // The next segment of `share`, which moves past it; false when there is none.
-  __device__ __forceinline__ bool next(Share& share, Segment<kListed>& segment) const {
-    while (share.left > 0) {
-      const int begin = share.chunk, chunks = load(share.unit, segment);
-      const int count = max(0, min(chunks - begin, share.left));
-      share = {share.unit + 1, max(0, begin - chunks), share.left - count};
-      segment.begin = begin * tiles_per_chunk();
-      segment.end = (begin + count) * tiles_per_chunk();
+  // The warp's next segment of `left`, which moves past it; false when there is none.
+  __device__ __forceinline__ bool next(Share& left, Segment<kListed>& segment) const {
+    while (left.left > 0) {
+      const int chunks = load(left.unit, segment);
+      __syncwarp();
+      const Share share = left;
+      const int count = max(0, min(chunks - share.chunk, share.left));
+      segment.begin = share.chunk * tiles_per_chunk();
+      segment.end = (share.chunk + count) * tiles_per_chunk();
+      __syncwarp();
+      if (threadIdx.x % 32 == 0)
+        left = {share.unit + 1, max(0, share.chunk - chunks), share.left - count};
+      __syncwarp();
       if (count > 0) return true;
     }
     return false;

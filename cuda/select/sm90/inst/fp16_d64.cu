@@ -17,3 +17,13 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1)
                                                     int tile) {
   compactattn::select::sm90::read_cells<Tile, true>(k, step, tile);
 }
+
+using Pair = compactattn::select::sm90::KeyTileOf<__half, 64, 2>;
+
+// As the first, each key once for two neighbouring select spans of a request.
+extern "C" __global__ void __launch_bounds__(Pair::kThreads, 1)
+    compactattn_cells_read_pairs_sm90_fp16_d64(const __grid_constant__ CUtensorMap k,
+                                               const __grid_constant__ compactattn::Step step,
+                                               int tile) {
+  compactattn::select::sm90::read_cells<Pair, false>(k, step, tile);
+}
