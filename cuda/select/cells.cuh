@@ -81,7 +81,7 @@ __device__ __forceinline__ int* candidate_list_of(const Step& step, int span, in
 struct Tile {
   Span span;
   Samples samples;
-  const int* tokens;  // of all samples
+  int select_span;
   int kv_head;
   int rows;
   int least_visible;  // KV tokens that the first sampled token sees
@@ -100,11 +100,12 @@ __device__ __forceinline__ bool tile_of(const Step& step, const Span& span, int 
   if (samples.tokens <= 0) return false;
   const int last = samples.first + samples.tokens - 1;
   tile.kv_head = kv_head;
-  tile.tokens = samples_at(step, span_index, kv_head);
+  tile.select_span = span_index;
   tile.rows = samples.tokens * step.layout.group_size;
+  const int* tokens = samples_at(step, span_index, kv_head);
   tile.least_visible =
-      visible(tile.span, sampled_token(tile.span, tile.tokens, samples.count, samples.first));
-  tile.kv_end = visible(tile.span, sampled_token(tile.span, tile.tokens, samples.count, last));
+      visible(tile.span, sampled_token(tile.span, tokens, samples.count, samples.first));
+  tile.kv_end = visible(tile.span, sampled_token(tile.span, tokens, samples.count, last));
   const int block_tokens = 1 << step.layout.log2_block_tokens;
   tile.blocks = (tile.kv_end + block_tokens - 1) >> step.layout.log2_block_tokens;
   tile.cells = cells_of(step, span_index, kv_head);
@@ -135,7 +136,8 @@ __device__ __forceinline__ Row row_at(const Step& step, const Tile& tile, int in
   const Batch& batch = step.batch;
   const int head = tile.kv_head * step.layout.group_size + index / tile.samples.tokens;
   const int i = tile.samples.first + index % tile.samples.tokens;
-  const int token = sampled_token(tile.span, tile.tokens, tile.samples.count, i);
+  const int* tokens = samples_at(step, tile.select_span, tile.kv_head);
+  const int token = sampled_token(tile.span, tokens, tile.samples.count, i);
   const int64_t offset =
       (tile.span.q_start + token) * batch.q_token_stride + head * batch.q_head_stride;
   return {static_cast<const char*>(batch.q) + 2 * offset, visible(tile.span, token)};

@@ -314,7 +314,7 @@ fn check_image(image: &Image) -> Result<()> {
 
 /// Kernels that wait for themselves, without the dtype and head_dim that follow. Never the first of a step: what the
 /// caller put on the stream before it need not be done when the kernel before the step's is.
-const OVERLAPPING: [&str; 29] = [
+const OVERLAPPING: [&str; 30] = [
     "attend_sm80",
     "attend_sm90",
     "attn_gate",

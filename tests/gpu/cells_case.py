@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,12 +50,13 @@ class Shape:
     nan_key: tuple[int, int, int] | None = None  # request, token, KV head
 
 
-def sampled(length: int, count: int) -> list[int]:
-    """Sampled tokens of a span that are even (rust/select/sample.rs); the others are the kernel's, judged by gpu_suite."""
+def sampled(length: int, count: int, kv_head: int) -> list[int]:
+    """Sampled tokens of a span: even ones, and any others in place of those that sample_rows.cu takes."""
     if count == 0 or count >= length:
         return list(range(length))
-    even = count - min(count // 4, 1024)
-    return [length - 1] if even == 1 else [i * (length - 1) // (even - 1) for i in range(even)]
+    even = count - count // 4
+    strided = [length - 1] if even == 1 else [i * (length - 1) // (even - 1) for i in range(even)]
+    return sorted(strided + random.Random(kv_head).choices(range(length), k=count - even))
 
 
 def pool(shape: Shape, pages: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,6 +135,11 @@ class Case:
         heads = shape.kv_heads * shape.group
         self.slots = max(1, shape.page // shape.block)
         self.scores = torch.empty(self.max_spans, heads, self.max_blocks, device="cuda")
+        self.samples = torch.full((self.max_spans, shape.kv_heads, max(1, shape.sample_rows)), HUGE, dtype=torch.int32)
+        for at, span in enumerate(self.spans):
+            for kv_head in range(shape.kv_heads if 0 < shape.sample_rows < span.len else 0):
+                self.samples[at, kv_head] = torch.tensor(sampled(span.len, shape.sample_rows, kv_head))
+        self.samples = self.samples.cuda()
         self.num_cells = self.max_spans * shape.kv_heads * ROWS * self.max_blocks
         units = self.max_spans * shape.kv_heads
         self.cells = torch.empty(self.num_cells + units * (self.words + 1 + self.max_blocks), device="cuda")
@@ -181,6 +188,7 @@ class Case:
         settings.sample_rows, settings.candidate_share = shape.sample_rows, shape.candidate_share
         stages.counters, stages.select_spans = self.counters.data_ptr(), self.span_bytes.data_ptr()
         stages.scores, stages.cells = self.scores.data_ptr(), self.cells.data_ptr()
+        stages.samples = self.samples.data_ptr()
         stages.k_mean, stages.max_select_spans = self.k_mean.data_ptr(), self.max_spans
 
     @property
@@ -299,7 +307,7 @@ class Expected:
     def __init__(self, case: Case, span: Span, kv_head: int) -> None:
         shape, data = case.data.shape, case.data
         req, block = case.requests[span.req], shape.block
-        tokens = torch.tensor(sampled(span.len, shape.sample_rows), device="cuda")
+        tokens = torch.tensor(sampled(span.len, shape.sample_rows, kv_head), device="cuda")
         heads = slice(kv_head * shape.group, (kv_head + 1) * shape.group)
         q = data.q[req][span.first + tokens][:, heads].double().transpose(0, 1)
         k = data.k[req][: span.kv_end, kv_head].double()
