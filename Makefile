@@ -73,6 +73,9 @@ test-python: $(VENV)/ready toolkit
 	$(VENV)/bin/pip install -q --no-deps --force-reinstall .
 	$(VENV)/bin/pytest -q tests/python
 
+# What else of the suite wants torch or ml_dtypes, and is skipped without.
+WITH_TORCH := $(addprefix tests/python/test_,bench.py e4m3.py examples.py forward.py tensors.py torch_tensors.py)
+
 # The transformers backend on tiny models, CPU, and on SmolLM2's own weights with the newest version. The registry's torch
 # brings CUDA along: 2.6 GB to fetch, once; the model is 94 MB. One thread each, as two wait for each other on busy cores.
 test-hf: export OMP_NUM_THREADS = 1
@@ -82,6 +85,7 @@ test-hf: $(HF_VENV)/ready toolkit $(SMOLLM2)
 	    $(HF_VENV)/bin/pip install -q transformers==$$version && $(HF_VENV)/bin/pytest -q tests/python/test_hf.py || exit 1; \
 	done
 	$(HF_VENV)/bin/pytest -q tests/python/test_eval.py tests/python/test_eval_hf.py
+	$(HF_VENV)/bin/pytest -q $(WITH_TORCH)
 	SMOLLM2_GGUF="$(SMOLLM2)" $(HF_VENV)/bin/pytest -q --durations=2 tests/python/test_smollm2.py
 
 # The backend in a real vLLM on the CPU, with a tiny random model. Not part of `make test`: the engine is 2.7 GB to fetch
@@ -242,10 +246,13 @@ install:
 	sed -e 's|@VERSION@|$(VERSION)|' cpp_shim/cmake/compactattnConfigVersion.cmake.in > "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn/compactattnConfigVersion.cmake"
 	install -m 644 cpp_shim/cmake/compactattnConfig.cmake "$(DESTDIR)$(PREFIX)/lib/cmake/compactattn/"
 
-# The site of docs/, with the C ABI's page made of the header, in build/site; a broken link is an error.
+# The site of docs/, with the C ABI's page made of the header, in build/site; a broken link is an error. Records that pages
+# link to lie beside them there.
 docs: $(VENV)/ready
 	$(VENV)/bin/pip install -q -r docs/requirements.txt
 	rm -rf $(BUILD)/docs && mkdir -p $(BUILD) && cp -r docs $(BUILD)/docs
+	cp -r tests/bench/record $(BUILD)/docs/record
+	sed -i 's|](\.\./tests/bench/record/|](record/|g' $(BUILD)/docs/*.md
 	$(PYTHON) docs/abi.py include/compactattn.h > $(BUILD)/docs/abi.md
 	$(VENV)/bin/mkdocs build -q --strict
 
@@ -259,9 +266,12 @@ dist: $(VENV)/ready toolkit
 reproducible: $(VENV)/ready toolkit
 	PYTHON="$(abspath $(VENV))/bin/python" CARGO="$(CARGO)" packaging/again.sh "$(BUILD)/dist" $(KERNEL_CACHE)
 
-# What is in those files, and the wheel at work in a fresh environment without a compiler.
+# What is in those files, and the wheel at work in a fresh environment without a compiler; then doctor before drivers that
+# fail with kernels in the library, which `make test` has not.
 test-dist: $(VENV)/ready
 	$(VENV)/bin/pytest -q tests/package --dist "$(abspath $(BUILD)/dist)"
+	$(VENV)/bin/pip install -q --no-deps --force-reinstall $(BUILD)/dist/*.whl
+	$(VENV)/bin/pytest -q tests/python/test_doctor.py
 
 # Tools that tests and lints use, pinned, in a virtual environment of the tree's own.
 $(VENV)/ready: tests/requirements.txt

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RECORD = Path(__file__).parents[1] / "tests/bench/record/h100/2026-11-22-vllm.csv"
+# One chunk of one layer by context, the same heads; nothing of it is in the model.
+KERNELS = RECORD.with_name("2026-11-22-long.csv")
+CHUNK, LAYERS = 1024, 32
 SYSTEMS = {"engine": "dense", "default": "sparse .35", "0.17": "sparse .17", "0.10": "sparse .10"}
 
 # Llama-3.1-8B in bf16, the record's model: 2 tensors x 32 layers x 8 KV heads x 128 x 2 bytes.
@@ -42,14 +45,19 @@ def speeds() -> tuple[dict[str, Speed], dict[tuple[str, int], float]]:
             if (row["what"], row["budget"]) == ("ttft", "8192"):
                 rows.setdefault((row["system"], int(row["tokens"])), []).append(float(row["ms"]))
     means = {key: sum(all_ms) / len(all_ms) for key, all_ms in rows.items()}
-    rest = [(tokens, ms) for (system, tokens), ms in means.items() if system == "nothing"]
-    # Relative errors count, so that a short prompt weighs as much as a long one.
-    a = sum(tokens / ms for tokens, ms in rest) / sum(tokens**2 / ms**2 for tokens, ms in rest)
+    a = besides(means)
     fitted = {}
     for system in SYSTEMS:
         own = [(tokens, ms) for (name, tokens), ms in means.items() if name == system]
         fitted[system] = _fit([(tokens, ms - a * tokens, ms) for tokens, ms in own], a)
     return fitted, means
+
+
+def besides(means: dict[tuple[str, int], float]) -> float:
+    """Milliseconds a token of everything but attention."""
+    rows = [(tokens, ms) for (system, tokens), ms in means.items() if system == "nothing"]
+    # Relative errors count, so that a short prompt weighs as much as a long one.
+    return sum(tokens / ms for tokens, ms in rows) / sum(tokens**2 / ms**2 for tokens, ms in rows)
 
 
 def _fit(rows: list[tuple[int, float, float]], a: float) -> Speed:
@@ -61,6 +69,23 @@ def _fit(rows: list[tuple[int, float, float]], a: float) -> Speed:
     qy = sum(x * x * y / t**2 for x, y, t in rows)
     det = ll * qq - lq * lq
     return Speed(a + (ly * qq - qy * lq) / det, (qy * ll - ly * lq) / det)
+
+
+def kernels(density: str) -> list[tuple[int, float]]:
+    """Context and milliseconds of attend for one chunk of one layer, a list for each query head."""
+    with KERNELS.open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if (row["system"], row["density"]) == ("ours-head", density)]
+    return sorted((int(row["case"].rpartition("kv")[2]), float(row["ms_median"])) for row in rows)
+
+
+def whole(rows: list[tuple[int, float]], tokens: int) -> float:
+    """Seconds of attend over all chunks and layers of a prompt: straight lines between the rows, and from nothing."""
+    total, before = 0.0, (0, 0.0)
+    for context, ms in rows:
+        if context <= tokens:
+            total += (before[1] + ms) / 2 * (context - before[0]) / CHUNK * LAYERS
+            before = (context, ms)
+    return total / 1e3
 
 
 @dataclass(frozen=True)
@@ -144,6 +169,14 @@ def main() -> None:
     rows.append(["KV in GB, bf16", *(f"{gb:.0f}" for gb in kv)])
     rows.append(["GPUs of 80 GB to hold it", *(str(_gpus(gb)) for gb in kv)])
     print(table(["one GPU's time", *(f"{n // 1024}K" for n in far)], rows))
+
+    print("\n### The extrapolation against kernels (seconds of attention in a whole prefill at density .10, one GPU)\n")
+    rows_at = kernels("0.1000")
+    rows = [["attend alone, by its rows", *(f"{whole(rows_at, n):.1f}" for n in far)]]
+    rows.append(
+        ["the model, selection in it", *(f"{(fitted['0.10'].ms(n) - besides(means) * n) / 1e3:.1f}" for n in far)]
+    )
+    print(table(["", *(f"{n // 1024}K" for n in far)], rows))
 
     print("\n### A fleet: prefill GPUs for 2 requests a second\n")
     rows = []

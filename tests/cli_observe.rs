@@ -82,22 +82,35 @@ fn check_record(record: &Value) {
     }
 }
 
-/// In a real browser, where there is one: what its DOM is after the scripts have run.
+/// In a real browser: what its DOM is after the scripts have run, and that pixels of the maps have the colours of what
+/// was read and of what always is. CI sets `COMPACTATTN_TEST_BROWSER=require`; elsewhere a machine may have none.
 fn check_drawn(page: &Path) {
     let browsers = ["chromium", "chromium-browser", "google-chrome"];
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).flat_map(|dir| browsers.map(|name| dir.join(name)));
     let Some(browser) = found.into_iter().find(|file| file.is_file()) else {
-        eprintln!("not drawn: no chromium on PATH");
+        let required = std::env::var("COMPACTATTN_TEST_BROWSER").is_ok_and(|word| word == "require");
+        assert!(!required, "no chromium on PATH");
+        // Past the test's capture: a page that nobody has drawn is no page that was found right.
+        let said = format!("NOT RUN: no chromium on PATH to draw {}\n", page.display());
+        std::io::stderr().write_all(said.as_bytes()).unwrap();
         return;
     };
     let profile = page.with_file_name("profile");
-    let run = Command::new(browser)
-        .args(["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"])
-        .arg(format!("--user-data-dir={}", profile.display()))
-        .arg(format!("file://{}", page.display()))
-        .output()
-        .unwrap();
+    let shot = page.with_file_name("page.png");
+    let run = |what: &str| {
+        Command::new(&browser)
+            .args(["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", what])
+            .args(["--blink-settings=preferredColorScheme=1", "--window-size=1200,1400"])
+            .arg(format!("--user-data-dir={}", profile.display()))
+            .arg(format!("file://{}", page.display()))
+            .output()
+            .unwrap()
+    };
+    let drawn = run(&format!("--screenshot={}", shot.display()));
+    assert!(shot.is_file(), "no picture: {}", stderr(&drawn));
+    check_colours(&shot);
+    let run = run("--dump-dom");
     let dom = stdout(&run);
     assert!(dom.contains(&format!("data-drawn=\"{}\"", LAYERS.len())), "{dom}\n{}", stderr(&run));
     for layer in LAYERS {
@@ -106,6 +119,20 @@ fn check_drawn(page: &Path) {
     }
     // Two layers and four lists, each with a row; three tables' heads.
     assert_eq!(dom.matches("<tr>").count(), 3 + 2 + 4, "{dom}");
+}
+
+/// Two maps of 60 rows of pixels and 1,100 columns: 3 of 13 blocks are open, 3 of 10 past ones were read.
+fn check_colours(shot: &Path) {
+    let mut reader = png::Decoder::new(std::fs::File::open(shot).unwrap()).read_info().unwrap();
+    let mut pixels = vec![0; reader.output_buffer_size()];
+    let info = reader.next_frame(&mut pixels).unwrap();
+    let pixels: Vec<[u8; 3]> =
+        pixels.chunks(info.color_type.samples()).map(|pixel| [pixel[0], pixel[1], pixel[2]]).collect();
+    let count = |is: &dyn Fn([u8; 3]) -> bool| pixels.iter().filter(|&&pixel| is(pixel)).count();
+    let open = count(&|pixel| pixel == [0xb9, 0xbe, 0xc5]);
+    // A fourth of the way from the empty cell's grey to blue, or further.
+    let read = count(&|[r, _, b]| b > r.saturating_add(40));
+    assert!(open > 20_000 && read > 20_000, "open {open}, read {read}");
 }
 
 #[test]

@@ -97,7 +97,9 @@ pub(crate) fn all(open: usize, gate: bool) -> Vec<Contender> {
         let settings = even(SampledExact, *scope);
         let corrected = Settings { mean_correction: true, ..settings };
         all.push(Contender { settings: corrected, knob: Knob::Threshold });
-        all.push(Contender { settings: Settings { block_size: 64, ..settings }, knob: Knob::Threshold });
+        // The default's size.
+        let small = Settings { block_size: sparse(SampledExact).block_size, ..settings };
+        all.push(Contender { settings: small, knob: Knob::Threshold });
     }
     all
 }

@@ -22,8 +22,9 @@ use crate::{Outcome, plot_error, plot_heat, prefill, summary};
 /// Options of `demo`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// A safetensors file with layerN.q, layerN.k, layerN.v, each [tokens, heads, head_dim].
-    #[arg(long, value_name = "FILE", default_value = "tests/data/smollm2_layer26.safetensors")]
+    /// A safetensors file with layerN.q, layerN.k, layerN.v, each [tokens, heads, head_dim]; the default is the source
+    /// tree's.
+    #[arg(long, value_name = "FILE", default_value = SOURCE_TREES)]
     trace: PathBuf,
     /// Where summary.json and the plots go.
     #[arg(long, value_name = "DIR", default_value = "target/demo")]
@@ -40,7 +41,11 @@ pub(crate) struct Args {
 /// Those of the trace, the engine's shape and the stages; [`Status::Internal`] where the GPU's outputs differ from the
 /// CPU's by more than rounding.
 pub(crate) fn run(args: &Args, out: &mut impl Write) -> Outcome {
-    let trace = Trace::read(&args.trace)?;
+    let trace = Trace::read(&args.trace).map_err(|error| {
+        let elsewhere = args.trace.as_os_str() == SOURCE_TREES && error.status() == Status::Io;
+        let hint = "the source tree has it: run there, or name a trace with --trace FILE";
+        if elsewhere { Error::plain(Status::Io, format!("no {SOURCE_TREES} here; {hint}")) } else { error }
+    })?;
     let engine = args.engine.engine();
     let fill = |layer| Prefill::run(&trace, layer, &engine, &[BLOCK, 64]);
     let prefills = trace.layers.iter().map(fill).collect::<Result<Vec<_>>>()?;
@@ -53,8 +58,14 @@ pub(crate) fn run(args: &Args, out: &mut impl Write) -> Outcome {
         print_table(&rows, target, path.gpu().is_some(), out)?;
     }
     print_dense(&sweep, out)?;
-    let ms = time(path.forward(&prefills[0], &prefill::sparse(Selector::SampledExact))?.ms);
-    writeln!(out, "one forward with the default settings (sampled_exact, head x chunk): {ms} ms a layer")?;
+    let default = prefill::sparse(Selector::SampledExact);
+    let ms = time(path.forward(&prefills[0], &default)?.ms);
+    let what =
+        format!("sampled_exact, {}, blocks of {}", contender::scope_name(default.scope), default.block_size);
+    writeln!(
+        out,
+        "one forward with the default settings ({what}): {ms} ms a layer; `view` shows what it reads"
+    )?;
     print_gpu(&sweep, &rows, out)?;
     if !args.engine.has_gate() {
         writeln!(out, "skipped: attn_gate (needs trained gate weights: --gate FILE --rope-theta BASE)")?;
@@ -234,6 +245,9 @@ const COLUMNS: [Column; 8] = [
     Column("x union", true),
     Column("ms", true),
 ];
+
+/// What runs where nothing else is named.
+const SOURCE_TREES: &str = "tests/data/smollm2_layer26.safetensors";
 
 /// Where selectors are compared.
 const DENSITIES: [f64; 3] = [0.10, 0.20, 0.30];

@@ -84,6 +84,8 @@ done
 
 if python3 -c 'import torch' 2>/dev/null; then
     site=$(fresh python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    echo "the README's lines for torch, as written, and dense against fp64:"
+    PYTHONPATH=$site python3 "$root/tests/gpu/check_torch.py"
     PYTHONPATH=$site python3 - <<'PY'
 import torch
 import compactattn

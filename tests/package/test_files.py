@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -92,6 +93,13 @@ def test_every_package_carries_the_same_kernel_images(dist: Path, unpacked_wheel
         # Order is the linker's.
         held = sorted(hashlib.sha256(image).hexdigest() for image in images(file.read_bytes()))
         assert held == sorted(listed), file
+
+
+def test_the_support_page_is_what_the_wheels_library_answers(unpacked_wheel: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(unpacked_wheel)}
+    printed = subprocess.check_output([sys.executable, str(ROOT / "docs" / "support.py")], text=True, env=env)
+    page = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    assert page.split("<!-- support.py -->\n\n")[1].split("\n<!-- end of")[0] == printed
 
 
 def test_a_changed_image_is_seen(unpacked_wheel: Path) -> None:

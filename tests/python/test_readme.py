@@ -1,4 +1,4 @@
-"""The README's Python code runs as written, and its semantics are the library's."""
+"""The README's Python code runs as written; its semantics and its matrix are the library's."""
 
 from __future__ import annotations
 
@@ -48,26 +48,40 @@ def test_the_semantics_block_says_what_forward_computes() -> None:
         np.testing.assert_allclose(lse[head], one[1], rtol=0, atol=203 * 4 * 2**-23)
 
 
-def test_every_block_of_another_language_runs_somewhere() -> None:
-    # Where each runs: the first line of a block, and the file that holds the same words.
-    elsewhere = {
-        "make demo": ".ci/run",
-        "make test": ".ci/run",
-        "import compactattn.hf": None,  # tests/python/test_hf.py takes it from here.
-        "COMPACTATTN_MODE=compactattn vllm serve": None,  # A record of a GPU, and tests/vllm with the same options.
-        "find_package(compactattn": "tests/cpp/CMakeLists.txt",
-        "use compactattn::settings": None,  # `make test-rust` gives this file to rustdoc.
-        "cuda/toolkit.sh": ".ci/run",
-        "make kernels": ".ci/run",
+def rows_of(text: str, heading: str) -> dict[str, list[str]]:
+    """A Markdown table below a heading: first cell to the others."""
+    lines = text.split(f"{heading}")[1].split("\n## ")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {row[0].replace("`", ""): row[1:] for row in cells}
+
+
+def test_the_matrix_says_what_the_library_answers() -> None:
+    # docs/support.md is the library's own words; test_docs.py and tests/package hold it to them.
+    answers = (README.parent / "docs" / "support.md").read_text(encoding="utf-8")
+    models, selectors = rows_of(answers, "## Models"), rows_of(answers, "## Selectors")
+    said = {row: cells[0] for row, cells in rows_of(README.read_text(encoding="utf-8"), "## What is supported").items()}
+    gpus = {gpu for column in models[""][1:] for gpu in column.split(", ")}
+    for gpu in gpus:
+        assert gpu in said["devices"] or (gpu.startswith("8.") and "8.x" in said["devices"]), gpu
+    cpu, on_gpu = models["dtype"][0], set(models["dtype"][1:])
+    assert (
+        on_gpu == {"bf16, f16"}
+        and cpu == "bf16, f16, f32"
+        and said["dtypes"].startswith("bf16, f16; on the CPU f32 too")
+    )
+    e4m3 = set(models["the same, cache of e4m3"][1:])
+    assert len(e4m3) == 1 and f"GPU: head_dim {e4m3.pop()}" in said["dtypes"]
+    assert set(models["head_dim, dense lists"]) == {said["head_dim"].split(";")[0].split(" (")[0]}
+    assert {cell.split(", ")[-1] for cell in models["query heads per KV head"]} == {
+        re.findall(r"groups up to (\d+)", said["head_dim"])[0]
     }
-    text = README.read_text(encoding="utf-8")
-    found = re.findall(r"^```(?!python\n|text\n)\w+\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert len(found) >= 5
-    for block in found:
-        known = [(start, place) for start, place in elsewhere.items() if f"\n{start}" in f"\n{block}"]
-        assert known, f"runs nowhere:\n{block}"
-        for start, place in known:
-            assert place is None or start in (README.parent / place).read_text(encoding="utf-8"), start
+    assert set(models["page_size"]) == {said["page_size"].split(" (")[0]}
+    nowhere = {name for name, cells in selectors.items() if all(cell == "none / none" for cell in cells[1:])}
+    assert nowhere == set(re.findall(r"`(\w+)`", said["CPU only so far"].split(";")[0]))
+    not_e4m3 = {
+        name for name, cells in selectors.items() if name and all(cell.endswith("/ none") for cell in cells[1:])
+    }
+    assert not_e4m3 - nowhere == set(re.findall(r"not (\w+), (\w+)\)", said["dtypes"])[0])
 
 
 @pytest.mark.parametrize("code", blocks()[1:])

@@ -118,7 +118,7 @@ def test_what_torch_would_not_lend_is_refused_as_ever() -> None:
     for tensor, text in (
         (good.clone().requires_grad_(), "x: wanted a tensor that DLPack can lend, got .*gradient"),
         (good.to_sparse(), "x: wanted a tensor that DLPack can lend"),
-        (good.long(), "x.dtype: wanted bf16, f16, f32, i32 or u32, got DLPack type 0 of 64 bits"),
+        (good.long(), "x.dtype: wanted bf16, f16, f32, i32, u32 or e4m3, got DLPack type 0 of 64 bits"),
         (good.sum(), "x.ndim: wanted 1 to 4 dimensions, got 0"),
         (torch.zeros(1, 1, 1, 1, 1), "x.ndim: wanted 1 to 4 dimensions, got 5"),
     ):
