@@ -80,6 +80,9 @@ impl Scope {
     pub const GROUP_CHUNK: Self = Self { query_span: 0, heads_per_list: 0 };
     /// One list per query head and chunk: the most accurate per executed page for our kernel.
     pub const HEAD_CHUNK: Self = Self { query_span: 0, heads_per_list: 1 };
+    /// One list per query head and 1024 tokens: the same where chunks are no longer, and rows are sampled in each part
+    /// of those that are.
+    pub const HEAD_1024: Self = Self { query_span: 1024, heads_per_list: 1 };
     /// One list per query head and 128 tokens: block-sparse attention.
     pub const HEAD_128: Self = Self { query_span: 128, heads_per_list: 1 };
 }
@@ -201,7 +204,8 @@ impl Settings {
         match selector {
             // Blocks of 32 need .54 of the union's pages where blocks of 128 need .67 (the record of pages for error),
             // and exact scores cost the same for either. Pooled means would cost four times as much.
-            Selector::SampledExact => Self { block_size: 32, ..self },
+            Selector::SampledExact => Self { block_size: 32, scope: Scope::HEAD_1024, ..self },
+            Selector::PooledMass | Selector::TwoLevel => Self { scope: Scope::HEAD_1024, ..self },
             // arXiv 2603.06199: alpha 0.06, sink 2, window 4 (the diagonal and 3 blocks left of it).
             Selector::FlashPrefill => Self {
                 keep: Keep::Threshold(0.06),

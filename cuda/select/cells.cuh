@@ -32,8 +32,10 @@ __device__ __forceinline__ Samples samples_of(const Step& step, const Span& span
   return samples;
 }
 
-// How many of a span's samples are unusual ones; the others are even (rust/select/sample.rs).
+// How many of a span's samples are unusual ones, and its last tokens; the others are even
+// (rust/select/sample.rs).
 __device__ __forceinline__ int unusual_of(int count) { return min(count / 4, 512); }
+__device__ __forceinline__ int last_of(int count) { return count / 8; }
 
 // Tokens of the samples of one (select span, KV head), ascending: [sample_rows], by sample_rows.cu;
 // not written where all tokens are samples.

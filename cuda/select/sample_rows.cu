@@ -1,5 +1,6 @@
 // select: which tokens of a span are scored, for the group of one KV head: most of them evenly
-// strided, the others those whose queries are least like the mean (rust/select/sample.rs).
+// strided, the others those whose queries are least like the mean, and the last
+// (rust/select/sample.rs).
 //
 // Grid (clusters: 8, else 1; num_kv_heads, max_select_spans) x 512, dynamic shared memory
 // sample_rows_bytes. A cluster's CTAs share the candidates of one (select span, KV head). The mean
@@ -277,13 +278,25 @@ __device__ __forceinline__ void pick(const Unit& unit, int wanted, Picking& shar
   }
 }
 
-// Strided sample `i` of `n` over the span.
-__device__ __forceinline__ int strided(const Span& span, int i, int n) {
-  if (n == 1) return span.len - 1;
-  return static_cast<int>(static_cast<int64_t>(i) * (span.len - 1) / (n - 1));
-}
+// Samples of a span that are no unusual ones, ascending: `even` strided over all but the last.
+struct Usual {
+  int before;  // the last tokens
+  int even;
+  int count;
 
-// Merges the chosen tokens and the strided ones, ascending. One CTA.
+  __device__ Usual(const Span& span, int count)
+      : before(span.len - last_of(count)),
+        even(count - unusual_of(count) - last_of(count)),
+        count(count - unusual_of(count)) {}
+
+  __device__ __forceinline__ int token(int i) const {
+    if (i >= even) return before + i - even;
+    if (even == 1) return before - 1;
+    return static_cast<int>(static_cast<int64_t>(i) * (before - 1) / (even - 1));
+  }
+};
+
+// Merges the chosen tokens and the usual ones, ascending. One CTA.
 __device__ __forceinline__ void write_samples(const Unit& unit, int count, int wanted,
                                               Picking& shared, int* samples) {
   constexpr int kEach = kCandidates / kWide;
@@ -297,9 +310,9 @@ __device__ __forceinline__ void write_samples(const Unit& unit, int count, int w
       shared.chosen[to++] = unit.token(first + i);
   }
   __syncthreads();
-  const int even = count - wanted;
-  for (int i = threadIdx.x; i < even; i += kWide) {
-    const int token = strided(unit.span, i, even);
+  const Usual usual(unit.span, count);
+  for (int i = threadIdx.x; i < usual.count; i += kWide) {
+    const int token = usual.token(i);
     int low = 0, high = wanted;  // chosen ones below the token
     while (low < high) {
       const int middle = (low + high) / 2;
@@ -313,10 +326,10 @@ __device__ __forceinline__ void write_samples(const Unit& unit, int count, int w
   }
   for (int i = threadIdx.x; i < wanted; i += kWide) {
     const int token = shared.chosen[i];
-    int low = 0, high = even;  // strided ones up to the token
+    int low = 0, high = usual.count;  // usual ones up to the token
     while (low < high) {
       const int middle = (low + high) / 2;
-      if (strided(unit.span, middle, even) <= token) {
+      if (usual.token(middle) <= token) {
         low = middle + 1;
       } else {
         high = middle;

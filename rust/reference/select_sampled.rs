@@ -13,15 +13,17 @@ impl At<'_> {
         }
         let (candidates, start) = (len.min(512), self.chunk.tokens.start);
         let unusual = (rows / 4).min(candidates);
-        let even = rows - unusual;
+        let last = rows / 8;
+        let (even, before) = (rows - unusual - last, len - last);
         let mut tokens: Vec<usize> = if even == 1 {
-            vec![start + len - 1]
+            vec![start + before - 1]
         } else {
-            (0..even).map(|i| start + i * (len - 1) / (even - 1)).collect()
+            (0..even).map(|i| start + i * (before - 1) / (even - 1)).collect()
         };
         let looked_at: Vec<usize> = (0..candidates).map(|i| start + i * len / candidates).collect();
         let mut ranked: Vec<(f64, usize)> = self.likeness(&looked_at).into_iter().zip(looked_at).collect();
         ranked.sort_by(|a, b| a.0.total_cmp(&b.0));
+        tokens.extend(start + before..start + len);
         tokens.extend(ranked[..unusual].iter().map(|(_, t)| t));
         tokens.sort_unstable();
         // In 32 bits a product of 256 elements goes through 1 + 8 + 5 roundings, of its terms' sizes at worst; a cosine has

@@ -1,28 +1,33 @@
-//! The tokens of a span whose queries a selector scores with: most of them evenly strided, the others unusual ones.
+//! The tokens of a span whose queries a selector scores with: most of them evenly strided, the others unusual ones, and the
+//! last.
 //!
 //! Even strides stand for the span's average, and meet one or none of the few tokens that ask for something far away, as
 //! a question's do. Those differ from the mean query (the observation of QUOKA, arXiv 2602.08722, which scores with them
 //! alone): with a quarter of the rows given to them a question's own rows lose half as much of their output, and all rows
-//! together no more than before (tests/bench/record/cpu/2026-11-22-unusual-rows.txt).
+//! together hardly more (tests/bench/record/cpu/2026-11-22-unusual-rows.txt). A prompt's end is what is answered.
 
 use super::Input;
 use crate::plan::Span;
 
 /// `settings.sample_rows` of the span's tokens, ascending, for all query heads of `kv_head`; all of them for 0 or no
-/// fewer than there are. A token may be both strided and unusual: then it stands, and counts, twice.
+/// fewer than there are. An unusual token may be one of the others, too: then it stands, and counts, twice.
 ///
-/// Strided sample `i` of `n` over `m` tokens is `floor(i * (m - 1) / (n - 1))`; a single one is the last, which sees most.
+/// Strided sample `i` of `n` over the `m` tokens before the last ones is `floor(i * (m - 1) / (n - 1))`; a single sample is
+/// the last token, which sees most.
 pub(super) fn tokens(input: &Input, span: &Span, kv_head: usize) -> Vec<usize> {
     let (len, count) = (span.len, input.layout.settings.sample_rows);
     if count == 0 || count >= len {
         return (0..len).collect();
     }
     let unusual = (count / UNUSUAL_SHARE).min(CANDIDATES);
-    let mut tokens = match count - unusual {
-        1 => vec![len - 1],
-        n => (0..n).map(|i| i * (len - 1) / (n - 1)).collect(),
+    let last = count / LAST_SHARE;
+    let over = len - last;
+    let mut tokens: Vec<usize> = match count - unusual - last {
+        1 => vec![over - 1],
+        n => (0..n).map(|i| i * (over - 1) / (n - 1)).collect(),
     };
     if unusual > 0 {
+        tokens.extend(over..len);
         tokens.extend(least_like_the_mean(input, span, kv_head, unusual));
         tokens.sort_unstable();
     }
@@ -92,6 +97,9 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 /// One sample in so many is an unusual one.
 const UNUSUAL_SHARE: usize = 4;
 
+/// And one in so many of the last ones.
+const LAST_SHARE: usize = 8;
+
 /// Most tokens of a span that are looked at; of a longer one every second, third .. is.
 const CANDIDATES: usize = 512;
 
@@ -133,7 +141,8 @@ mod tests {
 
     #[test]
     fn a_quarter_are_the_unusual_ones_and_the_others_even() {
-        assert_eq!(sampled(100, 8, &[41, 42]), [0, 19, 39, 41, 42, 59, 79, 99]);
+        assert_eq!(sampled(100, 8, &[41, 42]), [0, 24, 41, 42, 49, 73, 98, 99]);
+        assert_eq!(sampled(100, 16, &[9, 41, 99])[11..], [86, 97, 98, 99, 99]);
         assert_eq!(sampled(100, 3, &[41]), [0, 49, 99]);
         assert_eq!(sampled(100, 1, &[41]), [99]);
         assert_eq!(sampled(9, 4, &[4]), [0, 4, 4, 8]);
