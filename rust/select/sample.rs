@@ -70,11 +70,17 @@ fn sum_of_whole_numbers(queries: &[f32], dim: usize) -> Vec<f32> {
     let mut sums = vec![0_i32; dim];
     for query in queries.chunks_exact(dim) {
         for (sum, x) in sums.iter_mut().zip(query) {
-            // In this order NaN becomes a number.
-            *sum += (x * scale).max(-MOST).min(MOST).round_ties_even() as i32;
+            *sum += whole_number(x * scale);
         }
     }
     sums.iter().map(|&x| x as f32).collect()
+}
+
+/// The nearest one of at most [`MOST`]; of what is no number, the least.
+#[expect(clippy::manual_clamp, reason = "clamp keeps NaN")]
+#[expect(clippy::cast_possible_truncation, reason = "whole, and of 21 bits")]
+fn whole_number(x: f32) -> i32 {
+    x.max(-MOST).min(MOST).round_ties_even() as i32
 }
 
 /// The product of two vectors: eight elements one after the other, then those sums pair by pair.
