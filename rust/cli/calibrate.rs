@@ -47,7 +47,7 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value = "mass")]
     keep: Rule,
     /// Who shares a list, as for `attend`.
-    #[arg(long, value_parser = options::scope, default_value = "head:chunk", value_name = "HEADS[:TOKENS]")]
+    #[arg(long, value_parser = options::scope, default_value = "head:1024", value_name = "HEADS[:TOKENS]")]
     scope: Scope,
     /// Tokens per block: 16 to 256.
     #[arg(long, default_value_t = 128, value_name = "TOKENS")]

@@ -48,6 +48,7 @@ TYPED = (
     "cells_read_candidates",
     "cells_pool",
     "pooled_lists",
+    "sample_rows",
     "flashprefill",
     "xattention",
     "xattention_mass",
