@@ -192,7 +192,7 @@ def _add_what(add: Any) -> None:
     add("--library", type=Path, help="the native library, instead of the package's own")
     add("--lengths", type=_lengths, default=[8192], help="tokens of a prompt with its answer: 8k,16k,32k")
     add("--tasks", default="all", help="names with commas, or all")
-    add("--methods", default=_ROWS, help="rows as they come, with commas, or all; default:query_span=512+keep_value=.98")
+    add("--methods", default=_ROWS, help="rows, with commas, or all; also default:query_span=512+keep_value=.98")
     add("--density", type=_numbers, default=[], help="densities for the rows of --at-density: .1,.2")
     add(
         "--at-density", default="default,flashprefill-union", help="rows set to each --density; all: those of --methods"
