@@ -63,12 +63,13 @@ def methods(wanted: Iterable[str] = ()) -> dict[str, Method]:
 
 def _changed(settings: Settings, changes: str) -> Settings:
     types = {field.name: field.type for field in fields(Settings)}
+    readers: dict[str, Callable[[str], object]] = {"int": int, "float": float, "bool": _truth}
     values: dict[str, object] = {}
     for change in changes.split("+"):
         name, _, text = change.partition("=")
         if name not in types:
             raise ValueError(f"{change}: wanted NAME=VALUE of {', '.join(types)}")
-        values[name] = {"int": int, "float": float, "bool": _truth}.get(str(types[name]), str)(text)
+        values[name] = readers.get(str(types[name]), str)(text)
     return settings.replace(**values)
 
 
