@@ -208,6 +208,17 @@ def test_who_is_not_served_has_no_row_and_a_reason(tiny: Any, tmp_path: Path) ->
     assert "`attn_gate`: its gates" in (tmp_path / "other.md").read_text()
 
 
+def test_a_row_can_be_another_with_settings_changed() -> None:
+    name = "default:query_span=512+keep_value=0.9+mean_correction=true"
+    changed = methods([name])[name].settings
+    assert (changed.query_span, changed.keep_value, changed.mean_correction) == (512, 0.9, True)
+    assert changed.replace(query_span=1024, keep_value=0.97, mean_correction=False) == methods()["default"].settings
+    for wrong in ("default:span=512", "default:mean_correction=1", "default:query_span=half"):
+        with pytest.raises(ValueError):
+            methods([wrong])
+    assert "nobody:query_span=512" not in methods(["nobody:query_span=512"])
+
+
 @pytest.mark.parametrize("name", sorted(set(methods()) - {"attn_gate", "dense"}))
 def test_every_method_is_served_on_the_cpu(tiny: Any, name: str) -> None:
     context = make("single-noise", tiny.codec, 900, "0:0")
