@@ -169,7 +169,7 @@ fn settings(rng: &mut Rng) -> Settings {
     let max_density = share(rng);
     Settings {
         block_size,
-        scope: Scope { query_span: pick(rng, &[0, 0, 128, 256, 512]), heads_per_list: rng.below(6) },
+        scope: Scope { query_span: pick(rng, &[0, 0, 128, 256, 512, 1024]), heads_per_list: rng.below(6) },
         keep,
         keep_at: pick(rng, &[KeepAt::Row, KeepAt::List]),
         min_density: pick(rng, &[0.0, max_density / 2.0, max_density]),

@@ -171,6 +171,7 @@ __device__ __forceinline__ void join_sums(int* sums, int length) {
         if (at < length) all[i] += ptx::load_from(rank, sums + at);
     }
     // All have read these before any writes them.
+    ptx::fence_cluster();
     ptx::arrive_at_cluster();
     ptx::wait_for_cluster();
 #pragma unroll
@@ -211,10 +212,10 @@ __device__ __forceinline__ void measure(const Unit& unit, const int* sums, float
   __syncthreads();
 }
 
-// A vector of zeros, or of what is no number, is like any other.
+// A vector of zeros, or too small or large for its square, is like any other.
 __device__ __forceinline__ float cosine(float product, float square, float length) {
   const float cosine = __fdiv_rn(product, __fmul_rn(__fsqrt_rn(square), length));
-  return isnan(cosine) ? 1.0f : cosine;
+  return isfinite(cosine) ? cosine : 1.0f;
 }
 
 // A number that grows with the float.

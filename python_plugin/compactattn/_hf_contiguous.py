@@ -90,7 +90,7 @@ class _Call:
         cls, tensors: tuple[Any, Any, Any], out: Any, scaling: float | None, settings: Settings, stream: int | None
     ) -> _Call:
         batch = _batch(*(tensor[0] for tensor in tensors))
-        plan = plan_for(batch, settings=settings, sm_scale=scaling)
+        plan = plan_for(batch, settings=_planned(settings, tensors[0].shape[2], tensors[1].shape[2]), sm_scale=scaling)
         memory = plan.workspace(batch, stream)
         args = plan.arguments(batch, out[0], scratch=memory, stream=stream)
         lengths = tuple(view.owner for view in (batch.block_table, batch.seq_lens, batch.cu_seqlens_q))
@@ -111,7 +111,7 @@ def _request(tensors: tuple[Any, Any, Any], out: Any, scaling: float | None, set
     query, key, value = tensors
     head = key.shape[1] % PAGE
     batch = _batch(query, key[:, head:], value[:, head:])
-    plan = plan_for(batch, settings=settings, sm_scale=scaling)
+    plan = plan_for(batch, settings=_planned(settings, query.shape[1], key.shape[1]), sm_scale=scaling)
     summaries = means(plan, batch, settings)
     if not head:
         plan.forward(batch, out, summaries=summaries)
@@ -120,6 +120,11 @@ def _request(tensors: tuple[Any, Any, Any], out: Any, scaling: float | None, set
     plan.forward(batch, paged, lse, summaries=summaries)
     rest = _seen_by_all(query, key[:, :head], value[:, :head], scaling)
     stages.combine(plan, (paged, lse), rest, out)
+
+
+def _planned(settings: Settings, q_len: int, kv_len: int) -> Settings:
+    """A whole prompt at once has no past to choose from: one span takes the least room, of many each its own."""
+    return settings.replace(query_span=0) if q_len == kv_len else settings
 
 
 def _reads_means(settings: Settings) -> bool:

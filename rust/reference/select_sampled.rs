@@ -21,7 +21,8 @@ impl At<'_> {
             (0..even).map(|i| start + i * (before - 1) / (even - 1)).collect()
         };
         let looked_at: Vec<usize> = (0..candidates).map(|i| start + i * len / candidates).collect();
-        let mut ranked: Vec<(f64, usize)> = self.likeness(&looked_at).into_iter().zip(looked_at).collect();
+        let mut ranked: Vec<(f64, usize)> =
+            self.likeness(&looked_at).into_iter().zip(looked_at.iter().copied()).collect();
         ranked.sort_by(|a, b| a.0.total_cmp(&b.0));
         tokens.extend(start + before..start + len);
         tokens.extend(ranked[..unusual].iter().map(|(_, t)| t));
@@ -29,9 +30,17 @@ impl At<'_> {
         // In 32 bits a product of 256 elements goes through 1 + 8 + 5 roundings, of its terms' sizes at worst; a cosine has
         // three of them, and the sum over heads one more each.
         let slack = self.heads.len() as f64 * 64.0 * f64::from(f32::EPSILON / 2.0);
-        let certain =
-            unusual == 0 || unusual == candidates || ranked[unusual].0 - ranked[unusual - 1].0 > slack;
-        (tokens, certain)
+        let apart = unusual == candidates || ranked[unusual.max(1) - 1].0 + slack < ranked[unusual].0;
+        (tokens, unusual == 0 || apart && looked_at.iter().all(|&t| self.fits_32_bits(t)))
+    }
+
+    /// Whether the squares of a token's queries are numbers in 32 bits as well.
+    fn fits_32_bits(&self, token: usize) -> bool {
+        self.heads.clone().all(|head| {
+            let query = &self.request.q[head][token];
+            let square = dot(query, query);
+            square == 0.0 || (1e-30..1e30).contains(&square)
+        })
     }
 
     /// Of each token: the sum over heads of its query's cosine with the sum of all their queries.
@@ -48,7 +57,7 @@ impl At<'_> {
             let mean: Vec<f64> = (0..dim).map(|x| queries.iter().map(|q| whole(q, x)).sum()).collect();
             for (sum, q) in likeness.iter_mut().zip(&queries) {
                 let cosine = dot(q, &mean) / (dot(q, q) * dot(&mean, &mean)).sqrt();
-                *sum += if cosine.is_nan() { 1.0 } else { cosine };
+                *sum += if cosine.is_finite() { cosine } else { 1.0 };
             }
         }
         likeness

@@ -52,8 +52,8 @@ fn least_like_the_mean(input: &Input, span: &Span, kv_head: usize, count: usize)
         let length = dot(&mean, &mean).sqrt();
         for (sum, query) in likeness.iter_mut().zip(queries.chunks_exact(dim)) {
             let cosine = dot(query, &mean) / (dot(query, query).sqrt() * length);
-            // A query of zeros, or of what is no number, is like any other.
-            *sum += if cosine.is_nan() { 1.0 } else { cosine };
+            // A query of zeros, or too small or large for its square, is like any other.
+            *sum += if cosine.is_finite() { cosine } else { 1.0 };
         }
     }
     let mut order: Vec<usize> = (0..n).collect();

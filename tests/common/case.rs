@@ -277,7 +277,7 @@ pub(crate) fn settings(rng: &mut Rng) -> Settings {
         selector,
         block_size,
         scope: Scope {
-            query_span: rng.pick(&[0, 0, 128, 256, 512]),
+            query_span: rng.pick(&[0, 0, 128, 256, 512, 1024]),
             heads_per_list: rng.pick(&[0, 0, 1, 1, 2, 3, 100]),
         },
         keep: keep(rng),
