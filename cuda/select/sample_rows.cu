@@ -297,6 +297,21 @@ struct Usual {
   }
 };
 
+// The first of `count` numbers that is not before, where those that are come first.
+template <class IsBefore>
+__device__ __forceinline__ int first_not(int count, IsBefore is_before) {
+  int low = 0;
+  while (low < count) {
+    const int middle = (low + count) / 2;
+    if (is_before(middle)) {
+      low = middle + 1;
+    } else {
+      count = middle;
+    }
+  }
+  return low;
+}
+
 // Merges the chosen tokens and the usual ones, ascending. One CTA.
 __device__ __forceinline__ void write_samples(const Unit& unit, int count, int wanted,
                                               Picking& shared, int* samples) {
@@ -314,29 +329,11 @@ __device__ __forceinline__ void write_samples(const Unit& unit, int count, int w
   const Usual usual(unit.span, count);
   for (int i = threadIdx.x; i < usual.count; i += kWide) {
     const int token = usual.token(i);
-    int low = 0, high = wanted;  // chosen ones below the token
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (shared.chosen[middle] < token) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    samples[i + low] = token;
+    samples[i + first_not(wanted, [&](int j) { return shared.chosen[j] < token; })] = token;
   }
   for (int i = threadIdx.x; i < wanted; i += kWide) {
     const int token = shared.chosen[i];
-    int low = 0, high = usual.count;  // usual ones up to the token
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (usual.token(middle) <= token) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    samples[i + low] = token;
+    samples[i + first_not(usual.count, [&](int j) { return usual.token(j) <= token; })] = token;
   }
 }
 
