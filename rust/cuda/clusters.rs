@@ -3,7 +3,7 @@
 
 use super::kernels::{Arg, Grid};
 use super::params::{Then, Wish};
-use super::select::Scoring;
+use super::select::{Scoring, longest_span};
 use super::shared::{self, MAX_ROW_BLOCKS};
 use crate::error::Result;
 use crate::plan::Layout;
@@ -16,11 +16,7 @@ pub(super) fn samples(layout: &Layout) -> bool {
         layout.settings.selector,
         Selector::SampledExact | Selector::PooledMass | Selector::TwoLevel
     );
-    let longest = match layout.select_span() {
-        0 => layout.limits.max_total_q,
-        span => span.min(layout.limits.max_total_q),
-    };
-    samples && (1..longest).contains(&layout.settings.sample_rows)
+    samples && (1..longest_span(layout, layout.limits.max_total_q)).contains(&layout.settings.sample_rows)
 }
 
 /// CTAs of a cluster, kCtas of cuda/select/cluster.cuh.

@@ -283,10 +283,7 @@ impl Scoring<'_> {
     }
 
     fn longest_span(&self, total_q: usize) -> usize {
-        match self.layout.select_span() {
-            0 => total_q,
-            span => span.min(total_q),
-        }
+        longest_span(self.layout, total_q)
     }
 
     /// One CTA for each row of scores.
@@ -317,6 +314,14 @@ impl Scoring<'_> {
 
     pub(super) fn head_dim(&self) -> u32 {
         self.step.layout.head_dim.cast_unsigned()
+    }
+}
+
+/// Tokens of the longest select span that a step of so many query tokens can have.
+pub(super) fn longest_span(layout: &Layout, total_q: usize) -> usize {
+    match layout.select_span() {
+        0 => total_q,
+        span => span.min(total_q),
     }
 }
 
