@@ -105,6 +105,9 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
         kernels.extend(TYPED.map(|(name, params)| (format!("{name}_{dtype}"), params)));
         let over_e4m3 = ["cells_read", "cells_read_candidates", "cells_pool"];
         kernels.extend(over_e4m3.map(|name| (format!("{name}_{dtype}_e4m3"), "488,4")));
+        for name in over_e4m3.iter().filter(|_| maps.is_none()) {
+            kernels.push((format!("{name}_small_{dtype}_d256"), "488,4"));
+        }
         if let Some([params, corrected]) = maps {
             kernels.push((format!("attend_sm90_{dtype}_d128"), params));
             kernels.push((format!("attend_sm90_{dtype}_d128_means"), corrected));
