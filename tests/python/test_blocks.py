@@ -142,7 +142,7 @@ def test_what_is_skipped_without_torch_runs_where_it_is() -> None:
     given = re.search(r"WITH_TORCH := .*,(.*)\)", recipe)
     assert given
     for path in sorted((ROOT / "tests/python").glob("test_*.py")):
-        if re.search(r'importorskip\("(torch|ml_dtypes)"', path.read_text(encoding="utf-8")):
+        if re.search(r'importorskip\("(torch|ml_dtypes|jax)"', path.read_text(encoding="utf-8")):
             known = path.name.removeprefix("test_") in given[1].split() or f"tests/python/{path.name}" in recipe
             assert known, f"{path.name} runs nowhere"
 
