@@ -40,7 +40,7 @@ ELSEWHERE = [
 # What nobody has run as it is written, and why: shorter lists only.
 NEVER_RUN = {
     ("accuracy.md", "lm-eval run"): "a long-context checkpoint and the harness's data, on a GPU",
-    ("observing.md", "nsys profile"): "Nsight Systems on a GPU machine",
+    ("observing.md", "ncu --nvtx"): "a GPU machine",
 }
 # Targets that documents name and CI does not run, each with what stands for them.
 BY_HAND = {
