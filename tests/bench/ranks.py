@@ -70,8 +70,9 @@ class Group:
         return any(row[0] > 0 for row in self.rows([float(mine)]))
 
     def close(self) -> None:
-        """Leaves."""
+        """Leaves, together: who tears down first breaks the others' last sum."""
         if self.size > 1:
+            self.barrier()
             distributed.destroy_process_group()
 
 
