@@ -36,7 +36,7 @@ import ranks
 import stages
 import torch
 from prefill_report import Measured
-from sweep import PEERS, Pace, Row, Sweep, only
+from sweep import PEERS, Pace, Row, Sweep, repeated
 from timing import NAP_CYCLES, Marks
 
 RUNS = 3
@@ -76,7 +76,8 @@ def main() -> int:
     failure = ""
     if args.ranks > 1:
         limit = args.seconds + ranks.HANG_SECONDS if args.seconds else args.limit
-        failure = ranks.launch([sys.executable, *sys.argv], args.ranks, limit)
+        left = ["--seconds", str(args.seconds - (time.monotonic() - STARTED))] if args.seconds else []
+        failure = ranks.launch([sys.executable, *sys.argv, *left], args.ranks, limit)
     else:
         _measure_all(rows, args, group)
     book = prefill_report.Book(args.out)
@@ -232,9 +233,10 @@ def _worst_error(layer: module.Module, attention: module.Attention) -> float:
 
 
 def _rows(args: argparse.Namespace) -> list[Row]:
+    if args.repro:
+        return repeated(args.repro)
     families = args.shapes or ([HALF] if args.ranks > 1 else [WHOLE, HALF])
-    rows = Sweep(families, args.contexts, args.chunks, args.methods, args.densities).rows()
-    return only(rows, args.repro) if args.repro else rows
+    return Sweep(families, args.contexts, args.chunks, args.methods, args.densities).rows()
 
 
 def _repro(args: argparse.Namespace) -> str:

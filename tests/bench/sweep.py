@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import product
+from typing import TypeVar
 
 from shapes import Shape
 
@@ -11,8 +12,12 @@ from shapes import Shape
 PEERS = ("vllm-fa3", "fa2-copies")
 # Dense systems have one row, not one a density.
 DENSE = (*PEERS, "dense")
-# What a shape is measured with before any other method is.
+# Names of tables that are not the method's.
+OURS = {"ours-op": "ours"}
+# What a shape is measured with before any other method is; how many contexts further down others are, and chunks.
 FIRST = (*PEERS, "ours", "dense")
+OTHER_METHOD, OTHER_CHUNK = 3, 4
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Row:
             return self.method
         if self.method == "dense":
             return "ours-dense"
-        return f"{'ours-op' if self.method == 'ours' else self.method}-{self.density:.2f}"
+        return f"{next((name for name, it in OURS.items() if it == self.method), self.method)}-{self.density:.2f}"
 
     @property
     def key(self) -> tuple[str, str]:
@@ -52,31 +57,36 @@ class Sweep:
     densities: list[float]
 
     def rows(self) -> list[Row]:
-        """All, the most important first: the first chunk and dense rows before the rest, a shape's rows together."""
-        shapes = [
-            (i, (family, context), Shape.parse(f"{family}_q{chunk}_kv{context}"))
-            for i, chunk in enumerate(self.chunks)
-            for family in self.families
-            for context in self.contexts
-            if chunk <= context and context % chunk == 0
-        ]
-        ranked = []
-        for place, (chunk, _, shape) in enumerate(shapes):
+        """All, the most important first: each step down an axis costs rank, another method or chunk most."""
+        ranked: list[tuple[tuple[int, ...], Row]] = []
+        for chunk, family, context in product(*map(_numbered, (self.chunks, self.families, self.contexts))):
+            if context[1] % chunk[1]:
+                continue
+            shape = Shape.parse(f"{family[1]}_q{chunk[1]}_kv{context[1]}")
+            place = (chunk[0], family[0], context[0])
             for at, method in enumerate([*PEERS, *self.methods]):
-                for density in [1.0] if method in DENSE else self.densities:
-                    tier = 2 * (chunk > 0) + (method not in FIRST)
-                    ranked.append(((tier, place, at), Row(shape, method, density)))
+                for step, density in enumerate([1.0] if method in DENSE else self.densities):
+                    other = 0 if method in FIRST else OTHER_METHOD + step
+                    rank = context[0] + other + (OTHER_CHUNK if chunk[0] else 0)
+                    ranked.append(((rank, *place, at), Row(shape, method, density)))
         ranked.sort(key=lambda it: it[0])
         return [row for _, row in ranked]
 
 
-def only(rows: Iterable[Row], key: str) -> list[Row]:
-    """The row called `CASE,SYSTEM`, and the peers that its ratios need; ValueError if there is none."""
+def _numbered(axis: list[T]) -> list[tuple[int, T]]:
+    return list(enumerate(axis))
+
+
+def repeated(key: str) -> list[Row]:
+    """The row called `CASE,SYSTEM`, after the peers that its ratios need; ValueError for what no row is called."""
     case, _, system = key.partition(",")
-    rows = list(rows)
-    if (case, system) not in {row.key for row in rows}:
-        raise ValueError(f"no row {key!r} among {len(rows)}, the first of them {','.join(rows[0].key)!r}")
-    return [row for row in rows if str(row.shape) == case and row.system in (*PEERS, system)]
+    shape = Shape.parse(case)
+    named, _, share = system.rpartition("-")
+    try:
+        row = Row(shape, "dense", 1.0) if system == "ours-dense" else Row(shape, OURS.get(named, named), float(share))
+    except ValueError:
+        raise ValueError(f"a row is called like {case},ours-op-0.17, not {key!r}") from None
+    return [*(Row(shape, peer, 1.0) for peer in PEERS), row]
 
 
 @dataclass

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,23 +47,24 @@ def test_rows_come_in_the_order_in_which_they_matter() -> None:
     first = [system for _, system in keys[:5]]
     assert first == ["vllm-fa3", "fa2-copies", "ours-dense", "ours-op-0.17", "ours-op-0.30"]
     assert [row.shape.context for row in rows[:10]] == [131072] * 5 + [8192] * 5
-    # Other methods before other chunks, and a shape's rows together.
-    assert {row.method for row in rows[10:14]} == {"xattention"} and rows[14].shape.chunk == 512
-    shapes = [row.shape for row in rows if row.method != "xattention"]
-    assert sum(a != b for a, b in pairwise(shapes)) == 3
+    # Then another method, at one density and then the next, then another chunk.
+    assert [row.key[1] for row in rows[10:13]] == ["xattention-0.17", "xattention-0.30", "xattention-0.17"]
+    assert rows[13].shape.chunk == 512 and rows[13].shape.context == 131072
     # A chunk that does not divide a context has no row.
     assert {row.shape.context for row in sweep(contexts=[8192, 1536]).rows()} == {8192, 1536}
     assert {row.shape.context for row in sweep(contexts=[8192, 1536], chunks=[1024]).rows()} == {8192}
 
 
 def test_one_row_brings_its_peers_and_an_unknown_one_is_refused() -> None:
-    from sweep import only
+    from sweep import repeated
 
     case = "h32k8_d128_b1_q1024_kv8192"
-    rows = only(sweep().rows(), f"{case},ours-op-0.30")
-    assert [row.key for row in rows] == [(case, name) for name in ("vllm-fa3", "fa2-copies", "ours-op-0.30")]
-    with pytest.raises(ValueError, match=r"no row .*ours-op-0\.31"):
-        only(sweep().rows(), f"{case},ours-op-0.31")
+    for row in [row for row in sweep().rows() if row.method not in ("vllm-fa3", "fa2-copies")]:
+        again = repeated(",".join(row.key))
+        assert again[-1] == row and [it.system for it in again[:-1]] == ["vllm-fa3", "fa2-copies"]
+    for key in (f"{case},ours", f"{case},", "ours-op-0.30", "x,ours-op-0.30"):
+        with pytest.raises(ValueError):
+            repeated(key)
 
 
 def test_time_is_not_overrun_by_a_row_whose_like_is_known() -> None:
@@ -362,8 +361,10 @@ def test_without_a_gpu_nothing_is_timed(tmp_path: Path) -> None:
     assert ran.returncode == 2 and "no GPU" in ran.stderr and not (tmp_path / "out").exists()
 
 
-def test_the_command_that_repeats_a_row_is_one_that_parses(small: Any) -> None:
-    args = argparse.Namespace(ranks=2, shapes=None, contexts=[8192], chunks=[1024], methods=["ours"], densities=[0.3])
-    args.repro = "h16k4_d128_b8_q1024_kv8192,ours-op-0.30"
-    assert [row.system for row in small._rows(args)] == ["vllm-fa3", "fa2-copies", "ours-op-0.30"]
-    assert small._repro(args).endswith("--ranks 2")
+def test_the_command_that_repeats_a_row_needs_nothing_else(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["prefill.py", "--out", "x", "--ranks", "2"])
+    command = small._repro(small._arguments()).split()
+    key = "h16k4_d128_b8_q2048_kv8192,flashprefill-union-0.25"
+    monkeypatch.setattr(sys, "argv", [*command[1:], "--repro", key])
+    args = small._arguments()
+    assert args.ranks == 2 and [",".join(row.key) for row in small._rows(args)][-1] == key
