@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import product
-from typing import TypeVar
 
 from shapes import Shape
 
@@ -17,7 +16,6 @@ OURS = {"ours-op": "ours"}
 # What a shape is measured with before any other method is; how many contexts further down others are, and chunks.
 FIRST = (*PEERS, "ours", "dense")
 OTHER_METHOD, OTHER_CHUNK = 3, 4
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,22 +57,19 @@ class Sweep:
     def rows(self) -> list[Row]:
         """All, the most important first: each step down an axis costs rank, another method or chunk most."""
         ranked: list[tuple[tuple[int, ...], Row]] = []
-        for chunk, family, context in product(*map(_numbered, (self.chunks, self.families, self.contexts))):
-            if context[1] % chunk[1]:
+        axes = product(enumerate(self.chunks), enumerate(self.families), enumerate(self.contexts))
+        for (chunk_at, chunk), (family_at, family), (context_at, context) in axes:
+            if context % chunk:
                 continue
-            shape = Shape.parse(f"{family[1]}_q{chunk[1]}_kv{context[1]}")
-            place = (chunk[0], family[0], context[0])
+            shape = Shape.parse(f"{family}_q{chunk}_kv{context}")
+            place = (chunk_at, family_at, context_at)
             for at, method in enumerate([*PEERS, *self.methods]):
                 for step, density in enumerate([1.0] if method in DENSE else self.densities):
                     other = 0 if method in FIRST else OTHER_METHOD + step
-                    rank = context[0] + other + (OTHER_CHUNK if chunk[0] else 0)
+                    rank = context_at + other + (OTHER_CHUNK if chunk_at else 0)
                     ranked.append(((rank, *place, at), Row(shape, method, density)))
         ranked.sort(key=lambda it: it[0])
         return [row for _, row in ranked]
-
-
-def _numbered(axis: list[T]) -> list[tuple[int, T]]:
-    return list(enumerate(axis))
 
 
 def repeated(key: str) -> list[Row]:
