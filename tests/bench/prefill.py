@@ -35,7 +35,7 @@ import prefill_report
 import ranks
 import stages
 import torch
-from prefill_report import Measured
+from prefill_report import Gap, Measured
 from sweep import PEERS, Pace, Row, Sweep, repeated
 from timing import NAP_CYCLES, Marks
 
@@ -100,34 +100,37 @@ def _measure_all(rows: list[Row], args: argparse.Namespace, group: ranks.Group) 
         if layer is None or layer.shape != row.shape:
             layer = None
             layer = module.Module(row.shape, seed=1, group=group)
-        line = _line(layer, row, package())
-        if group.rank == 0:
+        lines = _lines(layer, row, package())
+        for line in lines if group.rank == 0 else []:
             book.add(line)
             print(line, flush=True)
         torch.cuda.empty_cache()
         pace.learn(row, time.monotonic() - begin)
 
 
-def _line(layer: module.Module, row: Row, package: Any) -> Measured | prefill_report.Gap:
+def _lines(layer: module.Module, row: Row, package: Any) -> list[Measured | Gap]:
     """What one row earns: numbers, or the reason why there are none. Ranks go on together or not at all."""
     attention: module.Attention | None = None
-    problem = prefill_report.Gap("", *row.key, "")
+    problem = Gap("", *row.key, "")
     try:
         attention = _attention(row, package)
         error = _worst_error(layer, attention)
         if not error <= check.TOLERANCE:
-            problem = prefill_report.Gap("wrong", *row.key, f"relative error {error:.2e}")
+            problem = Gap("wrong", *row.key, f"relative error {error:.2e}")
     except Exception as reason:  # a peer may fail in any way; the others still answer
-        problem = prefill_report.Gap("missing", *row.key, f"{type(reason).__name__}: {reason}")
+        problem = Gap("missing", *row.key, f"{type(reason).__name__}: {reason}")
+    if problem.kind and layer.group.rank > 0:
+        # Only the first one's reason comes into the report.
+        print(f"rank {layer.group.rank}: {problem}", file=sys.stderr, flush=True)
     if layer.group.any(bool(problem.kind)) or attention is None:
-        return problem if problem.kind else prefill_report.Gap("missing", *row.key, "another rank could not")
+        return [problem if problem.kind else Gap("missing", *row.key, "another rank could not")]
     if layer.group.size > 1:
         # What fails now fails in the middle of a sum: the process ends, and the launcher ends the others.
         return _measured(layer, attention, row)
     try:
         return _measured(layer, attention, row)
     except Exception as reason:
-        return prefill_report.Gap("missing", *row.key, f"{type(reason).__name__}: {reason}")
+        return [Gap("missing", *row.key, f"{type(reason).__name__}: {reason}")]
 
 
 def _attention(row: Row, package: Any) -> module.Attention:
@@ -147,7 +150,7 @@ class _Parts:
         return sum(self.values[: module.PARTS.index("reduce")])
 
 
-def _measured(layer: module.Module, attention: module.Attention, row: Row) -> Measured:
+def _measured(layer: module.Module, attention: module.Attention, row: Row) -> list[Measured | Gap]:
     _prefill(layer, attention)
     inflation = None
     if isinstance(attention, methods.Ours):
@@ -156,7 +159,7 @@ def _measured(layer: module.Module, attention: module.Attention, row: Row) -> Me
             attention.calibrate()
         inflation = attention.inflation()
     runs = [_prefill(layer, attention) for _ in range(RUNS)]
-    by_stage = stages.measure_stages(lambda: _prefill(layer, attention)) if torch.cuda.is_available() else {}
+    by_stage, unseen = _stages(layer, attention)
     density = attention.density() if isinstance(attention, methods.Ours) else 1.0
     means = [statistics.mean(run.values[i] for run in runs) for i in range(len(module.PARTS))]
     own = [*[run.module for run in runs], *means, *[by_stage.get(it, 0.0) for it in stages.STAGES], density]
@@ -164,7 +167,7 @@ def _measured(layer: module.Module, attention: module.Attention, row: Row) -> Me
     sums = [max(each) for each in zip(*(numbers[:RUNS] for numbers in everyone), strict=True)]
     slower = max(everyone, key=lambda numbers: sum(numbers[:RUNS]))
     parts, left = slower[RUNS : RUNS + len(means)], slower[RUNS + len(means) :]
-    return Measured(
+    measured = Measured(
         case=str(row.shape),
         system=row.system,
         page=attention.page_size,
@@ -176,6 +179,17 @@ def _measured(layer: module.Module, attention: module.Attention, row: Row) -> Me
         parts=dict(zip(module.PARTS, parts, strict=True)),
         stages=dict(zip(stages.STAGES, left[:-1], strict=True)),
     )
+    return [measured, *([Gap("missing", *row.key, f"its stages: {unseen}")] if unseen else [])]
+
+
+def _stages(layer: module.Module, attention: module.Attention) -> tuple[dict[str, float], str]:
+    """Milliseconds by stage, and why there are none: a profiler may fail where the times themselves are good."""
+    if not torch.cuda.is_available():
+        return {}, "no GPU"
+    try:
+        return stages.measure_stages(lambda: _prefill(layer, attention)), ""
+    except (RuntimeError, AttributeError, AssertionError) as reason:
+        return {}, f"{type(reason).__name__}: {reason}"
 
 
 def _prefill(layer: module.Module, attention: module.Attention) -> _Parts:

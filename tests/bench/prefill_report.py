@@ -186,7 +186,10 @@ def _family(family: str, rows: list[Measured]) -> list[str]:
     for row in rows:
         cells = [_tokens(row), row.system, f"{row.density:.3f}", f"{row.inflation:.1f}" if row.inflation else ""]
         for what in ("module", "op", "kernel"):
-            cells.append(f"{row.ms(what):.1f}" + (f" ± {row.ms_stdev:.1f}" if what == "module" else ""))
+            cells.append(
+                ("" if what == "kernel" and not row.ms(what) else f"{row.ms(what):.1f}")
+                + (f" ± {row.ms_stdev:.1f}" if what == "module" else "")
+            )
             cells += [_times(ratio(rows, row, peer, what)) for peer in (FA3, FA2)]
         lines.append(_line([*cells, *([f"{row.ms_mean + row.parts['reduce']:.1f}"] if shared else [])]))
     lines += ["", "Where it goes, ms; stages by the profiler, `launches` what is left of the op:", ""]

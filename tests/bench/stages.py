@@ -58,4 +58,7 @@ def measure_stages(run: Callable[[], object]) -> dict[str, float]:
     # As they come: torch's own list of events takes longer to make than the run does.
     events = seen.profiler.kineto_results.events()
     on_gpu = (it for it in events if it.device_type() == torch.autograd.DeviceType.CUDA)
-    return added([Kernel(it.name(), it.start_ns(), it.end_ns()) for it in on_gpu])
+    kernels = [Kernel(it.name(), it.start_ns(), it.end_ns()) for it in on_gpu]
+    if not kernels:
+        raise RuntimeError("the profiler saw no kernel")
+    return added(kernels)

@@ -322,7 +322,8 @@ module.Module.forward, prefill.methods.build = late, broken
     slow = rows["ours-dense"]
     assert slow.ms_mean > 4 * 4 * 50 and slow.parts["reduce"] < slow.ms_mean / 2
     # What one rank cannot do none does.
-    assert [(gap.system, gap.reason) for gap in book.gaps()] == [("ours-op-0.40", "another rank could not")]
+    unseen = {(system, "its stages: no GPU") for system in rows}
+    assert {(gap.system, gap.reason) for gap in book.gaps()} == unseen | {("ours-op-0.40", "another rank could not")}
 
 
 def test_a_rank_that_dies_ends_the_other(tmp_path: Path, library: str | None) -> None:
