@@ -49,7 +49,8 @@ CHUNKS = [1024, 512, 2048]
 DENSITIES = [0.17, 0.30]
 # Naps of timing.py before a prefill: the host is some chunks ahead from the start.
 FIRST_NAPS = 10
-STARTED = time.monotonic()
+# Of --seconds: ranks that are still running so long after it hang.
+OVERRUN_SECONDS = 30.0
 
 
 def main() -> int:
@@ -75,9 +76,10 @@ def main() -> int:
     prefill_report.Book(args.out).empty()
     failure = ""
     if args.ranks > 1:
-        limit = args.seconds + ranks.HANG_SECONDS if args.seconds else args.limit
-        left = ["--seconds", str(args.seconds - (time.monotonic() - STARTED))] if args.seconds else []
-        failure = ranks.launch([sys.executable, *sys.argv, *left], args.ranks, limit)
+        spent = time.monotonic() - args.started
+        limit = args.seconds - spent + OVERRUN_SECONDS if args.seconds else args.limit
+        command = [sys.executable, *sys.argv, "--started", str(args.started)]
+        failure = ranks.launch(command, args.ranks, limit)
     else:
         _measure_all(rows, args, group)
     book = prefill_report.Book(args.out)
@@ -95,7 +97,7 @@ def _measure_all(rows: list[Row], args: argparse.Namespace, group: ranks.Group) 
     layer: module.Module | None = None
     for row in rows:
         begin = time.monotonic()
-        if group.any(not pace.fits(row, begin - STARTED)):
+        if group.any(not pace.fits(row, begin - args.started)):
             continue
         if layer is None or layer.shape != row.shape:
             layer = None
@@ -268,10 +270,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
     parser.add_argument("--shapes", nargs="+", help=f"of one rank, such as {WHOLE} (heads, head_dim, batch)")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs that share a layer's heads, a process each")
-    parser.add_argument("--seconds", type=float, help="start no row that should not end in time")
+    parser.add_argument("--seconds", type=float, help="begin no row that should not end in time")
     parser.add_argument(
         "--limit", type=float, default=3600.0, help="seconds after which ranks are ended, without --seconds"
     )
+    # Ranks count from their launcher's start, on the one clock of the machine.
+    parser.add_argument("--started", type=float, default=time.monotonic(), help=argparse.SUPPRESS)
     parser.add_argument("--repro", metavar="CASE,SYSTEM", help="one row again, and the two peers of its ratios")
     return parser.parse_args()
 

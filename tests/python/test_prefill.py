@@ -278,8 +278,8 @@ torch.set_num_threads(1)
 module.HIDDEN, prefill.RUNS = 64, 2
 group = ranks.Group.from_env("gloo")
 {extra}
-args = argparse.Namespace(out=Path({out!r}), seconds=None, contexts=[1024], chunks=[256], methods=["dense", "ours"],
-                          densities=[0.4, 0.3], shapes=["h4k2_d64_b1"], ranks=2, repro=None)
+args = argparse.Namespace(out=Path({out!r}), seconds=None, started=0.0, contexts=[1024], chunks=[256],
+                          methods=["dense", "ours"], densities=[0.4, 0.3], shapes=["h4k2_d64_b1"], ranks=2, repro=None)
 prefill._measure_all([row for row in prefill._rows(args) if row.method != "vllm-fa3"], args, group)
 group.close()
 """
