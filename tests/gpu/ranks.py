@@ -30,6 +30,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 
+from ranks_engine import SPOILS  # noqa: E402
+
 Report = dict[str, Any]
 
 
@@ -41,10 +43,15 @@ def main() -> int:
         sys.path.insert(0, str(ROOT / "python_plugin"))
         given.library = str(Path(given.library).absolute())
     with tempfile.TemporaryDirectory() as folder:
-        reports, faults = watch(given, str(Path(folder) / "meeting"))
+        reports, faults, steps = watch(given, str(Path(folder) / "meeting"))
     if not faults:
         faults = verdict(given, reports)
-    found = {"faults": faults, "machine": machine(given), "repeat": repeat(given, reports), "ranks": reports}
+    found = {
+        "faults": faults,
+        "machine": machine(given),
+        "repeat": repeat(given, steps + bool(faults)),
+        "ranks": reports,
+    }
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
     say(found)
@@ -63,7 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shared", type=int, action="append", default=[], metavar="RANK")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--hang", type=float, default=60, help="seconds without a step that are a hang")
-    parser.add_argument("--spoil", help="does wrong on rank 1, to see it found: keys, sum, table, stall, files")
+    parser.add_argument("--spoil", choices=SPOILS, help="does wrong on rank 1, to see it found (ranks_engine.py)")
     return parser.parse_args()
 
 
@@ -73,7 +80,7 @@ class Child:
 
     process: BaseProcess
     pipe: Connection
-    # Steps, and what it does: 2 * layer, + 1 in the all-reduce.
+    # Steps; and what it does: 3 * layer + 0 to 2, -1 between steps.
     progress: Any
     steps: int = -1
     since: float = field(default_factory=time.monotonic)
@@ -86,12 +93,15 @@ class Child:
 
     def where(self) -> str:
         """What it is at."""
-        layer, summing = divmod(self.progress[1], 2)
-        return f"{self.progress[0]} steps done, launching layer {layer}'s {'all-reduce' if summing else 'attention'}"
+        layer, what = divmod(self.progress[1], 3)
+        doing = (
+            f"in layer {layer}'s {('attention', 'all-reduce', 'reference')[what]}" if layer >= 0 else "between steps"
+        )
+        return f"{self.progress[0]} steps launched, {doing}"
 
 
-def watch(given: argparse.Namespace, meeting: str) -> tuple[list[Report], list[str]]:
-    """Starts the ranks and hears them out; reports in their order, and what went wrong, after which all are ended."""
+def watch(given: argparse.Namespace, meeting: str) -> tuple[list[Report], list[str], int]:
+    """Starts the ranks and hears them out: reports in order; what went wrong, after which all are ended; steps."""
     from ranks_rank import RANKS, Asked
 
     fixed = (given.library, given.device, given.seconds, given.steps, given.seed, given.duty)
@@ -116,7 +126,7 @@ def watch(given: argparse.Namespace, meeting: str) -> tuple[list[Report], list[s
         if child.process.is_alive():
             child.process.kill()
             child.process.join()
-    return [reports[rank] for rank in sorted(reports)], faults
+    return [reports[rank] for rank in sorted(reports)], faults, max(child.progress[0] for child in children)
 
 
 def start(rank: int, asked: Any) -> Child:
@@ -141,17 +151,15 @@ def live(rank: int, asked: Any, progress: Any, pipe: Connection) -> None:
     from ranks_reference import Wrong
 
     torch.set_num_threads(1)
-    seen = None
     try:
-        seen = Rank(rank, asked, progress)
-        pipe.send(seen.live())
+        pipe.send(Rank(rank, asked, progress).live())
     except Wrong as wrong:
         pipe.send({"fault": f"step {progress[0]}: {wrong}", "steps": progress[0]})
     except Exception:
         pipe.send({"fault": f"step {progress[0]}: {traceback.format_exc()[-3000:]}", "steps": progress[0]})
     pipe.close()
-    if progress[0] == 0 or seen is None or torch.distributed.is_initialized():
-        # The other rank may be within a collective: no destructor here shall wait for it.
+    if torch.distributed.is_initialized():
+        # After a fault the other rank may be within a collective: no destructor here shall wait for it.
         sys.stdout.flush()
         os._exit(1)
 
@@ -245,10 +253,8 @@ def machine(given: argparse.Namespace) -> list[str]:
     return lines
 
 
-def repeat(given: argparse.Namespace, reports: list[Report]) -> str:
+def repeat(given: argparse.Namespace, steps: int) -> str:
     """The command that does the same steps again."""
-    # A step that fails is not among those done.
-    steps = max((report["steps"] + ("fault" in report) for report in reports), default=0)
     line = f"python3 tests/gpu/ranks.py --seed {given.seed} --seconds 100000 --steps {steps} --device {given.device}"
     line += f" --library {Path(given.library).name}" if given.library else ""
     return line + (f" --spoil {given.spoil}" if given.spoil else "")
@@ -262,8 +268,10 @@ def say(found: Report) -> None:
         if "fault" in report:
             continue
         judged = ", ".join(f"{count} {mode}" for mode, count in report["judged"].items())
-        print(f"rank {rank}: {report['steps']} steps in {report['seconds']:.1f} s, {report['all_reduces']} all-reduces")
-        print(f"  {report['checks']} checks of counters and digests; wrong: {len(found['faults'])}")
+        share = 100 * report["busy"] / report["seconds"]
+        print(f"rank {rank}: {report['steps']} steps in {report['seconds']:.1f} s ({share:.0f} % of it within steps)")
+        print(f"  {report['all_reduces']} all-reduces, {report['checks']} checks of counters and digests;", end=" ")
+        print(f"wrong: {len(found['faults'])}")
         print(f"  layers judged: {judged}; of the KV that tokens see they read {report['least_read']:.3f} at least")
         print(f"  engine: {report['engine']}")
         for name, stats in report["stats"].items():

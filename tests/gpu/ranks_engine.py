@@ -7,6 +7,7 @@ that is nearly always full, in an order shuffled by use. Knows neither torch nor
 from __future__ import annotations
 
 import random
+from array import array
 from dataclasses import dataclass, field
 
 MODES = ("dense", "compactattn")
@@ -54,7 +55,8 @@ class Request:
     prompt: int
     decodes: int
     dies_at: int | None
-    pages: list[int]
+    # int32.
+    pages: array[int]
     origin: int
     written: int = 0
 
@@ -147,7 +149,8 @@ class Schedule:
         return Step(self.mode, freed, chunks, (chunk, self._rng.randrange(self.scale.num_layers), tokens))
 
     def _leave(self) -> list[int]:
-        stay, freed = [], []
+        stay: list[Request] = []
+        freed: list[int] = []
         for request in self._running:
             if not (request.dead or request.done):
                 stay.append(request)
@@ -176,7 +179,7 @@ class Schedule:
             dies_at = self._rng.randint(1, prompt) if self._rng.random() < ABORTED else None
             origin = self._rng.randrange(self.scale.noise // RUN) * RUN
             taken, self._free = self._free[-pages:], self._free[:-pages]
-            self._running.append(Request(prompt, self._rng.randrange(MARGIN), dies_at, taken, origin))
+            self._running.append(Request(prompt, self._rng.randrange(MARGIN), dies_at, array("i", taken), origin))
             self.told.admitted += 1
             self.told.handed_out += pages
         self.told.fullest = max(self.told.fullest, self.scale.num_pages - len(self._free))
@@ -200,3 +203,7 @@ MARGIN = 24
 ABORTED = 0.3
 # Tokens of noise that are alike: a block of the presets.
 RUN = 32
+# What spoils rank 1 on purpose, to see the run fail: another key in the layer that is alike; outputs off by a tenth
+# where ranks have their own data; a sum that is off; two pages in each other's place in block tables; a layer that runs
+# twice; no more steps; a file a step left open.
+SPOILS = ("keys", "answer", "sum", "table", "twice", "stall", "files")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import time
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -62,6 +63,7 @@ class Seen:
     judged: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MODES, 0))
     # The smallest share of visible KV that a judged chunk's tokens read.
     least_read: float = 1.0
+    # Seconds within steps; without --duty those of the host alone.
     busy: float = 0.0
     levels: list[Level] = field(default_factory=list)
 
@@ -87,7 +89,8 @@ class Rank:
         scale = CUDA if on_cuda else CPU
         self.schedule = Schedule(asked.seed, scale)
         self.site = Site(scale, rank, asked.seed, self.device)
-        self.seen, self.tables, self.open = Seen(), 0, []
+        self.seen, self.tables = Seen(), 0
+        self.open: list[int] = []
 
     def live(self) -> dict[str, Any]:
         """Steps until the time is up on any rank; raises Wrong."""
@@ -117,27 +120,29 @@ class Rank:
         seen.steps += 1
         seen.all_reduces += self.site.scale.num_layers
         self.progress[0] = seen.steps
+        self.progress[1] = BETWEEN
         if self.asked.duty < 1:
             # Only here, and for a neighbour's sake: neither library nor ranks need the host to wait.
             self.site.wait()
-            took = time.monotonic() - begun
+        took = time.monotonic() - begun
+        seen.busy += took
+        if self.asked.duty < 1:
             time.sleep(took / self.asked.duty - took)
-        seen.busy += time.monotonic() - begun
 
     def _at(self, layer: int, what: int) -> None:
-        self.progress[1] = 2 * layer + what
+        self.progress[1] = 3 * layer + what
 
     def _note(self, step: Step) -> None:
         """The schedule so far, as one number."""
         for chunk in step.chunks:
-            about = (step.mode, chunk.first, chunk.end, chunk.request.origin, chunk.request.pages)
-            self.tables = zlib.crc32(repr(about).encode(), self.tables)
+            about = (step.mode, chunk.first, chunk.end, chunk.request.origin)
+            self.tables = zlib.crc32(chunk.request.pages, zlib.crc32(repr(about).encode(), self.tables))
 
     def _spoil(self) -> None:
         if self.asked.spoil == "stall":
             time.sleep(1e6)
         if self.asked.spoil == "files":
-            self.open.append(Path(__file__).open())
+            self.open.append(os.dup(0))
         self.site.spoil = self.asked.spoil
 
     def _check(self) -> bool:
@@ -199,6 +204,8 @@ RANKS = 2
 # Facts that must differ between ranks; that must be 0.
 APART = "output of layer 0, apart"
 NEVER = ("not finite", "a sum that is not twice the output of ranks that are alike")
+# In ``progress``: not within a step.
+BETWEEN = -1
 # Samples of memory in a run; the step from which on a spoilt run is spoilt.
 LEVELS = 60
 SPOILED = 20

@@ -9,8 +9,7 @@ import compactattn
 import torch
 from compactattn import stages
 from ranks_engine import Chunk, Scale
-
-Tensor = torch.Tensor
+from torch import Tensor
 
 
 class Wrong(Exception):
@@ -41,7 +40,7 @@ def judge(given: Given, chunk: Chunk, tokens: list[int]) -> float:
     """
     scale, device = given.scale, given.q.device
     seen = torch.arange(chunk.end, device=device)
-    pages = torch.tensor(chunk.request.pages, device=device)
+    pages = pages_of(chunk).to(device)
     slots = pages[seen // scale.page_size] * scale.page_size + seen % scale.page_size
     # [kv_len, num_kv_heads, head_dim].
     k, v = (pool.flatten(0, 1)[slots].double() for pool in (given.k, given.v))
@@ -54,6 +53,8 @@ def judge(given: Given, chunk: Chunk, tokens: list[int]) -> float:
             kept = kept & lists.kept(chunk, token)
         read, total = read + int(kept.sum()), total + scale.num_q_heads * visible
         agrees(given, chunk.row + token, kept, (k, v))
+    if lists is not None and not torch.equal(lists.out.view(torch.int16), given.out.view(torch.int16)):
+        raise Wrong("forward and the stages differ")
     return read / total
 
 
@@ -91,10 +92,8 @@ class Lists:
         self.settings, self.device = plan.settings(layer), given.q.device
         lists = stages.union(plan, batch, stages.select(plan, batch, layer=layer), layer=layer)
         table = stages.table(plan, batch, lists, layer=layer)
-        out = torch.full_like(given.out, torch.nan)
-        stages.attend(plan, batch, table, out, layer=layer)
-        if not torch.equal(out.view(torch.int16), given.out.view(torch.int16)):
-            raise Wrong("forward and the stages differ")
+        self.out = torch.full_like(given.out, torch.nan)
+        stages.attend(plan, batch, table, self.out, layer=layer)
         self.counts, self.lens, self.boxes = (tensor_of(x) for x in (table.counts, table.stream_lens, table.boxes))
 
     def kept(self, chunk: Chunk, token: int) -> Tensor:
@@ -114,7 +113,7 @@ class Lists:
         size, count, tokens = self.sizes.box_tokens, int(self.counts[row]), int(self.lens[row])
         boxes, per_page = self.boxes[row, :count].long(), self.scale.page_size // size
         place = torch.full((self.scale.num_pages,), -1, device=self.device)
-        owned = torch.tensor(chunk.request.pages, device=self.device)
+        owned = pages_of(chunk).to(self.device)
         place[owned] = torch.arange(len(owned), device=self.device)
         pages = place[boxes // per_page]
         if (pages < 0).any():
@@ -126,6 +125,11 @@ class Lists:
         if int((named >= chunk.first).sum()) != end - chunk.first:
             raise Wrong(f"list {row} leaves out tokens of its own chunk")
         return named
+
+
+def pages_of(chunk: Chunk) -> Tensor:
+    """All pages of the chunk's request, int64 on the CPU."""
+    return torch.frombuffer(chunk.request.pages, dtype=torch.int32).long()
 
 
 def tensor_of(array: Any) -> Tensor:

@@ -9,11 +9,8 @@ import torch
 import torch.distributed as dist
 from compactattn import Batch, Plan, PlanDesc, Settings, Stats
 from ranks_engine import MODES, RUN, Scale, Step
-from ranks_reference import Given, Tensor, judge
-
-# What spoils rank 1 on purpose, to see the run fail: another key of the layer that is alike; an output bit that its
-# neighbour does not have; a block table with two pages in each other's place; no more steps; a file left open a step.
-SPOILS = ("keys", "sum", "table", "stall", "files")
+from ranks_reference import Given, judge, pages_of
+from torch import Tensor
 
 
 class Noise:
@@ -53,6 +50,7 @@ class Site:
         rows = (scale.max_total_q, scale.num_q_heads, scale.head_dim)
         self.q, self.out, self.sum = (torch.zeros(rows, dtype=torch.bfloat16, device=device) for _ in range(3))
         self.lse = torch.zeros(scale.num_q_heads * scale.max_total_q, device=device)
+        self.context = compactattn.Context(str(device))
         self.plans = {mode: self._plan(mode) for mode in MODES}
         # Of every layer's sum; of the first layer's output, and of the last's.
         self.digest = torch.zeros(scale.num_layers + 2, dtype=torch.int64, device=device)
@@ -66,12 +64,14 @@ class Site:
             settings = settings.replace(**scale.changes)
         limits = (scale.max_num_reqs, scale.max_total_q, scale.max_kv_len)
         shape = (scale.num_q_heads, scale.num_kv_heads, scale.head_dim, scale.page_size)
-        on = compactattn.Context(str(self.device))
-        return Plan(PlanDesc(*shape, "bf16", *limits, settings=settings, num_layers=scale.num_layers), on)
+        return Plan(PlanDesc(*shape, "bf16", *limits, settings=settings, num_layers=scale.num_layers), self.context)
 
     def step(self, step: Step, judged: bool, at: Callable[[int, int], None]) -> float | None:
-        """All layers; ``at(layer, 0 or 1)`` hears what comes next. The share of KV read, where one is ``judged``."""
-        freed = torch.tensor(step.freed, dtype=torch.int64, device=self.device)
+        """All layers; the share of KV that was read, where one is ``judged``.
+
+        ``at(layer, what)`` hears what comes next: attention 0, the all-reduce 1, the reference 2.
+        """
+        freed = self._send(torch.tensor(step.freed, dtype=torch.int64))
         for pool in (self.k, self.v):
             pool.index_fill_(1, freed, torch.nan)
         tensors = self._describe(step)
@@ -83,6 +83,7 @@ class Site:
             at(layer, 1)
             self._sum(step.total_q, layer)
             if judged and layer == step.judged[1]:
+                at(layer, 2)
                 share = judge(given, step.judged[0], step.judged[2])
         return share
 
@@ -91,21 +92,25 @@ class Site:
         table = torch.full((len(step.chunks), self.scale.width), -1, dtype=torch.int32)
         for row, chunk in zip(table, step.chunks, strict=True):
             used = -(-chunk.end // self.scale.page_size)
-            row[:used] = torch.tensor(chunk.request.pages[:used], dtype=torch.int32)
+            row[:used] = pages_of(chunk)[:used]
             if self.spoil == "table" and used > 8:
                 row[[0, 8]] = row[[8, 0]]
         lens = torch.tensor([chunk.end for chunk in step.chunks], dtype=torch.int32)
         starts = torch.tensor([*(chunk.row for chunk in step.chunks), step.total_q], dtype=torch.int32)
-        return table.to(self.device), lens.to(self.device), starts.to(self.device)
+        return self._send(table), self._send(lens), self._send(starts)
 
     def _places(self, step: Step) -> tuple[Tensor, Tensor]:
         """Of each of the step's tokens: its slot in the pool, and where in the noise it is cut from."""
         slots, source, page = [], [], self.scale.page_size
         for chunk in step.chunks:
             places = torch.arange(chunk.first, chunk.end)
-            slots.append(torch.tensor(chunk.request.pages)[places // page] * page + places % page)
+            slots.append(pages_of(chunk)[places // page] * page + places % page)
             source.append(places + chunk.request.origin)
-        return torch.cat(slots).to(self.device), torch.cat(source).to(self.device)
+        return self._send(torch.cat(slots)), self._send(torch.cat(source))
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        """To the device, without waiting for it."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _forward(
         self, step: Step, layer: int, tensors: tuple[Tensor, Tensor, Tensor], places: tuple[Tensor, Tensor]
@@ -125,6 +130,10 @@ class Site:
         torch.index_select(noise.queries, 0, source, out=q)
         plan, batch = self.plans[step.mode], Batch.of(q, k, v, *tensors)
         plan.forward(batch, out, lse, layer=layer)
+        if self.spoil == "twice" and layer == 0:
+            plan.forward(batch, out, lse, layer=layer)
+        if self.spoil == "answer" and layer < scale.num_layers - 1:
+            out *= 1.1
         return Given(scale, plan, batch, layer, q, k, v, out, lse, step.chunks)
 
     def _sum(self, total_q: int, layer: int) -> None:
