@@ -13,9 +13,11 @@ code 1 if the ranks disagree, an answer is wrong, memory grows, or a rank makes 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -94,10 +96,10 @@ class Child:
     def where(self) -> str:
         """What it is at."""
         layer, what = divmod(self.progress[1], 3)
-        doing = (
-            f"in layer {layer}'s {('attention', 'all-reduce', 'reference')[what]}" if layer >= 0 else "between steps"
+        part = ("attention", "all-reduce", "reference")[what]
+        return f"{self.progress[0]} steps launched, " + (
+            f"in layer {layer}'s {part}" if layer >= 0 else "between steps"
         )
-        return f"{self.progress[0]} steps launched, {doing}"
 
 
 def watch(given: argparse.Namespace, meeting: str) -> tuple[list[Report], list[str], int]:
@@ -109,8 +111,12 @@ def watch(given: argparse.Namespace, meeting: str) -> tuple[list[Report], list[s
     children = [start(rank, asked) for rank in range(RANKS)]
     reports: dict[int, Report] = {}
     faults: list[str] = []
+    begun = told = time.monotonic()
     while len(reports) < RANKS and not faults:
         time.sleep(0.05)
+        if time.monotonic() - told > 60:
+            told = time.monotonic()
+            print(f"{told - begun:.0f} s: {', '.join(child.where() for child in children)}", flush=True)
         for rank, child in enumerate(children):
             if rank not in reports and (report := heard(child)):
                 reports[rank] = report
@@ -121,12 +127,19 @@ def watch(given: argparse.Namespace, meeting: str) -> tuple[list[Report], list[s
         time.sleep(0.5)
         late = {rank: heard(child) for rank, child in enumerate(children) if rank not in reports}
         faults += [f"rank {rank}: {report['fault']}" for rank, report in late.items() if report and "fault" in report]
-    for child in children:
-        child.process.join(0 if faults else 60)
-        if child.process.is_alive():
-            child.process.kill()
-            child.process.join()
+    faults = faults or [f"rank {rank}: HANG: reports, and does not end" for rank in left(children, 60)]
+    for rank in left(children, 0):
+        children[rank].process.kill()
+        children[rank].process.join()
     return [reports[rank] for rank in sorted(reports)], faults, max(child.progress[0] for child in children)
+
+
+def left(children: list[Child], seconds: float) -> list[int]:
+    """Ranks that still run after so long."""
+    until = time.monotonic() + seconds
+    for child in children:
+        child.process.join(max(0, until - time.monotonic()))
+    return [rank for rank, child in enumerate(children) if child.process.is_alive()]
 
 
 def start(rank: int, asked: Any) -> Child:
@@ -142,6 +155,8 @@ def start(rank: int, asked: Any) -> Child:
 
 def live(rank: int, asked: Any, progress: Any, pipe: Connection) -> None:
     """A rank's process."""
+    # Linux ends it with its parent, whatever ends that.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # Multicast over NVLink is a machine's to allow, and nothing here needs it.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     if asked.library:
@@ -285,6 +300,7 @@ def say(found: Report) -> None:
 
 # For imports, contexts, kernels and NCCL.
 START_SECONDS = 240
+PR_SET_PDEATHSIG = 1
 
 if __name__ == "__main__":
     sys.exit(main())
