@@ -33,8 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 
 from ranks_engine import SPOILS  # noqa: E402
-
-Report = dict[str, Any]
+from ranks_report import Report, say, verdict  # noqa: E402
 
 
 def main() -> int:
@@ -199,61 +198,6 @@ def hung(given: argparse.Namespace, waited: list[Child], children: list[Child]) 
     return [f"rank {r}: HANG: no step for {c.still():.0f} s; {c.where()}" for r, c in enumerate(children)]
 
 
-def verdict(given: argparse.Namespace, reports: list[Report]) -> list[str]:
-    """What is wrong with a run whose ranks agreed all along."""
-    faults = [] if given.steps else short(reports[0])
-    for rank, report in enumerate(reports):
-        grown = report["growth"] = growth(report["levels"])
-        if grown["files"] > 0:
-            faults.append(f"rank {rank}: {grown['files']:.0f} more files are open")
-        if grown["torch_bytes"] > 0 or (rank not in given.shared and grown["device_bytes"] > 0):
-            faults.append(f"rank {rank}: device memory grows: {grown}")
-        if grown["minutes"] >= 2 and grown["resident_mib_per_minute"] >= 1:
-            faults.append(f"rank {rank}: host memory grows: {grown}")
-        # In less time a slope says nothing: the C library's heap breathes by this much (tests/gpu_suite/soak.rs).
-        if grown["resident_mib"] > 16:
-            faults.append(f"rank {rank}: host memory grows: {grown}")
-    return faults
-
-
-def short(report: Report) -> list[str]:
-    """Whether what was to be tried was."""
-    engine, judged = report["engine"], report["judged"]
-    tried = {
-        "a request done": engine["finished"],
-        "one aborted": engine["aborted"],
-        "a decode row": engine["decode_rows"],
-        "a change of modes": engine["mode_changes"],
-        "a judged step": sum(judged.values()),
-        "a sparse list": sum(stats["candidates"] > stats["selected"] > 0 for stats in report["stats"].values()),
-        "a full pool": engine["fullest"] * 100 >= 95 * engine["num_pages"],
-    }
-    return [f"too short: without {what}" for what, times in tried.items() if not times]
-
-
-def growth(levels: list[dict[str, Any]]) -> dict[str, float]:
-    """After warm-up, a minute or a quarter of the run; of device memory, from the middle of the run to its end."""
-    last = levels[-1]
-    warm = [level for level in levels if level["second"] >= min(60, last["second"] / 4)]
-    middle = next(level for level in levels if level["second"] >= last["second"] / 2)
-    minutes = [level["second"] / 60 for level in warm]
-    resident = [level["resident"] / 2**20 for level in warm]
-    # A file may be open just then; a leak is there in every sample.
-    quarter = -(-len(warm) // 4)
-    files = [min(level["files"] for level in part) for part in (warm[:quarter], warm[-quarter:])]
-    mean = sum(minutes) / len(minutes)
-    square = sum((x - mean) ** 2 for x in minutes)
-    slope = sum((x - mean) * y for x, y in zip(minutes, resident, strict=True)) / square if square else 0.0
-    return {
-        "minutes": minutes[-1] - minutes[0],
-        "device_bytes": last["device_used"] - middle["device_used"],
-        "torch_bytes": last["reserved"] - middle["reserved"],
-        "resident_mib": resident[-1] - resident[0],
-        "resident_mib_per_minute": slope,
-        "files": files[1] - files[0],
-    }
-
-
 def machine(given: argparse.Namespace) -> list[str]:
     """What it ran on."""
     import compactattn
@@ -273,29 +217,6 @@ def repeat(given: argparse.Namespace, steps: int) -> str:
     line = f"python3 tests/gpu/ranks.py --seed {given.seed} --seconds 100000 --steps {steps} --device {given.device}"
     line += f" --library {Path(given.library).name}" if given.library else ""
     return line + (f" --spoil {given.spoil}" if given.spoil else "")
-
-
-def say(found: Report) -> None:
-    """The summary."""
-    print(f"two ranks, {time.strftime('%Y-%m-%dT%H:%MZ', time.gmtime())}")
-    print("\n".join(found["machine"]))
-    for rank, report in enumerate(found["ranks"]):
-        if "fault" in report:
-            continue
-        judged = ", ".join(f"{count} {mode}" for mode, count in report["judged"].items())
-        share = 100 * report["busy"] / report["seconds"]
-        print(f"rank {rank}: {report['steps']} steps in {report['seconds']:.1f} s ({share:.0f} % of it within steps)")
-        print(f"  {report['all_reduces']} all-reduces, {report['checks']} checks of counters and digests;", end=" ")
-        print(f"wrong: {len(found['faults'])}")
-        print(f"  layers judged: {judged}; of the KV that tokens see they read {report['least_read']:.3f} at least")
-        print(f"  engine: {report['engine']}")
-        for name, stats in report["stats"].items():
-            print(f"  {name}: " + ", ".join(f"{name} {count}" for name, count in stats.items()))
-        print("  growth: " + ", ".join(f"{name} {value:.4g}" for name, value in report.get("growth", {}).items()))
-    for fault in found["faults"]:
-        print(f"FAULT {fault}")
-    print(f"repeat: {found['repeat']}")
-    print("FAIL" if found["faults"] else "PASS", flush=True)
 
 
 # For imports, contexts, kernels and NCCL.

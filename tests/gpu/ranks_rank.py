@@ -101,7 +101,8 @@ class Rank:
             last = self.seen.steps == self.asked.steps
             if self.seen.steps % CHECKED == 0 or last:
                 over = self._check() or last
-        self._level()
+                # Not within the check, whose tensors would be in the way.
+                self._sample(over)
         dist.destroy_process_group()
         stats = {f"{mode} {layer}": asdict(stats) for (mode, layer), stats in self.site.stats().items()}
         told = asdict(self.schedule.told) | {"num_pages": self.site.scale.num_pages}
@@ -156,8 +157,6 @@ class Rank:
         (over_a, *a), (over_b, *b) = (each.tolist() for each in both)
         self.seen.checks += 1
         self._compare(dict(zip(mine, zip(a, b, strict=True), strict=True)))
-        if not self.seen.levels or self._second() - self.seen.levels[-1].second >= self.asked.seconds / LEVELS:
-            self._level()
         return bool(over_a or over_b)
 
     def _facts(self) -> dict[str, int]:
@@ -182,10 +181,11 @@ class Rank:
         if faults:
             raise Wrong("; ".join(faults[:8]))
 
-    def _second(self) -> float:
-        return time.monotonic() - self.start
-
-    def _level(self) -> None:
+    def _sample(self, over: bool) -> None:
+        """What memory is in use, once in a while and at the end."""
+        second, levels = time.monotonic() - self.start, self.seen.levels
+        if levels and not over and second - levels[-1].second < self.asked.seconds / LEVELS:
+            return
         gc.collect()
         # What the C library and torch keep of freed memory is no leak.
         LIBC.malloc_trim(0)
@@ -197,7 +197,7 @@ class Rank:
             used, reserved = total - free, torch.cuda.memory_reserved()
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
         files = len(list(Path("/proc/self/fd").iterdir()))
-        self.seen.levels.append(Level(self._second(), used, reserved, resident, files))
+        levels.append(Level(second, used, reserved, resident, files))
 
 
 RANKS = 2
