@@ -176,10 +176,20 @@ class Rank:
         faults = [f"{name}: {a} and {b}" for name, (a, b) in facts.items() if a != b and name != APART]
         faults += [f"{name}: {max(facts[name])} times" for name in NEVER if any(facts[name])]
         faults += [f"{name}: {a}" for name, (a, b) in facts.items() if name.endswith("refused") and a]
+        faults += [f"layer {layer}: {calls} calls" for layer, calls in self._calls() if calls not in self._counted()]
         if facts[APART][0] == facts[APART][1]:
             faults.append("the ranks' own data are the same: nothing was compared")
         if faults:
             raise Wrong("; ".join(faults[:8]))
+
+    def _calls(self) -> list[tuple[int, int]]:
+        """Of each layer, in both modes."""
+        stats = self.site.stats()
+        return [(i, sum(stats[mode, i].calls for mode in MODES)) for i in range(self.site.scale.num_layers)]
+
+    def _counted(self) -> range:
+        """How many there may be: one a step; on CUDA the stages of a judged step count as another."""
+        return range(self.seen.steps, self.seen.steps + sum(self.seen.judged.values()) + 1)
 
     def _sample(self, over: bool) -> None:
         """What memory is in use, once in a while and at the end."""
