@@ -128,7 +128,8 @@ class Rank:
         took = time.monotonic() - begun
         seen.busy += took
         if self.asked.duty < 1:
-            time.sleep(took / self.asked.duty - took)
+            # The first step waits for kernels to be loaded: an idle rank must not look like a hang.
+            time.sleep(min(1.0, took / self.asked.duty - took))
 
     def _at(self, layer: int, what: int) -> None:
         self.progress[1] = 3 * layer + what
