@@ -32,8 +32,8 @@ import check
 import methods
 import module
 import prefill_report
-import ranks
 import stages
+import tensor_parallel
 import torch
 from prefill_report import Gap, Measured
 from sweep import PEERS, Pace, Row, Sweep, repeated
@@ -66,7 +66,7 @@ def main() -> int:
 
     if args.library:
         package().load_library(args.library.absolute())
-    group = ranks.Group.from_env()
+    group = tensor_parallel.Group.from_env()
     rows = _rows(args)
     if group.size > 1:
         _measure_all(rows, args, group)
@@ -79,7 +79,7 @@ def main() -> int:
         spent = time.monotonic() - args.started
         limit = args.seconds - spent + OVERRUN_SECONDS if args.seconds else args.limit
         command = [sys.executable, *sys.argv, "--started", str(args.started)]
-        failure = ranks.launch(command, args.ranks, limit)
+        failure = tensor_parallel.launch(command, args.ranks, limit)
     else:
         _measure_all(rows, args, group)
     book = prefill_report.Book(args.out)
@@ -88,7 +88,7 @@ def main() -> int:
     return 1 if report.wrong or failure else 3 if report.gaps else 0
 
 
-def _measure_all(rows: list[Row], args: argparse.Namespace, group: ranks.Group) -> None:
+def _measure_all(rows: list[Row], args: argparse.Namespace, group: tensor_parallel.Group) -> None:
     from systems.ours import package
 
     if group.size > 1:

@@ -273,10 +273,10 @@ sys.path[:0] = [{bench!r}, {package!r}]
 import compactattn
 if {library!r}:
     compactattn.load_library(Path({library!r}))
-import module, prefill, ranks, torch
+import module, prefill, tensor_parallel, torch
 torch.set_num_threads(1)
 module.HIDDEN, prefill.RUNS = 64, 2
-group = ranks.Group.from_env("gloo")
+group = tensor_parallel.Group.from_env("gloo")
 {extra}
 args = argparse.Namespace(out=Path({out!r}), seconds=None, started=0.0, contexts=[1024], chunks=[256],
                           methods=["dense", "ours"], densities=[0.4, 0.3], shapes=["h4k2_d64_b1"], ranks=2, repro=None)
@@ -287,14 +287,14 @@ group.close()
 
 def launched(tmp_path: Path, library: str | None, extra: str = "", limit_s: float = 120.0) -> tuple[str, Any]:
     import compactattn
-    import ranks
+    import tensor_parallel
     from prefill_report import Book
 
     book = Book(tmp_path)
     book.empty()
     package = str(Path(compactattn.__file__).parents[1])
     code = RANK.format(bench=str(BENCH), package=package, library=library, extra=extra, out=str(tmp_path))
-    return ranks.launch([sys.executable, "-c", code], 2, limit_s), book
+    return tensor_parallel.launch([sys.executable, "-c", code], 2, limit_s), book
 
 
 def test_a_row_is_the_slower_ranks_and_one_writes_it(tmp_path: Path, library: str | None) -> None:
@@ -344,12 +344,13 @@ module.Module.forward = dies
 
 
 def test_a_rank_that_hangs_is_ended(tmp_path: Path) -> None:
-    import ranks
+    import tensor_parallel
 
     code = f"import os, time\nopen({str(tmp_path)!r} + '/' + os.environ['RANK'], 'w').write(str(os.getpid()))\n"
     code += "time.sleep(0 if os.environ['RANK'] == '0' else 600)"
     assert (
-        ranks.launch([sys.executable, "-c", code], 2, 2.0) == "ranks [1] were still running after 2 s: all were ended"
+        tensor_parallel.launch([sys.executable, "-c", code], 2, 2.0)
+        == "ranks [1] were still running after 2 s: all were ended"
     )
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "1").read_text()), 0)
