@@ -74,7 +74,7 @@ test-python: $(VENV)/ready toolkit
 	$(VENV)/bin/pytest -q tests/python
 
 # What else of the suite wants torch or ml_dtypes, and is skipped without.
-WITH_TORCH := $(addprefix tests/python/test_,bench.py e4m3.py examples.py forward.py ranks.py tensors.py torch_tensors.py)
+WITH_TORCH := $(addprefix tests/python/test_,bench.py e4m3.py examples.py forward.py prefill.py ranks.py tensors.py torch_tensors.py)
 
 # The transformers backend on tiny models, CPU, and on SmolLM2's own weights with the newest version. The registry's torch
 # brings CUDA along: 2.6 GB to fetch, once; the model is 94 MB. One thread each, as two wait for each other on busy cores.
