@@ -26,8 +26,10 @@ SOURCE = (
     "at 4ed4d7d, arXiv 2605.16839. It gives no densities. Ours: the same shapes a GPU, module against module."
 )
 LEGEND = (
-    "ms of a whole prefill, and how many times as long FA3 in place and FA2 with copies take; `union`: what lists read "
-    "over what a head's 128 queries asked for (random heads agree on little: real ones inflate less)."
+    "Times of a whole prefill, and how many times as long FA3 in place and FA2 with copies take. `read`: share of the "
+    "blocks before a chunk; `union`: what lists read over what a head's 128 queries asked for (random heads agree on "
+    "little: real ones inflate less). Where it goes: plan to attend by the profiler, union and table being one kernel; "
+    "`rest`: what of the op no kernel accounts for; `sum`: over GPUs, and the wait for the other one."
 )
 
 
@@ -155,7 +157,7 @@ def write(book: Book, planned: Sequence[Row], about: str, command: str, failure:
     late = [Gap("missing", *row.key, failure or "no time left") for row in planned if row.key not in known]
     wrong = [str(gap) for gap in gaps if gap.kind == "wrong"]
     missing = _grouped([gap for gap in (*gaps, *late) if gap.kind == "missing"])
-    lines = ["# Chunked prefill", "", "```", about.strip(), *environment(), "```", ""]
+    lines = ["# Chunked prefill", "", "```", about.strip(), *environment(), "```", "", LEGEND, ""]
     for family in dict.fromkeys(row.family for row in rows):
         lines += _family(family, [row for row in rows if row.family == family])
     lines += _beside_published(rows)
@@ -180,9 +182,11 @@ def _family(family: str, rows: list[Measured]) -> list[str]:
     ranks = f", {rows[0].ranks} GPUs with half of the heads each" if rows[0].ranks == 2 else ""
     rows = sorted(rows, key=lambda it: it.shape.context)
     shared = rows[0].ranks > 1
-    head = ["context", "system", "read", "union", "module", "FA3", "FA2", "op", "FA3", "FA2", "attend", "FA3", "FA2"]
-    lines = [f"## {family}{ranks}", "", LEGEND, ""]
-    lines += _head([*head, *(["module and sum"] if shared else [])])
+    head = ["context", "system", "read", "union"]
+    for what in ("module", "op", "attend"):
+        head += [f"{what} ms", "x FA3", "x FA2"]
+    lines = [f"## {family}{ranks}", ""]
+    lines += _head([*head, *(["module and sum ms"] if shared else [])])
     for row in rows:
         cells = [_tokens(row), row.system, f"{row.density:.3f}", f"{row.inflation:.1f}" if row.inflation else ""]
         for what in ("module", "op", "kernel"):
@@ -192,17 +196,18 @@ def _family(family: str, rows: list[Measured]) -> list[str]:
             )
             cells += [_times(ratio(rows, row, peer, what)) for peer in (FA3, FA2)]
         lines.append(_line([*cells, *([f"{row.ms_mean + row.parts['reduce']:.1f}"] if shared else [])]))
-    lines += ["", "Where it goes, ms; stages by the profiler, `launches` what is left of the op:", ""]
-    lines += _head(["context", "system", "project", "write", *STAGES, "launches", "output", "sum over GPUs"])
+    lines += ["", "Where it goes, ms:", ""]
+    lines += _head(["context", "system", *components(rows[0])])
     lines += [_line([_tokens(row), row.system, *(f"{ms:.2f}" for ms in components(row).values())]) for row in rows]
     return [*lines, ""]
 
 
 def components(row: Measured) -> dict[str, float]:
-    """All of a prefill, in the module's order; they add up to the module and the sum over ranks."""
+    """All of a prefill, in the module's order, milliseconds; they add up to the module and the sum over ranks."""
     rest = max(row.parts["op"] - sum(row.stages.values()), 0.0)
     before = {it: row.parts[it] for it in ("project", "write")}
-    return {**before, **row.stages, "launches": rest, "output": row.parts["output"], "sum": row.parts["reduce"]}
+    total = {"sum": row.parts["reduce"]} if row.ranks > 1 else {}
+    return {**before, **row.stages, "rest": rest, "output": row.parts["output"], **total}
 
 
 def _beside_published(rows: list[Measured]) -> list[str]:
