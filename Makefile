@@ -30,7 +30,7 @@ COMPACTATTN_CUDA := $(if $(wildcard /dev/nvidia0)$(shell command -v nvidia-smi 2
 endif
 export COMPACTATTN_CUDA
 
-.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize sanitize-candle tsan gates classes tables reuse metamorphic exact big-pool soak perturb faults fuzz fuzz-coverage supply audit lint format header install dist reproducible test-dist docs clean
+.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize sanitize-candle tsan gates classes tables reuse metamorphic exact big-pool soak perturb ranks faults fuzz fuzz-coverage supply audit lint format header install dist reproducible test-dist docs clean
 
 # The main job: chunked prefill over real tensors. TRACE=FILE runs another trace.
 demo: toolkit
@@ -74,7 +74,7 @@ test-python: $(VENV)/ready toolkit
 	$(VENV)/bin/pytest -q tests/python
 
 # What else of the suite wants torch, jax or ml_dtypes, and is skipped without.
-WITH_TORCH := $(addprefix tests/python/test_,bench.py e4m3.py examples.py forward.py tensors.py torch_tensors.py)
+WITH_TORCH := $(addprefix tests/python/test_,bench.py e4m3.py examples.py forward.py prefill.py ranks.py tensors.py torch_tensors.py)
 
 # The transformers backend on tiny models, CPU, and on SmolLM2's own weights with the newest version. The registry's torch
 # brings CUDA along: 2.6 GB to fetch, once; the model is 94 MB. One thread each, as two wait for each other on busy cores.
@@ -168,6 +168,12 @@ tsan:
 ON := $(if $(wildcard /dev/nvidia0),,--device cpu)
 classes tables reuse metamorphic exact big-pool soak perturb: toolkit
 	$(CARGO) test --release --locked --test gpu_suite -- $@ $(ON) $(ARGS)
+
+# Two ranks in an engine's life, an all-reduce after each layer: two GPUs and NCCL, else gloo and the CPU context.
+ranks: export OMP_NUM_THREADS = 1
+ranks: $(HF_VENV)/ready toolkit
+	$(CARGO) build --release --locked --lib
+	$(HF_VENV)/bin/python tests/gpu/ranks.py --library $(TARGET)/release/libcompactattn.so $(ON) $(ARGS)
 
 # All of them in a minute on two cores: that they run, and can fail, without a GPU.
 gates: export COMPACTATTN_CUDA = off

@@ -119,7 +119,7 @@ struct Span {
   int32_t first_select;  // list spans: the first of its select spans
   int32_t num_selects;   // list spans: how many
   int32_t first_item;    // list spans: work items of the spans before it, over all their lists
-  int32_t reserved;
+  int32_t chunk_items;   // list spans: work items of all spans of the chunk
 };
 static_assert(sizeof(Span) == 48, "");
 

@@ -1,11 +1,24 @@
-// The order in which plan takes lists: the longest first. Items of about one length then make up a
-// wave, so that the CTAs that share a list start it together and walk it in step, and the shortest
-// are left to even out the sums with (longest processing time first, Graham 1969).
+// The order in which plan takes items. Where lists have several, the longest lists first: items of
+// about one length then make up a wave, so that the CTAs that share a list start it together and
+// walk it in step, and the shortest are left to even out the sums with (longest processing time
+// first, Graham 1969). Where lists have few items (one a tile of queries), KV head by KV head: what
+// runs at one time then reads few KV heads, whose boxes the cache keeps for all their lists.
 #pragma once
 
+#include "../params.h"
 #include "scan.cuh"
 
 namespace compactattn {
+
+// Where an item comes among all when the lists of a chunk go KV head by KV head. `before`: the
+// chunk's items in spans before this one; `at`: the item within its span, list by list; `in_span`:
+// the span's items.
+__device__ __forceinline__ int place_by_kv_head(const Span& span, int num_kv_heads, int before,
+                                                int in_span, int at) {
+  const int kv_head = at / (in_span / num_kv_heads);
+  const int in_head = before / num_kv_heads + at - kv_head * (in_span / num_kv_heads);
+  return span.first_item - before + kv_head * (span.chunk_items / num_kv_heads) + in_head;
+}
 
 // A list and its length, as a number that ascends where the order does: all differ.
 struct ListKey {

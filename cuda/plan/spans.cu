@@ -196,6 +196,7 @@ __device__ void write_list_spans(const Step& step, const Requests& requests, int
     span.num_selects = pieces_of(span.len, select_size);
     span.first_item =
         requests.items[req] + static_cast<int>(index * items_of(layout, layout.list_span));
+    span.chunk_items = static_cast<int>(sizes_of(layout, requests.of[req].q_len).items);
     step.stages.list_spans[i] = span;
   }
 }

@@ -18,8 +18,8 @@ constexpr int kMaxCtas = kPlanThreads;  // of attend
 // Where sums and searches over fewer stay in shared memory.
 constexpr int kNearItems = 4096;
 constexpr int kNearSpans = 1024;
-// Lists are taken out of their order only where a list's items are what shares its boxes: lists of
-// an item or two share them with their neighbours instead, with which they overlap.
+// Longest lists first where a list's items are what shares its boxes; lists of an item or two share
+// them with the other lists of their KV head instead.
 constexpr int kItemsToOrder = 4;  // a list, on average
 // In half tiles: a tile is 2, what an item costs beside its tiles 3 (prologue and epilogue,
 // about 2.5 us of 1.7 a tile).
@@ -57,6 +57,7 @@ struct Plan {
   uint32_t* costs;
   const int32_t* first_items;  // null: in the spans alone
   const int32_t* list_starts;  // first items of lists; null: they follow each other
+  bool by_kv_head;             // within a chunk
   int num_items;
   int num_spans;
 };
@@ -119,12 +120,13 @@ __device__ int items_of(const Layout& layout, int span_len) {
   return (span_len + tile_tokens - 1) / tile_tokens;
 }
 
-// Long lists first, where it pays.
+// Long lists first, or KV head by KV head, where it pays.
 __device__ void order_lists(const Step& step, Near& near, Plan& plan) {
   const Layout& layout = step.layout;
   const int per_span = lists_per_span(layout), row = threadIdx.x;
   const int64_t lists = static_cast<int64_t>(plan.num_spans) * per_span;
-  if (lists > kPlanThreads || plan.num_items < kItemsToOrder * lists) return;
+  plan.by_kv_head = plan.num_items < kItemsToOrder * lists;
+  if (lists > kPlanThreads || plan.by_kv_head) return;
   uint32_t tiles = 0;
   int items = 0;
   if (row < lists) {
@@ -164,7 +166,13 @@ __device__ PlacedItem item_at(const Step& step, const Plan& plan, int index) {
   item.tokens_after = span.len - 1 - first;
   item.num_heads = min(layout.heads_per_list, layout.group_size - first_head);
   item.stream_len = stream_len_of(step, item.list_row);
-  return {item, plan.list_starts ? plan.list_starts[item.list_row] + tile : index};
+  if (plan.list_starts) return {item, plan.list_starts[item.list_row] + tile};
+  if (!plan.by_kv_head) return {item, index};
+  const int before = span.first / max(1, layout.list_span) * lists_per_span(layout) *
+                     items_of(layout, layout.list_span);
+  const int in_span = lists_per_span(layout) * tiles;
+  const int at = index - span.first_item;
+  return {item, place_by_kv_head(span, layout.num_kv_heads, before, in_span, at)};
 }
 
 // Items, and in `costs` the cost of each; `means`: null without correction.

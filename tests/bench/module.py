@@ -1,15 +1,17 @@
 """One attention module of a decoder layer, prefilled chunk by chunk: projections, RoPE, cache write, attention, output.
 
-What differs between systems is the cache and the attention; the rest is the same torch code for all.
+What differs between systems is the cache and the attention; the rest is the same torch code for all. Dense systems are
+here, CompactAttention's methods in methods.py.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from shapes import Shape
+from tensor_parallel import Group
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -19,28 +21,42 @@ DEVICE = "cuda"
 HIDDEN = 4096
 ROPE_THETA = 500_000.0
 PAGE_SIZE = 16
+# Of a chunk's way through the module, in order.
+PARTS = ("project", "write", "op", "output", "reduce")
 
 
 class Attention(ABC):
-    """Owns the cache of one prefill; `attend` gets a chunk's queries, keys and values after RoPE."""
+    """Owns the cache of one prefill; `write`, then `attend`, get what a chunk has after RoPE."""
 
     name: str
+    # Tokens a page; 0 = contiguous.
+    page_size: int
+    # It reads everything.
+    dense: bool = True
 
     @abstractmethod
     def start(self, shape: Shape) -> None:
         """Empties the cache; everything that a server does once, and not per chunk."""
 
     @abstractmethod
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: int) -> torch.Tensor:
-        """`q [batch, chunk, num_q_heads, d]`, `k` and `v [batch, chunk, num_kv_heads, d]`; returns q's shape."""
+    def write(self, k: torch.Tensor, v: torch.Tensor, past: int) -> None:
+        """Appends a chunk, `[batch, chunk, num_kv_heads, d]`, to `past` tokens of each request."""
+
+    @abstractmethod
+    def attend(self, q: torch.Tensor, past: int) -> torch.Tensor:
+        """Attention of `q [batch, chunk, num_q_heads, d]` with all that selects; returns q's shape."""
+
+    def keeping_all(self) -> Attention:
+        """The same code, with nothing left out: what its answer is checked by."""
+        return self
 
 
 class Module:
-    """The layer's weights, and the hidden states that all systems see."""
+    """The layer's weights, of a rank its heads' alone, and the hidden states that all systems and ranks see."""
 
-    def __init__(self, shape: Shape, seed: int) -> None:
-        self.shape = shape
-        rng = torch.Generator(DEVICE).manual_seed(seed)
+    def __init__(self, shape: Shape, seed: int, group: Group | None = None) -> None:
+        self.shape, self.group = shape, group or Group()
+        rng = torch.Generator(DEVICE).manual_seed(seed + self.group.rank)
         q_width, kv_width = shape.num_q_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
 
         def draw(*size: int) -> torch.Tensor:
@@ -48,19 +64,28 @@ class Module:
 
         self.w_qkv = draw(q_width + 2 * kv_width, HIDDEN) * HIDDEN**-0.5
         self.w_out = draw(HIDDEN, q_width) * q_width**-0.5
+        rng.manual_seed(seed - 1)
         # Two chunks' worth in turn: no system can profit from inputs that are still in the cache.
         self.hidden = [draw(shape.batch, shape.chunk, HIDDEN) for _ in range(2)]
         half = torch.arange(0, shape.head_dim, 2, device=DEVICE, dtype=torch.float32) / shape.head_dim
         angles = torch.arange(shape.context, device=DEVICE, dtype=torch.float32)[:, None] * ROPE_THETA**-half
         self.cos, self.sin = angles.cos().repeat(1, 2).bfloat16(), angles.sin().repeat(1, 2).bfloat16()
 
-    def forward(self, attention: Attention, past: int) -> torch.Tensor:
-        """One chunk through the module."""
+    def forward(self, attention: Attention, past: int, mark: Callable[[], None]) -> torch.Tensor:
+        """One chunk through the module; `mark` is called before it and after each of PARTS."""
         shape = self.shape
-        hidden = self.hidden[past // shape.chunk % 2]
-        q, k, v = self.project(hidden, past)
-        out = attention.attend(q, k, v, past)
-        return out.reshape(shape.batch, shape.chunk, -1) @ self.w_out.T
+        mark()
+        q, k, v = self.project(self.hidden[past // shape.chunk % 2], past)
+        mark()
+        attention.write(k, v, past)
+        mark()
+        out = attention.attend(q, past)
+        mark()
+        out = out.reshape(shape.batch, shape.chunk, -1) @ self.w_out.T
+        mark()
+        self.group.sum(out)
+        mark()
+        return out
 
     def project(self, hidden: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values of a chunk, RoPE applied."""
@@ -80,26 +105,32 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 class Fa2WithCopies(Attention):
     """FlashAttention 2 as chunked prefill in transformers calls it: the whole cache copied in every chunk, twice."""
 
-    name = "fa2-copies"
+    name, page_size = "fa2-copies", 0
 
     def start(self, shape: Shape) -> None:
         """No keys, no values."""
         size = (shape.batch, shape.num_kv_heads, 0, shape.head_dim)
         self.k, self.v = (torch.empty(size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: int) -> torch.Tensor:
-        """Its kernel in torch has no bottom-right mask: the chunk sees all of itself, a little more work."""
+    def write(self, k: torch.Tensor, v: torch.Tensor, past: int) -> None:
+        """Concatenates, and copies once more into the kernel's own layout, tokens first."""
         self.k = torch.cat((self.k, k.transpose(1, 2)), dim=2)
         self.v = torch.cat((self.v, v.transpose(1, 2)), dim=2)
-        # The kernel's own layout, tokens first.
-        keys, values = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (self.k, self.v))
+        self.keys, self.values = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (self.k, self.v))
+
+    def attend(self, q: torch.Tensor, past: int) -> torch.Tensor:
+        """Its kernel in torch has no bottom-right mask: the chunk sees all of itself, a little more work."""
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            out = scaled_dot_product_attention(q.transpose(1, 2), keys, values, enable_gqa=True, is_causal=past == 0)
+            out = scaled_dot_product_attention(
+                q.transpose(1, 2), self.keys, self.values, enable_gqa=True, is_causal=past == 0
+            )
         return out.transpose(1, 2)
 
 
 class Paged(Attention):
     """A shuffled pool of pages that each chunk is written into, as in a server."""
+
+    page_size = PAGE_SIZE
 
     def start(self, shape: Shape) -> None:
         """NaN wherever nothing was written yet."""
@@ -113,10 +144,11 @@ class Paged(Attention):
             self.slots = self.block_table[:, tokens // PAGE_SIZE].long() * PAGE_SIZE + tokens % PAGE_SIZE
             size = (shape.batch * width, PAGE_SIZE, shape.num_kv_heads, shape.head_dim)
             self.k, self.v = (torch.empty(size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+            self.seq_lens = torch.zeros(shape.batch, device=DEVICE, dtype=torch.int32)
             self.cu_seqlens_q = torch.arange(shape.batch + 1, device=DEVICE, dtype=torch.int32) * shape.chunk
         self.k.fill_(float("nan"))
         self.v.fill_(float("nan"))
-        self.seq_lens = torch.zeros(shape.batch, device=DEVICE, dtype=torch.int32)
+        self.seq_lens.zero_()
 
     def write(self, k: torch.Tensor, v: torch.Tensor, past: int) -> None:
         """Puts a chunk where the block table says."""
@@ -131,11 +163,10 @@ class VllmFa3(Paged):
 
     name = "vllm-fa3"
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: int) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, past: int) -> torch.Tensor:
         """Dense."""
         from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
 
-        self.write(k, v, past)
         out = flash_attn_varlen_func(
             q=q.flatten(0, 1),
             k=self.k,
@@ -150,48 +181,3 @@ class VllmFa3(Paged):
             block_table=self.block_table,
         )
         return out.view_as(q)
-
-
-class Ours(Paged):
-    """compactattn.forward, all stages, with one plan for all chunks."""
-
-    def __init__(self, name: str, package: Any, settings: Any) -> None:
-        self.name, self._package, self._settings = name, package, settings
-
-    def keeping_all(self) -> Ours:
-        """The same stages from the first token on, with nothing left out."""
-        return Ours(self.name, self._package, self._settings.replace(keep_value=1.0, dense_below_kv_len=0))
-
-    def density(self) -> float:
-        """Share of blocks before their chunks that lists read, over all calls so far."""
-        share = self._plan.stats().density
-        return 1.0 if share is None else float(share)
-
-    def start(self, shape: Shape) -> None:
-        """A plan for this shape; kept between prefills."""
-        fresh = getattr(self, "width", None) is None or self.width[0] != shape
-        super().start(shape)
-        ours = self._package
-        self.out = torch.empty(shape.batch * shape.chunk, shape.num_q_heads, shape.head_dim, device=DEVICE).bfloat16()
-        if fresh:
-            desc = ours.PlanDesc(
-                num_q_heads=shape.num_q_heads,
-                num_kv_heads=shape.num_kv_heads,
-                head_dim=shape.head_dim,
-                page_size=PAGE_SIZE,
-                dtype="bf16",
-                max_num_reqs=shape.batch,
-                max_total_q=shape.batch * shape.chunk,
-                max_kv_len=shape.context,
-                settings=self._settings,
-            )
-            self._plan = ours.Plan(desc, self._batch(self.out).home.context())
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: int) -> torch.Tensor:
-        """Every stage."""
-        self.write(k, v, past)
-        self._plan.forward(self._batch(q.flatten(0, 1)), self.out)
-        return self.out.view_as(q)
-
-    def _batch(self, q: torch.Tensor) -> Any:
-        return self._package.Batch.of(q, self.k, self.v, self.block_table, self.seq_lens, self.cu_seqlens_q)

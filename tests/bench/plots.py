@@ -1,4 +1,7 @@
-"""Plots from a CSV of bench.py, as SVG by hand: nothing to install. `plots.py FILE.csv DIR` draws them again."""
+"""Plots from a CSV of bench.py, as SVG by hand: nothing to install. `plots.py FILE.csv DIR` draws them again.
+
+`draw_prefills` draws what prefill.py measured.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from html import escape
 from pathlib import Path
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 64, 230, 40, 48
+# Of a bar and the space below it.
+BAR = 28
 COLOURS = ["#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#0a7ea4", "#bf3989", "#57606a", "#bc4c00", "#4d2d00"]
 STAGES = ("ours-select", "ours-union", "ours-table", "ours-attend")
 
@@ -42,9 +47,80 @@ class Figure:
         parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "context (tokens)", anchor="middle"))
         for i, (name, line) in enumerate(self.lines.items()):
             parts += _line(name, [at(x, y) for x, y in sorted(line)], i)
-        body = "\n".join(parts)
-        style = 'font-family="sans-serif" font-size="12"'
-        return f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" {style}>\n{body}\n</svg>\n'
+        return _svg(parts, HEIGHT)
+
+
+@dataclass
+class Stack:
+    """Bars of parts laid end to end, one a system."""
+
+    title: str
+    unit: str
+    bars: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def svg(self) -> str:
+        """The drawing."""
+        names = list(next(iter(self.bars.values())))
+        left, height = 2 * LEFT + 30, TOP + BAR * len(self.bars) + BOTTOM
+        scale = (WIDTH - left - LEFT) / max(sum(bar.values()) for bar in self.bars.values())
+        parts = [_text(8, 22, f"{self.title} ({self.unit})", size=15)]
+        for row, (system, bar) in enumerate(self.bars.items()):
+            y, x = TOP + BAR * row, float(left)
+            parts.append(_text(left - 6, y + 15, system, anchor="end"))
+            for i, name in enumerate(names):
+                width, colour = bar[name] * scale, COLOURS[i % len(COLOURS)]
+                box = f'x="{x:.1f}" y="{y}" width="{width:.1f}" height="{BAR - 6}"'
+                parts.append(f'<rect {box} fill="{colour}"><title>{escape(name)} {bar[name]:.2f}</title></rect>')
+                x += width
+            parts.append(_text(x + 4, y + 15, f"{sum(bar.values()):.0f}"))
+        for i, name in enumerate(names):
+            x = 8 + i * (WIDTH - 16) / len(names)
+            parts.append(
+                f'<rect x="{x:.1f}" y="{height - 30}" width="12" height="12" fill="{COLOURS[i % len(COLOURS)]}"/>'
+            )
+            parts.append(_text(x + 16, height - 20, name))
+        return _svg(parts, height)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One system's prefill, for a drawing."""
+
+    # The shape without its context.
+    family: str
+    context: int
+    system: str
+    ms: float
+    # Milliseconds, in order.
+    components: dict[str, float]
+
+
+def draw_prefills(rows: list[Prefill], out: Path) -> list[Path]:
+    """For each family: the module's speed-up over either peer against context, and at each context where time goes."""
+    written = []
+    for family in dict.fromkeys(row.family for row in rows):
+        own = [row for row in rows if row.family == family]
+        stem = "prefill-" + family.replace(", ", "-").replace(" ", "-")
+        drawn: dict[str, Figure | Stack] = {}
+        for peer in ("vllm-fa3", "fa2-copies"):
+            drawn[f"over-{peer}"] = _speedup(family, own, peer)
+        for context in dict.fromkeys(row.context for row in own):
+            bars = {row.system: row.components for row in own if row.context == context}
+            drawn[f"stack-{_tokens(context)}"] = Stack(f"{family}, {_tokens(context)}", "ms", bars)
+        for what, figure in drawn.items():
+            if isinstance(figure, Stack) or figure.lines:
+                written.append(out / f"{stem}-{what}.svg")
+                written[-1].write_text(figure.svg())
+    return written
+
+
+def _speedup(family: str, rows: list[Prefill], peer: str) -> Figure:
+    figure = Figure(f"{family}: attention module, speed-up over {peer}", "x")
+    base = {row.context: row.ms for row in rows if row.system == peer}
+    for row in sorted(rows, key=lambda it: it.context):
+        if row.context in base:
+            figure.lines[row.system].append((row.context, base[row.context] / row.ms))
+    return figure
 
 
 def draw(rows_csv: Path, out: Path) -> list[Path]:
@@ -103,6 +179,11 @@ def _round_up(value: float) -> float:
     """To a number that reads well at fifths of it."""
     power = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
     return next(step * power for step in (1, 1.5, 2, 3, 5, 8, 10) if value <= step * power)
+
+
+def _svg(parts: list[str], height: int) -> str:
+    body, style = "\n".join(parts), 'font-family="sans-serif" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" {style}>\n{body}\n</svg>\n'
 
 
 def _line(name: str, points: list[tuple[float, float]], i: int) -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -53,3 +55,31 @@ def _once(call: Callable[[], torch.Tensor], *, nap: bool) -> float:
     end.record()
     torch.cuda.synchronize()
     return float(start.elapsed_time(end))
+
+
+class Marks:
+    """Points in time on the stream; on a machine without a GPU the host's clock, which only tests look at."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
+        self._events: list[torch.cuda.Event] = []
+        self._seconds: list[float] = []
+
+    def mark(self) -> None:
+        """One more."""
+        if not self._on_gpu:
+            self._seconds.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._events.append(event)
+
+    def begun(self) -> bool:
+        """Whether the device has come to the first one."""
+        return bool(not self._on_gpu or self._events[0].query())
+
+    def gaps(self) -> list[float]:
+        """Milliseconds between neighbours; the device must be done with them."""
+        if not self._on_gpu:
+            return [(b - a) * 1e3 for a, b in pairwise(self._seconds)]
+        return [float(a.elapsed_time(b)) for a, b in pairwise(self._events)]

@@ -213,7 +213,7 @@ class Case:
         return boxes, slots[inside]
 
     def expected_items(self) -> torch.Tensor:
-        """List by list, tokens ascending: the longest list first where lists have many items (cuda/plan/work.cu)."""
+        """Tokens ascending; the longest list first if lists have many items, else by KV head (cuda/plan/work.cu)."""
         lengths = self.stream_lens.tolist()
         s, per_tile, lists = self.shape, ROWS // self.shape.list_heads, []
         for index, span in enumerate(self.spans):
@@ -228,7 +228,14 @@ class Case:
                             [row, head, span.q_start + token, num, head * s.group + first_head, after, heads, length]
                         )
         if len(lists) <= ORDERED_LISTS and sum(map(len, lists)) >= ITEMS_TO_ORDER * len(lists):
-            lists = [lists[row] for row in sorted(range(len(lists)), key=lambda row: -(lengths[row] // TOKENS))]
+            order = sorted(range(len(lists)), key=lambda row: -(lengths[row] // TOKENS))
+        elif sum(map(len, lists)) >= ITEMS_TO_ORDER * len(lists):
+            order = range(len(lists))
+        else:
+            per_span = s.kv_heads * s.parts
+            chunks = [span.request for span in self.spans]
+            order = sorted(range(len(lists)), key=lambda row: (chunks[row // per_span], row % per_span // s.parts))
+        lists = [lists[row] for row in order]
         return torch.tensor([item for items in lists for item in items], device="cuda", dtype=torch.int32)
 
     def _encode(self) -> None:
@@ -273,11 +280,16 @@ class Case:
             strides = (pool.stride(1), 64, pool.stride(2), pool.stride(0))
             self.maps.append(tensor_map(pool, sizes, strides, (64, rows, 1, 1, 1)))
 
+    def _items_of(self, span: Span) -> int:
+        return self.shape.kv_heads * self.shape.parts * -(-span.len // (ROWS // self.shape.list_heads))
+
     def _span_table(self) -> torch.Tensor:
-        s, first_item, rows = self.shape, 0, []
+        first_item, rows = 0, []
         for span in self.spans:
-            rows.append([span.request, span.first, span.len, span.q_start, span.kv_end, 0, 0, 0, 0, 0, first_item, 0])
-            first_item += s.kv_heads * s.parts * -(-span.len // (ROWS // s.list_heads))
+            chunk = sum(self._items_of(other) for other in self.spans if other.request == span.request)
+            place = [span.request, span.first, span.len, span.q_start, span.kv_end]
+            rows.append([*place, 0, 0, 0, 0, 0, first_item, chunk])
+            first_item += self._items_of(span)
         return torch.tensor(rows, device="cuda", dtype=torch.int32).view(-1, SPAN_INTS)
 
     def _batch(self) -> Batch:

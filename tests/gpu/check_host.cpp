@@ -87,7 +87,7 @@ T max(T a, T b) {
 #define __shared__ static
 #define __global__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __grid_constant__
 #include "../../cuda/check/lists.cu"
 

@@ -86,6 +86,8 @@ def plan(world: World) -> tuple[list, list[dict], list[dict], tuple[int, int, in
             span["first_select"], span["num_selects"] = len(selects) + inside[0], len(inside)
             span["first_item"] = at
             at += world.lists_per_span * math.ceil(span["len"] / (128 // layout.heads_per_list))
+        for span in mine_lists:
+            span["chunk_items"] = at - items
         sizes = (len(lists) + len(mine_lists), len(selects) + len(mine_selects), at)
         most = (world.max_list_spans, world.max_select_spans, world.max_items)
         full = full or any(size > limit for size, limit in zip(sizes, most, strict=True))
@@ -117,7 +119,7 @@ def _spans(world: World, r: int, request: tuple[int, int, int, int], tokens: int
         size = min(step, q_len - first)
         span = {"req": r, "first": first, "len": size, "q_start": q_start + first, "past": past, "dense": int(dense)}
         span |= {"kv_end": max(0, kv_len + first + size - q_len), "votes": int(first // select < voting)}
-        out.append(span | {"first_select": 0, "num_selects": 0, "first_item": 0, "reserved": 0})
+        out.append(span | {"first_select": 0, "num_selects": 0, "first_item": 0, "chunk_items": 0})
     return out
 
 

@@ -1,4 +1,5 @@
-// The order of lists as plan finds it, against a sort on the host; a CTA's threads are fibers:
+// The order of lists as plan finds it, against a sort on the host, and the place of items KV head
+// by KV head, against counting them; a CTA's threads are fibers:
 //   g++ -O2 -std=c++17 -D__host__= -D__device__= order_host.cpp && ./a.out
 #include <ucontext.h>
 
@@ -147,6 +148,28 @@ bool is_right() {
   return true;
 }
 
+// Items of a chunk's spans, `full` items in each list but those of the last span, of `last`: those
+// of a KV head together, in the order of their spans, in the places of the chunk.
+bool are_placed(int num_kv_heads, int lists_per_kv_head, int spans, int full, int last) {
+  const int lists = num_kv_heads * lists_per_kv_head, first = 1000;
+  const int chunk = lists * ((spans - 1) * full + last);
+  std::vector<int> next(num_kv_heads);
+  for (int head = 0; head < num_kv_heads; ++head) next[head] = first + chunk / num_kv_heads * head;
+  for (int i = 0; i < spans; ++i) {
+    const int tiles = i + 1 < spans ? full : last, before = i * lists * full;
+    compactattn::Span span = {};
+    span.first_item = first + before;
+    span.chunk_items = chunk;
+    for (int at = 0; at < lists * tiles; ++at) {
+      const int head = at / (lists_per_kv_head * tiles);
+      if (compactattn::place_by_kv_head(span, num_kv_heads, before, lists * tiles, at) !=
+          next[head]++)
+        return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 int main() {
@@ -166,5 +189,13 @@ int main() {
       }
     }
   }
-  std::printf("the longest lists come first\n");
+  for (int trial = 0; trial < 2000; ++trial) {
+    const auto upto = [&](int n) { return 1 + static_cast<int>(rng() % n); };
+    const int full = upto(4);
+    if (!are_placed(upto(9), upto(5), upto(9), full, upto(full))) {
+      std::printf("not so: the items of a KV head together\n");
+      return 1;
+    }
+  }
+  std::printf("the longest lists come first, or KV head by KV head\n");
 }

@@ -60,7 +60,7 @@ class Span(ctypes.Structure):
     """Consecutive query tokens of one request."""
 
     _fields_ = _fields(
-        c_int32, "req first len q_start kv_end past dense votes first_select num_selects first_item reserved"
+        c_int32, "req first len q_start kv_end past dense votes first_select num_selects first_item chunk_items"
     )
 
 

@@ -214,23 +214,3 @@ def test_the_op_reads_less_and_says_how_much() -> None:
         density = system.density()
         assert density is not None and 0.125 < density < 1
         assert check.TOLERANCE < check.relative_error(made, out, causal=True, lists=0) < 0.5
-
-
-@pytest.mark.parametrize("name", ["ours-dense", "ours-op-0.17"])
-def test_a_chunked_prefill_through_the_module_is_judged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torch")
-    import check
-    import module
-    import prefill
-    from shapes import Shape
-    from systems.ours import package
-
-    monkeypatch.setattr(module, "DEVICE", "cpu")
-    monkeypatch.setattr(module, "HIDDEN", 64)
-    layer = module.Module(Shape.parse("h4k2_d64_b2_q256_kv1024"), seed=2)
-    attention = next(it for it in (build() for build in prefill._systems(package())[2:]) if it.name == name)
-    assert prefill._worst_error(layer, attention) < check.TOLERANCE
-    # One that reads the page after the right one.
-    write = module.Paged.write
-    monkeypatch.setattr(module.Paged, "write", lambda self, k, v, past: write(self, k.roll(1, 1), v, past))
-    assert not prefill._worst_error(layer, attention) < check.TOLERANCE

@@ -56,6 +56,7 @@ BY_HAND = {
     "tables": ".ci/run",
     "header": "tests/header.rs",  # Writes what that test compares.
     "install": "tests/cpp/run.sh",  # `make test-cpp`, of `make test`.
+    "ranks": "tests/python/test_ranks.py",  # The same in miniature, within `make test-hf`.
     "reproducible": "tests/bench/record/cpu/2026-11-22-packages.txt",
     "sanitize-candle": "tests/bench/record/cpu/2026-11-22-packages.txt",
     "tsan": "tests/bench/record/cpu/2026-11-22-reliability.txt",

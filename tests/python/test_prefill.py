@@ -1,0 +1,373 @@
+"""The prefill sweep without a GPU: rows and their order, ratios, report, plots, stages by name, ranks by gloo."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+pytest.importorskip("tomllib", reason="the bench wants Python 3.11")
+pytest.importorskip("torch")
+
+
+@pytest.fixture(autouse=True)
+def _modules() -> Iterator[None]:
+    # As in test_bench.py.
+    sys.path.insert(0, str(BENCH))
+    before = set(sys.modules)
+    yield
+    sys.path.remove(str(BENCH))
+    for name in set(sys.modules) - before:
+        if str(BENCH) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+CASE = "h16k4_d128_b8_q1024_kv{}"
+
+
+def sweep(**changes: Any) -> Any:
+    from sweep import Sweep
+
+    axes = {"families": ["h32k8_d128_b1"], "contexts": [131072, 8192], "chunks": [1024, 512]}
+    return Sweep(**axes | {"methods": ["dense", "ours", "xattention"], "densities": [0.17, 0.3]} | changes)
+
+
+def test_rows_come_in_the_order_in_which_they_matter() -> None:
+    rows = sweep().rows()
+    keys = [row.key for row in rows]
+    assert len(set(keys)) == len(rows) == 2 * 2 * (3 + 2 + 2)
+    first = [system for _, system in keys[:5]]
+    assert first == ["vllm-fa3", "fa2-copies", "ours-dense", "ours-op-0.17", "ours-op-0.30"]
+    assert [row.shape.context for row in rows[:10]] == [131072] * 5 + [8192] * 5
+    # Then another method, at one density and then the next, then another chunk.
+    assert [row.key[1] for row in rows[10:13]] == ["xattention-0.17", "xattention-0.30", "xattention-0.17"]
+    assert rows[13].shape.chunk == 512 and rows[13].shape.context == 131072
+    # A chunk that does not divide a context has no row.
+    assert {row.shape.context for row in sweep(contexts=[8192, 1536]).rows()} == {8192, 1536}
+    assert {row.shape.context for row in sweep(contexts=[8192, 1536], chunks=[1024]).rows()} == {8192}
+
+
+def test_one_row_brings_its_peers_and_an_unknown_one_is_refused() -> None:
+    from sweep import repeated
+
+    case = "h32k8_d128_b1_q1024_kv8192"
+    for row in [row for row in sweep().rows() if row.method not in ("vllm-fa3", "fa2-copies")]:
+        again = repeated(",".join(row.key))
+        assert again[-1] == row and [it.system for it in again[:-1]] == ["vllm-fa3", "fa2-copies"]
+    for key in (f"{case},ours", f"{case},", "ours-op-0.30", "x,ours-op-0.30"):
+        with pytest.raises(ValueError):
+            repeated(key)
+
+
+def test_time_is_not_overrun_by_a_row_whose_like_is_known() -> None:
+    from sweep import Pace
+
+    long, short = sweep(methods=["dense"], chunks=[1024]).rows()[1::3]
+    assert (long.method, long.shape.context, short.shape.context) == ("fa2-copies", 131072, 8192)
+    pace = Pace(limit_s=10.0)
+    assert pace.fits(long, 9.0) and not pace.fits(long, 10.5)
+    pace.learn(long, 5.0)
+    assert pace.fits(long, 4.9) and not pace.fits(long, 5.1) and pace.fits(short, 9.9)
+    assert Pace(limit_s=None).fits(long, 1e9)
+
+
+def made_up(case: str, system: str, ms: float, **changes: Any) -> Any:
+    from module import PARTS
+    from prefill_report import Measured
+    from stages import STAGES
+
+    parts = dict(zip(PARTS, (ms / 4, ms / 8, ms / 2, ms / 8, 1.5), strict=True))
+    stages = dict(zip(STAGES, (0.1, 0.0, ms / 16, 0.2, ms / 4), strict=True))
+    fields = {"page": 16, "density": 0.17, "ms_mean": ms, "ms_stdev": 0.5, "inflation": None, "ranks": 2}
+    return Measured(**{"case": case, "system": system, "parts": parts, "stages": stages} | fields | changes)
+
+
+def test_the_report_has_ratios_the_published_row_gaps_and_commands(tmp_path: Path) -> None:
+    import prefill_report
+    from prefill_report import Book, Gap
+
+    rows = [
+        made_up(CASE.format(kv), system, ms * kv / 32768, **changes)
+        for kv in (131072, 32768)
+        for system, ms, changes in (
+            ("vllm-fa3", 100.0, {"density": 1.0}),
+            ("fa2-copies", 220.0, {"density": 1.0, "page": 0}),
+            ("ours-op-0.17", 40.0, {}),
+            ("flashprefill-union-0.17", 50.0, {"inflation": 2.5}),
+        )
+    ]
+    book = Book(tmp_path)
+    book.empty()
+    for row in rows:
+        book.add(row)
+    book.add(Gap("missing", CASE.format(32768), "quoka-0.17", "Unsupported: on the CPU only"))
+    assert [(it.case, it.system, it.ms_mean) for it in book.rows()] == [(it.case, it.system, it.ms_mean) for it in rows]
+    planned = sweep(families=["h16k4_d128_b8"], contexts=[65536], chunks=[1024], methods=["dense"]).rows()
+    report = prefill_report.write(book, planned, "about", "python3 prefill.py --out DIR --ranks 2", "")
+    text = (tmp_path / "prefill.md").read_text()
+    # Module 40 against 100 and 220; op and kernel, made of the same shares, against as much.
+    ours = (
+        "| 32K | ours-op-0.17 | 0.170 |  | 40.0 ± 0.5 | 2.50 | 5.50 | 20.0 | 2.50 | 5.50 | 10.0 | 2.50 | 5.50 | 41.5 |"
+    )
+    assert ours in text and "| 32K | flashprefill-union-0.17 | 0.170 | 2.5 | 50.0" in text
+    # The published numbers of 32K, once, beside the first row that is not a peer.
+    beside = [line for line in text.splitlines() if "Compact-FP 1.27" in line]
+    assert len(beside) == 1 and beside[0].endswith("| ours-op-0.17 | 0.170 | 5.50 | 2.50 | 2 |")
+    assert "Compact-FP 2.72" in text and "4ed4d7d" in text
+    assert "--ranks 2 --repro 'h16k4_d128_b8_q1024_kv32768,ours-op-0.17'" in text
+    assert any("quoka" in gap for gap in report.gaps) and sum("no time left" in gap for gap in report.gaps) == 3
+    assert report.wrong == []
+    late = prefill_report.write(book, planned, "about", "command", "rank 1 ended with status 7")
+    assert late.notes[0] == "rank 1 ended with status 7" and sum("status 7" in gap for gap in late.gaps) == 3
+
+
+def test_components_add_up_and_are_drawn(tmp_path: Path) -> None:
+    import plots
+    import prefill_report
+
+    rows = [
+        made_up(CASE.format(kv), system, ms)
+        for kv in (32768, 65536)
+        for system, ms in (("vllm-fa3", 100.0), ("ours-op-0.17", 40.0))
+    ]
+    parts = prefill_report.components(rows[1])
+    assert sum(parts.values()) == pytest.approx(rows[1].ms_mean + rows[1].parts["reduce"])
+    drawn = plots.draw_prefills([prefill_report._drawn(row) for row in rows], tmp_path)
+    stem = "prefill-h16k4_d128_b8_q1024-2-GPUs"
+    assert [path.name for path in drawn] == [f"{stem}-{it}.svg" for it in ("over-vllm-fa3", "stack-32K", "stack-64K")]
+    speedup, stack = drawn[0].read_text(), drawn[1].read_text()
+    # 100 ms against 40: 2.5 on an axis that ends at 3.
+    height = plots.HEIGHT - plots.BOTTOM
+    assert f'cy="{height - 2.5 / 3 * (height - plots.TOP):.1f}"' in speedup
+    # A quarter of 100 ms and of 40 in the attend kernel, on one scale.
+    long, short = (float(it) for it in re.findall(r'width="([0-9.]+)"[^>]*><title>attend ', stack))
+    assert long / short == pytest.approx(2.5, rel=0.01) and stack.count("<title>select ") == 2
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stage"),
+    [
+        ("compactattn_plan_spans", "plan"),
+        ("compactattn_plan_work_means_bf16", "plan"),
+        ("compactattn_summaries_bf16", "means"),
+        ("compactattn_cells_read_bf16", "select"),
+        ("compactattn_pooled_lists_bf16", "select"),
+        ("compactattn_keep_rows", "union"),
+        ("compactattn_union_table_wide", "union"),
+        ("compactattn_attend_sm90_bf16_d128", "attend"),
+        ("void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<...>>>", "attend"),
+        ("void pytorch_flash::flash_fwd_kernel<...>", "attend"),
+        ("void at::native::index_elementwise_kernel<...>", None),
+        ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NTT", None),
+    ],
+)
+def test_a_kernel_is_of_one_stage(kernel: str, stage: str | None) -> None:
+    from stages import stage_of
+
+    assert stage_of(kernel) == stage
+
+
+def test_an_early_start_costs_nothing() -> None:
+    from stages import Kernel, added
+
+    kernels = [
+        Kernel("compactattn_attend_x", 4_000_000, 9_000_000),
+        Kernel("compactattn_select_x", 0, 3_000_000),
+        # Begins while the one before runs; counts from its end.
+        Kernel("compactattn_union_table", 2_000_000, 4_000_000),
+        Kernel("gemm", 9_000_000, 20_000_000),
+        Kernel("compactattn_plan_spans", 10_000_000, 15_000_000),
+    ]
+    times = added(kernels)
+    assert times == {"plan": 0.0, "means": 0.0, "select": 3.0, "union": 1.0, "attend": 5.0}
+
+
+def test_every_kernel_of_the_library_has_a_stage() -> None:
+    from stages import STAGES, stage_of
+
+    sources = [path.read_text() for path in (BENCH.parents[1] / "cuda").rglob("*.cu")]
+    names = {name for text in sources for name in re.findall(r"compactattn_[a-z0-9_]+(?=\()", text)}
+    assert len(names) > 10 and {stage_of(name) for name in names} == set(STAGES)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Tiny prefills on the CPU."""
+    import module
+    import prefill
+
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "HIDDEN", 64)
+    monkeypatch.setattr(prefill, "RUNS", 2)
+    return prefill
+
+
+@pytest.mark.parametrize("method", ["dense", "ours", "two_level", "flashprefill-union", "xattention", "attn_gate"])
+def test_a_chunked_prefill_through_the_module_is_judged(
+    small: Any, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import check
+    import methods
+    import module
+    import torch
+    from shapes import Shape
+    from systems.ours import package
+
+    layer = module.Module(Shape.parse("h4k2_d64_b2_q256_kv1024"), seed=2)
+    attention = methods.build(package(), method, 0.3)
+    assert small._worst_error(layer, attention) < check.TOLERANCE
+    # One that reads the page after the right one.
+    write = module.Paged.write
+    monkeypatch.setattr(module.Paged, "write", lambda self, k, v, past: write(self, k.roll(1, 1), v, past))
+    assert not small._worst_error(layer, attention) < check.TOLERANCE
+    # One whose last head alone is NaN.
+    sick = torch.tensor([1.0, float("nan")])[:, None]
+    monkeypatch.setattr(module.Paged, "write", lambda self, k, v, past: write(self, (k * sick).bfloat16(), v, past))
+    assert not small._worst_error(layer, attention) < check.TOLERANCE
+
+
+def test_the_copying_peer_is_judged_too(small: Any) -> None:
+    import check
+    import module
+    from shapes import Shape
+
+    layer = module.Module(Shape.parse("h4k2_d64_b2_q256_kv1024"), seed=2)
+    assert small._worst_error(layer, module.Fa2WithCopies()) < check.TOLERANCE
+    short = module.Module(Shape.parse("h4k2_d64_b2_q256_kv256"), seed=2)
+    assert small._worst_error(short, module.Fa2WithCopies()) < check.TOLERANCE
+
+
+def test_a_union_is_made_to_read_the_share_and_says_what_a_row_asked_for(small: Any) -> None:
+    import methods
+    import module
+    from shapes import Shape
+    from systems.ours import package
+
+    layer = module.Module(Shape.parse("h4k2_d64_b1_q512_kv8192"), seed=2)
+    attention = methods.build(package(), "flashprefill-union", 0.4)
+    attention._settings = attention._settings.replace(dense_below_kv_len=0)
+    small._prefill(layer, attention)
+    assert attention.calibrate()
+    small._prefill(layer, attention)
+    # Short pasts read more than the last chunk: that is what the second time is for.
+    assert attention.calibrate()
+    small._prefill(layer, attention)
+    assert 0.35 < attention.density() < 0.45
+    inflation = attention.inflation()
+    # 2 heads x 4 tiles of 128 queries: at least as much as one of them, at most 8 times.
+    assert inflation is not None and 1.2 < inflation <= 8
+    told = methods.build(package(), "ours", 0.4)
+    small._prefill(layer, told)
+    assert not told.calibrate() and told.inflation() is None
+
+
+RANK = """
+import argparse, sys
+from pathlib import Path
+sys.path[:0] = [{bench!r}, {package!r}]
+import compactattn
+if {library!r}:
+    compactattn.load_library(Path({library!r}))
+import module, prefill, tensor_parallel, torch
+torch.set_num_threads(1)
+module.HIDDEN, prefill.RUNS = 64, 2
+group = tensor_parallel.Group.from_env("gloo")
+{extra}
+args = argparse.Namespace(out=Path({out!r}), seconds=None, started=0.0, contexts=[1024], chunks=[256],
+                          methods=["dense", "ours"], densities=[0.4, 0.3], shapes=["h4k2_d64_b1"], ranks=2, repro=None)
+prefill._measure_all([row for row in prefill._rows(args) if row.method != "vllm-fa3"], args, group)
+group.close()
+"""
+
+
+def launched(tmp_path: Path, library: str | None, extra: str = "", limit_s: float = 120.0) -> tuple[str, Any]:
+    import compactattn
+    import tensor_parallel
+    from prefill_report import Book
+
+    book = Book(tmp_path)
+    book.empty()
+    package = str(Path(compactattn.__file__).parents[1])
+    code = RANK.format(bench=str(BENCH), package=package, library=library, extra=extra, out=str(tmp_path))
+    return tensor_parallel.launch([sys.executable, "-c", code], 2, limit_s), book
+
+
+def test_a_row_is_the_slower_ranks_and_one_writes_it(tmp_path: Path, library: str | None) -> None:
+    extra = """
+import time
+forward, build = module.Module.forward, prefill.methods.build
+def late(self, attention, past, mark):
+    def marked():
+        if group.rank == 1 and attention.name == "ours-dense":
+            time.sleep(0.05)
+        mark()
+    return forward(self, attention, past, marked)
+def broken(package, method, density):
+    if group.rank == 1 and density == 0.4:
+        raise RuntimeError("no such thing here")
+    return build(package, method, density)
+module.Module.forward, prefill.methods.build = late, broken
+"""
+    failure, book = launched(tmp_path, library, extra)
+    assert failure == ""
+    rows = {row.system: row for row in book.rows()}
+    assert set(rows) == {"fa2-copies", "ours-dense", "ours-op-0.30"}
+    assert all(row.ranks == 2 and row.parts["reduce"] > 0 and row.ms_mean > 0 for row in rows.values())
+    # 4 chunks of 5 parts, each 50 ms late on one rank; its own sum waits for nobody.
+    slow = rows["ours-dense"]
+    assert slow.ms_mean > 4 * 4 * 50 and slow.parts["reduce"] < slow.ms_mean / 2
+    # What one rank cannot do none does.
+    unseen = {(system, "its stages: no GPU") for system in rows}
+    assert {(gap.system, gap.reason) for gap in book.gaps()} == unseen | {("ours-op-0.40", "another rank could not")}
+
+
+def test_a_rank_that_dies_ends_the_other(tmp_path: Path, library: str | None) -> None:
+    extra = """
+import os
+forward = module.Module.forward
+def dies(self, attention, past, mark):
+    if group.rank == 1 and attention.name == "ours-dense" and past:
+        os._exit(7)
+    return forward(self, attention, past, mark)
+module.Module.forward = dies
+"""
+    begin = time.monotonic()
+    failure, book = launched(tmp_path, library, extra)
+    # Whichever is seen first: the one that died, or the other one's broken connection.
+    assert "ended with status" in failure and time.monotonic() - begin < 100
+    assert [row.system for row in book.rows()] == ["fa2-copies"]
+
+
+def test_a_rank_that_hangs_is_ended(tmp_path: Path) -> None:
+    import tensor_parallel
+
+    code = f"import os, time\nopen({str(tmp_path)!r} + '/' + os.environ['RANK'], 'w').write(str(os.getpid()))\n"
+    code += "time.sleep(0 if os.environ['RANK'] == '0' else 600)"
+    failure = tensor_parallel.launch([sys.executable, "-c", code], 2, 2.0)
+    assert failure == "ranks [1] were still running after 2 s: all were ended"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "1").read_text()), 0)
+
+
+def test_without_a_gpu_nothing_is_timed(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "prefill.py"), "--out", str(tmp_path / "out")]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert ran.returncode == 2 and "no GPU" in ran.stderr and not (tmp_path / "out").exists()
+
+
+def test_the_command_that_repeats_a_row_needs_nothing_else(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["prefill.py", "--out", "x", "--ranks", "2"])
+    command = small._repro(small._arguments()).split()
+    key = "h16k4_d128_b8_q2048_kv8192,flashprefill-union-0.25"
+    monkeypatch.setattr(sys, "argv", [*command[1:], "--repro", key])
+    args = small._arguments()
+    assert args.ranks == 2 and [",".join(row.key) for row in small._rows(args)][-1] == key
