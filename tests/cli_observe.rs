@@ -266,6 +266,17 @@ fn the_board_asks_for_metrics_that_are_exported() {
     }
 }
 
+#[test]
+fn eval_asks_the_interpreter_beside_the_program() {
+    let dir = scratch("beside");
+    let program = dir.join("compactattn");
+    std::fs::copy(env!("CARGO_BIN_EXE_compactattn"), &program).unwrap();
+    // `echo` stands in for Python.
+    std::os::unix::fs::symlink("/bin/echo", dir.join("python3")).unwrap();
+    let run = Command::new(program).args(["eval", "--out", "x"]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&run.stdout).trim(), "-m compactattn.eval --out x");
+}
+
 /// Two layers of four query heads over two KV heads, waves of many lengths.
 fn trace(dir: &Path) -> PathBuf {
     let mut tensors = Vec::new();

@@ -7,14 +7,14 @@ use std::process::{Command, ExitCode};
 
 use compactattn::{Error, Result, Status};
 
-use crate::Failure;
+use crate::{Failure, doctor_python};
 
 /// Options of `bench`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The interpreter.
-    #[arg(long, default_value = "python3", value_name = "PROGRAM")]
-    python: PathBuf,
+    /// The interpreter; default: the one beside this program, else python3.
+    #[arg(long, value_name = "PROGRAM")]
+    python: Option<PathBuf>,
     /// The folder that holds bench.py; default: tests/bench here or above, or above this program.
     #[arg(long, value_name = "DIR")]
     folder: Option<PathBuf>,
@@ -36,12 +36,13 @@ pub(crate) fn run(args: &Args, out: &mut impl Write) -> std::result::Result<Exit
         return Ok(ExitCode::SUCCESS);
     };
     out.flush()?;
-    let status = Command::new(&args.python)
+    let python = doctor_python::interpreter(args.python.as_deref());
+    let status = Command::new(&python)
         .arg(folder.join(SCRIPT))
         .arg(definition(&folder, question))
         .args(rest)
         .status()
-        .map_err(|e| missing("--python", "a Python 3.11 with a GPU framework", &args.python, &e))?;
+        .map_err(|e| missing("--python", "a Python 3.11 with a GPU framework", &python, &e))?;
     let code = status.code().and_then(|code| u8::try_from(code).ok());
     Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
 }

@@ -20,6 +20,11 @@ pub(crate) fn sections(given: Option<&Path>) -> Vec<(&'static str, Value)> {
     NAMES.iter().map(|name| (*name, answer.get(name).cloned().unwrap_or_else(|| json!({})))).collect()
 }
 
+/// The interpreter that is named, else that of this program's environment, else the one on PATH.
+pub(crate) fn interpreter(given: Option<&Path>) -> PathBuf {
+    given.map(Path::to_owned).or_else(beside).unwrap_or_else(|| PathBuf::from("python3"))
+}
+
 /// The interpreter of the environment that this program was installed into.
 fn beside() -> Option<PathBuf> {
     let program = std::env::current_exe().ok()?;
