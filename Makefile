@@ -73,7 +73,7 @@ test-python: $(VENV)/ready toolkit
 	$(VENV)/bin/pip install -q --no-deps --force-reinstall .
 	$(VENV)/bin/pytest -q tests/python
 
-# What else of the suite wants torch or ml_dtypes, and is skipped without.
+# What else of the suite wants torch, jax or ml_dtypes, and is skipped without.
 WITH_TORCH := $(addprefix tests/python/test_,bench.py e4m3.py examples.py forward.py prefill.py ranks.py tensors.py torch_tensors.py)
 
 # The transformers backend on tiny models, CPU, and on SmolLM2's own weights with the newest version. The registry's torch

@@ -27,6 +27,10 @@ constexpr uint32_t sample_rows_bytes(uint32_t heads, uint32_t head_dim) {
 // A tile of 128 sampled rows, two of 64 keys.
 constexpr uint32_t cells_bytes(uint32_t head_dim) { return 256 * row_bytes(head_dim); }
 
+// The same where a CTA may have 99 KiB, at a head_dim of 256: three tiles of 64 keys, a quarter of
+// each key.
+constexpr uint32_t cells_small_bytes() { return 128 * row_bytes(256) + 3 * 64 * row_bytes(64); }
+
 // The same on sm_90a: 128 rows of each of one or two spans, and as many tiles of keys as fit beside
 // them.
 constexpr uint32_t cells_sm90_bytes(uint32_t head_dim, uint32_t spans) {

@@ -10,9 +10,15 @@ namespace {
 constexpr int kRowsAtOnce = 8;  // of a warp: loads under way
 constexpr int kLoads = 4;       // of a lane and row
 
+// A slice's cells in global memory: rows of its first columns, `stride` apart.
+struct Source {
+  const float* cells;
+  int64_t stride;
+};
+
 // Columns `first` .. of `kRowsAtOnce` rows into the slice and the rows' weights; by one warp.
 __device__ __forceinline__ void load_columns(const Tile& tile, const Slice& slice,
-                                             const float* cells, int64_t stride, int row, int first,
+                                             const Source& source, int row, int first,
                                              Weight (&weights)[kRowsAtOnce]) {
   const int lane = threadIdx.x % 32;
   float x[kRowsAtOnce][kLoads];
@@ -22,7 +28,7 @@ __device__ __forceinline__ void load_columns(const Tile& tile, const Slice& slic
     for (int i = 0; i < kLoads; ++i) {
       const int j = first + lane + 32 * i;
       const bool exists = row + r < tile.rows && j < slice.count;
-      x[r][i] = exists ? cells[(row + r) * stride + j] : -INFINITY;
+      x[r][i] = exists ? source.cells[(row + r) * source.stride + j] : -INFINITY;
     }
   }
 #pragma unroll
@@ -46,14 +52,13 @@ __device__ __forceinline__ void load_columns(const Tile& tile, const Slice& slic
 
 __device__ __forceinline__ void load_cells(const Step& step, const Tile& tile, const Slice& slice,
                                            Exchange& exchange) {
-  const int64_t stride = step.layout.max_blocks;
-  const float* cells = tile.cells + slice.first;
+  const Source source{tile.cells + slice.first, step.layout.max_blocks};
   for (int row = threadIdx.x / 32 * kRowsAtOnce; row < kMaxRows; row += kWide / 32 * kRowsAtOnce) {
     Weight weights[kRowsAtOnce];
 #pragma unroll
     for (Weight& weight : weights) weight.clear();
     for (int first = 0; first < slice.count; first += 32 * kLoads) {
-      load_columns(tile, slice, cells, stride, row, first, weights);
+      load_columns(tile, slice, source, row, first, weights);
     }
 #pragma unroll
     for (int r = 0; r < kRowsAtOnce; ++r) {

@@ -4,94 +4,39 @@
 // Grid (ceil(max_blocks / 64) + tails, num_kv_heads, max_select_spans) x 128, shared memory as
 // cells_read.cu. `tails` CTAs (any > 0) of a (span, KV head) share the blocks seen in part; of a
 // span of n tokens ceil(n / 128) + 1 have work.
-#include "../ptx/grid.cuh"
-#include "cells_reader.cuh"
-#include "means.cuh"
+#include "cells_pool.cuh"
 
 namespace compactattn::select {
 namespace {
 
-constexpr int kPoolBlocks = kTileKeys;
-
-// Consecutive blocks, the cells of the rows that see them in part.
-struct Tails {
-  int first;
-  int count;
-  __device__ __forceinline__ int block(int i) const { return first + i; }
-  __device__ __forceinline__ bool writes(int seen, int start, int end) const {
-    return start < seen && seen < end;
-  }
-};
-
-// Cells of the rows that see their block whole or not at all. They pass through shared memory, so
-// that a warp stores neighbours of a row; called by the whole CTA when the tiles are used up.
-__device__ void write_pooled(const Step& step, const Tile& tile, int first,
-                             const float (&logits)[2][kPoolBlocks / 8][4],
-                             const int (&seen)[kMaxRows], char* shared) {
-  const int log2_block = step.layout.log2_block_tokens;
-  const float scale = step.layout.sm_scale * kLog2E;
-  // Two vectors of the tiles give way to one row of cells, 256 bytes, whatever the head_dim.
-  const uint32_t pitch = 2 * pitch_of(step.layout);
-  __syncthreads();
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    float* cells = reinterpret_cast<float*>(shared + fragment_row(r) * pitch);
-#pragma unroll
-    for (int n = 0; n < 2 * (kPoolBlocks / 8); ++n) {
-      cells[n / 2 * 8 + threadIdx.x % 4 * 2 + n % 2] =
-          fmaf(logits[r / 2][n / 2][r % 2 * 2 + n % 2], scale, log2_block);
-    }
-  }
-  __syncthreads();
-  const int lane = threadIdx.x % 32;
-#pragma unroll 4
-  for (int i = threadIdx.x / 32; i < 2 * tile.rows; i += kThreads / 32) {
-    const int row = i / 2, column = i % 2 * 32 + lane, block = first + column;
-    const float cell = reinterpret_cast<const float*>(shared + row * pitch)[column];
-    const bool is_whole = block < seen[row] >> log2_block;
-    // The block in which the row ends is left to `Tails`.
-    if (block >= tile.blocks || (!is_whole && block << log2_block < seen[row])) continue;
-    tile.cells[static_cast<int64_t>(row) * step.layout.max_blocks + block] =
-        is_whole ? cell : -INFINITY;
-  }
-}
-
 template <class Element, class Stored = Element>
-__device__ __forceinline__ void pool(const Step& step, int index, char* shared) {
-  __shared__ int seen[kMaxRows];
-  Tile tile;
-  if (!find_tile(step, index, tile)) return;
-  const int pools = (step.layout.max_blocks + kPoolBlocks - 1) / kPoolBlocks;
-  const int first = static_cast<int>(blockIdx.x) * kPoolBlocks;
-  const int tail = static_cast<int>(blockIdx.x) - pools;
-  const uint32_t queries = shared_address(shared);
-  if (tail < 0) {
-    if (first >= tile.blocks) return;
-    load_rows(step, tile, queries, seen);
-    ptx::commit_copies();
+struct Whole {
+  template <class Source>
+  using Reader = select::Reader<Element, Source, Stored>;
+
+  // Products of this warp's rows with both parts of the means of the blocks from `first` on; called
+  // by the whole CTA.
+  static __device__ __forceinline__ void multiply_means(float (&logits)[2][kPoolBlocks / 8][4],
+                                                        const Step& step, const Tile& tile,
+                                                        int first, char* shared) {
+    const uint32_t queries = shared_address(shared);
     const uint32_t stages = kMaxRows * pitch_of(step.layout);
     load_means<Element, kThreads, kPoolBlocks>(step, tile, first, tile.blocks, shared + stages);
     ptx::wait_copies_but<0>();
     __syncthreads();
-    float logits[2][kPoolBlocks / 8][4] = {};
     const int warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;
-    if (warp_row < tile.rows) {
-      const uint32_t rows = queries + warp_row * pitch_of(step.layout);
-      const uint32_t high = queries + stages, rest = high + kPoolBlocks * pitch_of(step.layout);
-      multiply<Element>(logits, rows, high, step.layout);
-      multiply<Element>(logits, rows, rest, step.layout);
-    }
-    return write_pooled(step, tile, first, logits, seen, shared);
+    if (warp_row >= tile.rows) return;
+    const uint32_t rows = queries + warp_row * pitch_of(step.layout);
+    const uint32_t high = queries + stages, rest = high + kPoolBlocks * pitch_of(step.layout);
+    multiply<Element>(logits, rows, high, step.layout);
+    multiply<Element>(logits, rows, rest, step.layout);
   }
-  const int least = tile.least_visible >> step.layout.log2_block_tokens;
-  // As short as there are CTAs for: all of them run at once, and the step waits for the last.
-  const Share share(step.layout, tile.blocks - least, tail, gridDim.x - pools, 1);
-  if (share.count <= 0) return;
-  load_rows(step, tile, queries, seen);
-  __syncthreads();
-  const Tails tails{least + share.first, share.count};
-  Reader<Element, Tails, Stored>(step, tile, tails, queries, seen).run();
-}
+
+  // Two vectors of the tiles give way to one row of cells, 256 bytes, whatever the head_dim.
+  static __device__ __forceinline__ uint32_t cells_pitch(const Layout& layout) {
+    return 2 * pitch_of(layout);
+  }
+};
 
 }  // namespace
 }  // namespace compactattn::select
@@ -101,24 +46,26 @@ extern __shared__ __align__(16) char shared_bytes[];
 extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_pool_bf16(const __grid_constant__ compactattn::Step step, int tile) {
   compactattn::ptx::wait_for_earlier();
-  compactattn::select::pool<__nv_bfloat16>(step, tile, shared_bytes);
+  compactattn::select::pool<compactattn::select::Whole<__nv_bfloat16>>(step, tile, shared_bytes);
 }
 
 extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_pool_fp16(const __grid_constant__ compactattn::Step step, int tile) {
   compactattn::ptx::wait_for_earlier();
-  compactattn::select::pool<__half>(step, tile, shared_bytes);
+  compactattn::select::pool<compactattn::select::Whole<__half>>(step, tile, shared_bytes);
 }
 
 // The same over caches of e4m3.
 extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_pool_bf16_e4m3(const __grid_constant__ compactattn::Step step, int tile) {
   compactattn::ptx::wait_for_earlier();
-  compactattn::select::pool<__nv_bfloat16, compactattn::E4m3>(step, tile, shared_bytes);
+  compactattn::select::pool<compactattn::select::Whole<__nv_bfloat16, compactattn::E4m3>>(
+      step, tile, shared_bytes);
 }
 
 extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_pool_fp16_e4m3(const __grid_constant__ compactattn::Step step, int tile) {
   compactattn::ptx::wait_for_earlier();
-  compactattn::select::pool<__half, compactattn::E4m3>(step, tile, shared_bytes);
+  compactattn::select::pool<compactattn::select::Whole<__half, compactattn::E4m3>>(step, tile,
+                                                                                   shared_bytes);
 }

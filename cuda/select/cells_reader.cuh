@@ -128,6 +128,12 @@ struct Reader {
     float logits[2][kTileKeys / 8][4] = {};
     const uint32_t rows = threadIdx.x / 32 * kWarpRows * pitch_of(step.layout);
     multiply<Element, kTileKeys / 8>(logits, queries + rows, stage(t), step.layout);
+    fold_products(logits, t, partial, held);
+  }
+
+  // The products of the tile's keys with this warp's rows.
+  __device__ __forceinline__ void fold_products(float (&logits)[2][kTileKeys / 8][4], int t,
+                                                Partial& partial, Held& held) const {
     if (log2_block() == 4) {
       fold<2>(logits, t * kTileKeys, partial, held);
     } else if (log2_block() == 5) {

@@ -81,18 +81,19 @@ __device__ __forceinline__ void widen_vector(uint8_t* vector, const Layout& layo
   }
 }
 
-// As `multiply`, with every address but two known at compile time.
-template <class Element, int kTiles, int kHeadDim>
+// As `multiply` over kDims dims, with every address but two known at compile time; vectors of `q`
+// have kQueryDims, those of `k` no more than these.
+template <class Element, int kTiles, int kDims, int kQueryDims = kDims>
 __device__ __forceinline__ void multiply_dim(float (&sums)[2][kTiles][4], uint32_t q, uint32_t k) {
-  constexpr uint32_t kPitch = row_bytes(kHeadDim);
+  constexpr uint32_t kPitch = row_bytes(kDims), kQueryPitch = row_bytes(kQueryDims);
   const int lane = threadIdx.x % 32;
-  q += lane % 16 * kPitch + lane / 16 * 16;
+  q += lane % 16 * kQueryPitch + lane / 16 * 16;
   k += (lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 16;
 #pragma unroll
-  for (uint32_t d = 0; d < 2 * kHeadDim; d += 32) {
+  for (uint32_t d = 0; d < 2 * kDims; d += 32) {
     uint32_t a[2][4];
     ptx::load_matrices(a[0], q + d);
-    ptx::load_matrices(a[1], q + d + 16 * kPitch);
+    ptx::load_matrices(a[1], q + d + 16 * kQueryPitch);
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {
       uint32_t b[4];

@@ -37,11 +37,13 @@ __device__ __forceinline__ uint32_t high_and_rest<__half>(float& x, float& y) {
 }
 
 // Mean keys of kBlocks blocks from `first` on, their high parts in one tile, the rest in the next;
-// zeros for blocks from `end` on and those that are not whole. By kCtaThreads threads.
-template <class Element, int kCtaThreads, int kBlocks>
-__device__ void load_means(const Step& step, const Tile& tile, int first, int end, char* high) {
+// zeros for blocks from `end` on and those that are not whole. By kCtaThreads threads. With kDims,
+// only so many dims of them, from `from_dim` on.
+template <class Element, int kCtaThreads, int kBlocks, int kDims = 0>
+__device__ void load_means(const Step& step, const Tile& tile, int first, int end, char* high,
+                           int from_dim = 0) {
   constexpr int kLanes = 8, kStep = kCtaThreads / kLanes, kRows = kBlocks / kStep;
-  const uint32_t pitch = pitch_of(step.layout);
+  const uint32_t pitch = kDims ? row_bytes(kDims) : pitch_of(step.layout);
   const int whole = min(end, tile.kv_end >> step.layout.log2_block_tokens);
   const int from = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const float* means[kRows];
@@ -52,11 +54,11 @@ __device__ void load_means(const Step& step, const Tile& tile, int first, int en
   }
   // All rows' loads are under way before the first is used.
 #pragma unroll 2
-  for (int d = 4 * lane; d < step.layout.head_dim; d += 4 * kLanes) {
+  for (int d = 4 * lane; d < (kDims ? kDims : step.layout.head_dim); d += 4 * kLanes) {
     float4 x[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      x[r] = means[r] ? __ldg(reinterpret_cast<const float4*>(means[r] + d)) : float4{};
+      x[r] = means[r] ? __ldg(reinterpret_cast<const float4*>(means[r] + from_dim + d)) : float4{};
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 /// Machine code only, no PTX: code for 80 runs on every 8.x, the ones with an `a` on exactly theirs.
 const ARCHS: [&str; 4] = ["80", "90a", "100a", "120a"];
 
-/// Folders whose kernels are written in one architecture's own instructions.
-const OWN_ARCHS: [(&str, &[&str]); 2] = [("attend/sm90/", &["90a"]), ("select/sm90/", &["90a"])];
+/// Folders whose kernels are written in one architecture's own instructions, or for those with GPUs of little shared memory.
+const OWN_ARCHS: [(&str, &[&str]); 3] =
+    [("attend/sm90/", &["90a"]), ("select/sm90/", &["90a"]), ("select/small/", &["80", "120a"])];
 
 /// One `.cu` file.
 pub(super) struct Unit {

@@ -37,7 +37,7 @@ pub(crate) struct Kernel {
     /// The same in images for other GPUs than 9.0.
     small_shared_bytes: u32,
     ctas_per_sm: usize,
-    /// Takes three tensor maps before its parameters, and two of means where it corrects, with boxes of K and V of at
+    /// Takes three tensor maps before its parameters, and a pair of means' where it corrects, with boxes of K and V of at
     /// most this many tokens; 0: takes none.
     map_tokens: usize,
 }
@@ -98,9 +98,12 @@ impl Kernel {
         let num_ctas = call.scratch.stages.num_ctas.cast_unsigned();
         let shared_bytes = self.shared_bytes_on(context);
         let grid = Grid { blocks: [num_ctas, 1, 1], threads: self.threads, shared_bytes };
-        let maps = if self.map_tokens > 0 { call.maps(context, self.map_tokens)? } else { Vec::new() };
+        let has_maps = self.map_tokens > 0;
+        let maps = has_maps.then(|| call.maps(context, self.map_tokens)).transpose()?;
+        let mean_maps = if has_maps { call.mean_maps(context, self.map_tokens)? } else { None };
         let name = if call.means.is_some() { self.corrected } else { self.name };
-        let args = maps.iter().map(Arg::of).chain([Arg::of(&params)]).chain(call.means.map(Arg::of));
+        let tensors = maps.iter().flatten().map(Arg::of).chain(mean_maps.iter().map(Arg::of));
+        let args = tensors.chain([Arg::of(&params)]).chain(call.means.map(Arg::of));
         kernels.launch(stream, name, grid, &args.collect::<Vec<_>>())
     }
 }
@@ -154,8 +157,8 @@ impl Call<'_> {
         }
     }
 
-    /// Maps of q, k and v as cuda/attend/sm90/kernel.cuh wants them, and with mean correction of the means.
-    fn maps(&self, context: &Context, max_tokens: usize) -> Result<Vec<TensorMap>> {
+    /// Maps of q, k and v as cuda/attend/sm90/kernel.cuh wants them.
+    fn maps(&self, context: &Context, max_tokens: usize) -> Result<[TensorMap; 3]> {
         let (shape, heads, q) = (&self.layout.shape, self.layout.heads_per_list(), self.batch.q);
         let dims = [
             Dim { size: MAP_COLUMNS, stride: 1, tile: tile(MAP_COLUMNS) },
@@ -165,11 +168,13 @@ impl Call<'_> {
         ];
         let q = encode(context, shape.dtype, q.address, &dims)?;
         let pool = |pool| pool_map(context, self.layout, self.batch, pool, max_tokens);
-        let mut maps = vec![q, pool(&self.batch.k)?, pool(&self.batch.v)?];
-        for address in self.means.iter().flat_map(|means| [means.k, means.v]) {
-            maps.push(self.means_map(context, address, max_tokens)?);
-        }
-        Ok(maps)
+        Ok([q, pool(&self.batch.k)?, pool(&self.batch.v)?])
+    }
+
+    /// With mean correction those of the means, one parameter.
+    fn mean_maps(&self, context: &Context, max_tokens: usize) -> Result<Option<[TensorMap; 2]>> {
+        let map = |address| self.means_map(context, address, max_tokens);
+        self.means.map(|means| Ok([map(means.k)?, map(means.v)?])).transpose()
     }
 
     /// Rows of means as a pool whose pages are requests.

@@ -99,12 +99,15 @@ pub(crate) fn fatbin(contents: &str) -> &'static [u8] {
 pub(crate) fn context(fake: &Fake) -> Arc<Context> {
     let device = Device::open_on(fake.driver(), 0).unwrap();
     let arch = if device.properties().capability == (9, 0) { "sm_90a" } else { "sm_80" };
-    let maps = (arch == "sm_90a").then_some(["128,128,128,296", "128,128,128,128,128,296,72"]);
+    let maps = (arch == "sm_90a").then_some(["128,128,128,296", "128,128,128,256,296,72"]);
     let mut kernels: Vec<(String, &str)> = ALONE.map(|(name, params)| (name.to_owned(), params)).to_vec();
     for dtype in ["bf16", "fp16"] {
         kernels.extend(TYPED.map(|(name, params)| (format!("{name}_{dtype}"), params)));
         let over_e4m3 = ["cells_read", "cells_read_candidates", "cells_pool"];
         kernels.extend(over_e4m3.map(|name| (format!("{name}_{dtype}_e4m3"), "488,4")));
+        for name in over_e4m3.iter().filter(|_| maps.is_none()) {
+            kernels.push((format!("{name}_small_{dtype}_d256"), "488,4"));
+        }
         if let Some([params, corrected]) = maps {
             kernels.push((format!("attend_sm90_{dtype}_d128"), params));
             kernels.push((format!("attend_sm90_{dtype}_d128_means"), corrected));

@@ -314,7 +314,7 @@ fn check_image(image: &Image) -> Result<()> {
 
 /// Kernels that wait for themselves, without the dtype and head_dim that follow. Never the first of a step: what the
 /// caller put on the stream before it need not be done when the kernel before the step's is.
-const OVERLAPPING: [&str; 30] = [
+const OVERLAPPING: [&str; 33] = [
     "attend_sm80",
     "attend_sm90",
     "attn_gate",
@@ -322,11 +322,14 @@ const OVERLAPPING: [&str; 30] = [
     "cells_lists",
     "cells_mass",
     "cells_pool",
+    "cells_pool_small",
     "cells_read",
     "cells_read_candidates",
     "cells_read_candidates_sm90",
+    "cells_read_candidates_small",
     "cells_read_pairs_sm90",
     "cells_read_sm90",
+    "cells_read_small",
     "check_lists",
     "fill_scores",
     "flashprefill",

@@ -11,6 +11,7 @@
 
 mod attend;
 mod batch;
+mod cells;
 mod checked;
 mod clusters;
 mod context;

@@ -227,8 +227,9 @@ fn a_selector_that_needs_more_shared_memory_than_the_gpu_has_is_refused() {
         ("cc80", Selector::FlashPrefill, 128, None),
         ("cc86", Selector::XAttention, 64, Some("110592")),
         ("cc80", Selector::XAttention, 256, None),
-        ("cc86", Selector::SampledExact, 256, Some("135168")),
-        ("cc86", Selector::TwoLevel, 256, Some("135168")),
+        ("cc86", Selector::SampledExact, 256, None),
+        ("cc89", Selector::TwoLevel, 256, None),
+        ("cc89", Selector::Oracle, 256, None),
         ("cc86", Selector::PooledMass, 128, None),
         ("cc86", Selector::AttnGate, 256, None),
         ("cc86", Selector::Dense, 256, None),
@@ -246,6 +247,19 @@ fn a_selector_that_needs_more_shared_memory_than_the_gpu_has_is_refused() {
     let long = || PlanDesc { limits, ..desc(tokens, Dtype::Bf16, 128) };
     assert_unsupported(World::new("cc86", long()), &["max_kv_len", "131072"]);
     assert!(World::new("", long()).is_ok());
+}
+
+#[test]
+fn keys_come_in_pieces_where_whole_ones_do_not_fit() {
+    for (mode, in_pieces) in [("cc86", true), ("cc89", true), ("cc80", false)] {
+        let world = World::new(mode, desc(Settings::of(Selector::TwoLevel), Dtype::F16, 256)).unwrap();
+        let launches = world.run(world.stream()).unwrap();
+        let cells = |line: &&String| line.contains("_cells_read") || line.contains("_cells_pool");
+        let small = |line: &&String| line.contains("_small_fp16_d256 ");
+        let found = launches.iter().filter(cells).filter(small).count();
+        assert_eq!(found, if in_pieces { launches.iter().filter(cells).count() } else { 0 }, "{launches:?}");
+        assert!(launches.iter().filter(cells).count() >= 2, "{launches:?}");
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use super::attend::pool_map;
 use super::batch::{DeviceBatch, int32};
+use super::cells::{Cells, CellsKernel};
 use super::context::Context;
 use super::gate::DeviceGate;
 use super::kernels::{Arg, Grid};
@@ -11,7 +12,7 @@ use super::stream::Stream;
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::settings::Selector;
-use crate::types::{Dtype, Shape};
+use crate::types::Dtype;
 
 /// 4-byte elements of scratch that select and union need for the largest step; `gate_len` is
 /// [`DeviceGate::len`] of the layer's gate.
@@ -204,9 +205,9 @@ impl Scoring<'_> {
             let launch = if by_pairs { kernel.pairs } else { kernel.launches[which as usize] };
             return self.cells_read_sm90(tile, &launch, kernel.map_tokens);
         }
-        let per_sm = u32::try_from(3 * self.context.num_sms()).unwrap_or(u32::MAX);
-        let name = cells_name(&READ[which as usize], &self.layout.shape);
-        self.cells(name, per_sm.div_ceil(self.kv_heads()), tile)
+        let kernel = CellsKernel::choose(self.context, Cells::Read(which), &self.layout.shape);
+        let at_once = kernel.ctas_per_sm * u32::try_from(self.context.num_sms()).unwrap_or(u32::MAX >> 3);
+        self.cells(&kernel, at_once.div_ceil(self.kv_heads()), tile)
     }
 
     /// The same by the copy engine; CTAs share the work evenly, whatever their number.
@@ -226,14 +227,14 @@ impl Scoring<'_> {
     fn cells_pool(&self, tile: i32) -> Result<()> {
         let tails = self.longest_span(self.step.batch.total_q.unsigned_abs() as usize).div_ceil(128) + 1;
         let tails = u32::try_from(tails).unwrap_or(u32::MAX);
-        let name = cells_name(&POOL, &self.layout.shape);
-        self.cells(name, self.blocks().div_ceil(64) + tails, tile)
+        let kernel = CellsKernel::choose(self.context, Cells::Pool, &self.layout.shape);
+        self.cells(&kernel, self.blocks().div_ceil(64) + tails, tile)
     }
 
-    fn cells(&self, name: &'static str, width: u32, tile: i32) -> Result<()> {
+    fn cells(&self, kernel: &CellsKernel, width: u32, tile: i32) -> Result<()> {
         let blocks = [width, self.kv_heads(), self.selects()];
-        let grid = Grid { blocks, threads: 128, shared_bytes: shared::cells(self.head_dim()) };
-        self.launch(name, grid, &[Arg::of(self.step), Arg::of(&tile)])
+        let grid = Grid { blocks, threads: 128, shared_bytes: kernel.shared_bytes };
+        self.launch(kernel.name, grid, &[Arg::of(self.step), Arg::of(&tile)])
     }
 
     /// Scores of one tile's cells, added to those of the tiles before it.
@@ -347,32 +348,6 @@ pub(crate) enum Read {
     Every,
     /// Those that `two_level` scores again, and the open ones.
     Candidates,
-}
-
-/// A kernel of cells for bf16 and f16 caches, and for e4m3 ones under queries of either.
-pub(crate) type ByCache = [&'static str; 4];
-
-macro_rules! by_cache {
-    ($name:literal) => {
-        [
-            concat!($name, "_bf16"),
-            concat!($name, "_fp16"),
-            concat!($name, "_bf16_e4m3"),
-            concat!($name, "_fp16_e4m3"),
-        ]
-    };
-}
-
-/// By [`Read`].
-pub(crate) const READ: [ByCache; 2] =
-    [by_cache!("compactattn_cells_read"), by_cache!("compactattn_cells_read_candidates")];
-/// By mean keys.
-pub(crate) const POOL: ByCache = by_cache!("compactattn_cells_pool");
-
-/// The one for the shape.
-pub(crate) fn cells_name(names: &ByCache, shape: &Shape) -> &'static str {
-    let over_e4m3 = if shape.kv_dtype == Dtype::E4m3 { 2 } else { 0 };
-    names[over_e4m3 + usize::from(shape.dtype != Dtype::Bf16)]
 }
 
 /// Exact cells on Hopper (cuda/select/sm90).

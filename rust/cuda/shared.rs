@@ -2,8 +2,9 @@
 //! whether this GPU has it.
 
 use super::attend::Kernel;
+use super::cells::{Cells, CellsKernel};
 use super::context::Context;
-use super::select::{POOL, READ, Read, Sm90, Sm90Kernel, cells_name};
+use super::select::{Read, Sm90, Sm90Kernel};
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
 use crate::settings::{KeepAt, Selector};
@@ -34,6 +35,9 @@ pub(crate) const fn sample_rows(heads: u32, head_dim: u32) -> u32 {
 pub(crate) const fn cells(head_dim: u32) -> u32 {
     256 * row(head_dim)
 }
+
+/// Of `compactattn_cells_*_small_*`.
+pub(crate) const CELLS_SMALL: u32 = 128 * row(256) + 192 * row(64);
 
 /// Of `compactattn_cells_*_sm90_*`, with rows of one select span or of two.
 pub(crate) const fn cells_sm90(head_dim: u32, spans: u32) -> u32 {
@@ -115,13 +119,17 @@ fn scoring(
     let of = |names: [&'static str; 2]| if bf16 { names[0] } else { names[1] };
     let dim = narrow(layout.shape.head_dim);
     let hopper = Sm90::choose(context, layout);
+    let of_cells = |cells| {
+        let kernel = CellsKernel::choose(context, cells, &layout.shape);
+        (kernel.name, kernel.shared_bytes)
+    };
     let of_hopper = |kernel: Sm90Kernel| (kernel.name, cells_sm90(dim, kernel.spans));
     let read = |which| match hopper {
         Some(kernels) => of_hopper(kernels.launches[which as usize]),
-        None => (cells_name(&READ[which as usize], &layout.shape), cells(dim)),
+        None => of_cells(Cells::Read(which)),
     };
     let pairs = hopper.map(|kernels| of_hopper(kernels.pairs));
-    let pool = (cells_name(&POOL, &layout.shape), cells(dim));
+    let pool = of_cells(Cells::Pool);
     match layout.settings.selector {
         Selector::SampledExact | Selector::Oracle => [Some(read(Read::Every)), pairs],
         Selector::PooledMass => [Some(pool), None],
@@ -176,6 +184,7 @@ mod tests {
             writeln!(source, "static_assert({left} == {right}, \"rust/cuda/shared.rs\");").unwrap();
         };
         equal("xattention_bytes()", XATTENTION);
+        equal("cells_small_bytes()", CELLS_SMALL);
         for dim in [64, 96, 128, 256] {
             equal(&format!("flashprefill_bytes({dim})"), flashprefill(dim));
             equal(&format!("flashprefill_sm90_bytes({dim})"), flashprefill_sm90(dim));

@@ -23,6 +23,8 @@ CUBINS = {
 }
 SM90 = {64: (128, 215040), 128: (128, 231424), 256: (64, 231424)}  # head_dim: tokens of a key tile, shared memory
 PAIRS_SHARED = 232448  # for rows of two spans
+# Keys in pieces: cuda/select/small, made for GPUs of little shared memory, here compiled for sm_90a. Shared memory.
+SMALL = {256: 95232}
 UNTOUCHED = 777.0
 ROWS = 128
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -238,6 +240,12 @@ class Kernels:
             name = f"cells_{what}_sm90"
             self.kernels[name] = Kernel(cubin, f"compactattn_{name}_{suffix}", shared)
 
+        self.has_small = head_dim in SMALL
+        for what in ("read", "read_candidates", "pool") if self.has_small else ():
+            full = f"compactattn_cells_{what}_small_{NAMES[dtype]}_d{head_dim}"
+            cubin = cubins / f"cells_{what.split('_')[0]}_small_d{head_dim}.cubin"
+            self.kernels[f"cells_{what}_small"] = Kernel(cubin, full, SMALL[head_dim])
+
     def launch(self, name: str, grid: tuple[int, ...], block: int, *args: object) -> None:
         """On torch's current stream."""
         kernel = self.kernels[name]
@@ -280,7 +288,7 @@ class Kernels:
             "cells_read_candidates": 396 // shape.kv_heads,
             "cells_pool": math.ceil(longest / 128) + 1,
         }
-        grid_x = (x or usual[name]) + (pools if name == "cells_pool" else 0)
+        grid_x = (x or usual[name.removesuffix("_small")]) + (pools if "cells_pool" in name else 0)
         self.launch(name, (grid_x, shape.kv_heads, case.max_spans), 128, case.step, index)
 
     def candidates(self, case: Case) -> None:

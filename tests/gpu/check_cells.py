@@ -206,6 +206,26 @@ def pair_faults(kernels: Kernels, case: Case) -> Iterator[str]:
             yield "no cells at all"
 
 
+def small_faults(kernels: Kernels, case: Case) -> Iterator[str]:
+    """Keys and means in pieces fill the same cells with the same bits as whole ones, and no others."""
+    run(kernels, case, POOLED)
+    kernels.candidates(case)
+    candidates = case.cells[case.num_cells :].clone()
+    for name, tile in itertools.product(("cells_read", "cells_read_candidates", "cells_pool"), range(case.tiles)):
+        case.cells.fill_(math.nan)
+        case.cells[case.num_cells :] = candidates
+        kernels.cells(case, name, tile)
+        want = case.cells.clone()
+        if tile == 0 and bool(want[: case.num_cells].isnan().all()):
+            yield f"{name}: no cells at all"
+        for x in (0, 1, 7):
+            case.cells[: case.num_cells] = math.nan
+            kernels.cells(case, name + "_small", tile, x)
+            other = int((case.cells.view(torch.int32) != want.view(torch.int32)).sum())
+            if other:
+                yield f"{name}_small, tile {tile}: {other} other cells by {x or 'the usual'} CTAs"
+
+
 def can_hold(case: Case) -> bool:
     """Whether mass_lists takes the case and each of its requests alone: 32 rows of 4096 blocks."""
     longest = max(span.len for span in case.spans)
@@ -222,6 +242,8 @@ def faults(kernels: Kernels, shape: Shape, seed: int, worst: list[float]) -> Ite
     own = (EXACT + SM90, TWO_LEVEL + SM90, EXACT + PAIRS) if kernels.has_sm90 else ()
     if own:
         yield from pair_faults(kernels, case)
+    if kernels.has_small:
+        yield from small_faults(kernels, case)
     held = (EXACT + HELD, TWO_LEVEL + HELD) if can_hold(case) else ()
     for what in (EXACT, POOLED, TWO_LEVEL, *own, *held):
         run(kernels, case, what)
@@ -237,12 +259,13 @@ def faults(kernels: Kernels, shape: Shape, seed: int, worst: list[float]) -> Ite
     worst.append(case.worst)
 
 
-def main(cubins: str, every: int = 1) -> int:
-    """Checks each `every`-th case; the number that fail."""
+def main(cubins: str, every: int = 1, head_dim: int = 0) -> int:
+    """Checks each `every`-th case, of one head_dim if it is named; the number that fail."""
     loaded: dict[tuple[torch.dtype, int], Kernels] = {}
     failures = count = 0
     worst: list[float] = []
-    for seed, shape in itertools.islice(enumerate(cases()), 0, None, every):
+    wanted = [(seed, shape) for seed, shape in enumerate(cases()) if head_dim in (0, shape.head_dim)]
+    for seed, shape in wanted[::every]:
         key = (shape.dtype, shape.head_dim)
         if key not in loaded:
             loaded[key] = Kernels(Path(cubins), *key)
@@ -251,7 +274,7 @@ def main(cubins: str, every: int = 1) -> int:
         if found:
             failures += 1
             print(f"FAIL {shape}", *found, sep="\n  ", flush=True)
-    for fault in refusal_faults(loaded[torch.bfloat16, 128]):
+    for fault in refusal_faults(loaded[torch.bfloat16, 128]) if (torch.bfloat16, 128) in loaded else ():
         failures += 1
         print("FAIL", fault)
     print(f"{count - failures} of {count} cases right, worst error {max(worst, default=0.0):.2f} of its bound")

@@ -87,6 +87,12 @@ EXPECTED["sm_90a"] |= {
 }
 EXPECTED["sm_90a"] |= {f"compactattn_attend_sm90_{dtype}_d{dim}_means" for dtype in DTYPES for dim in (64, 128, 256)}
 EXPECTED["sm_90a"] |= {f"compactattn_flashprefill_sm90_{dtype}_d{dim}" for dtype in DTYPES for dim in (64, 128)}
+for arch in ("sm_80", "sm_120a"):
+    EXPECTED[arch] |= {
+        f"compactattn_{name}_small_{dtype}_d256"
+        for name in ("cells_read", "cells_read_candidates", "cells_pool")
+        for dtype in DTYPES
+    }
 
 # By the start of a kernel's name, the first that fits: tensor cores, then the copies that run beside them.
 WANTED = {

@@ -40,7 +40,7 @@ ELSEWHERE = [
 # What nobody has run as it is written, and why: shorter lists only.
 NEVER_RUN = {
     ("accuracy.md", "lm-eval run"): "a long-context checkpoint and the harness's data, on a GPU",
-    ("observing.md", "nsys profile"): "Nsight Systems on a GPU machine",
+    ("observing.md", "ncu --nvtx"): "a GPU machine",
 }
 # Targets that documents name and CI does not run, each with what stands for them.
 BY_HAND = {
@@ -143,7 +143,7 @@ def test_what_is_skipped_without_torch_runs_where_it_is() -> None:
     given = re.search(r"WITH_TORCH := .*,(.*)\)", recipe)
     assert given
     for path in sorted((ROOT / "tests/python").glob("test_*.py")):
-        if re.search(r'importorskip\("(torch|ml_dtypes)"', path.read_text(encoding="utf-8")):
+        if re.search(r'importorskip\("(torch|ml_dtypes|jax)"', path.read_text(encoding="utf-8")):
             known = path.name.removeprefix("test_") in given[1].split() or f"tests/python/{path.name}" in recipe
             assert known, f"{path.name} runs nowhere"
 

@@ -16,6 +16,8 @@ if not GGUF:
 sys.path.append(str(Path(__file__).parents[1] / "gpu"))
 
 import check_hf  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
 ASKED = argparse.Namespace(device="cpu", gguf=Path(GGUF), prompts=20)
 
@@ -26,3 +28,18 @@ def test_everything_kept_continues_20_prompts_as_sdpa() -> None:
 
 def test_a_fact_in_a_long_text_is_found() -> None:
     check_hf.needle(ASKED)
+
+
+def test_the_checkpoint_that_is_written_is_the_model(tmp_path: Path) -> None:
+    from compactattn.eval import codec, smollm2
+
+    assert smollm2.main([str(ASKED.gguf), str(tmp_path)]) == 0 and smollm2.main([]) == 2
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    file = smollm2.File(ASKED.gguf)
+    text = "Answer in 12 words: what is a page?"
+    assert tokenizer(text).input_ids == file.tokenizer().encode(text).ids
+    assert codec.Codec(tokenizer).frame == smollm2.FRAME
+    ids = torch.tensor([tokenizer(text).input_ids])
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, file.model(torch.float32, "cpu")(ids).logits)

@@ -25,8 +25,14 @@ struct Maps {
   const CUtensorMap& v;
 };
 
-// Of kernels that correct: the rows of `means` as pools whose pages are requests, in boxes of
-// kTokens x 64.
+// Of kernels that correct, a parameter: the rows of means as pools whose pages are requests, in
+// boxes of kTokens x 64.
+struct MeanTensors {
+  CUtensorMap k;
+  CUtensorMap v;
+};
+
+// The same and what else they read of `means`.
 struct MeanMaps {
   const CUtensorMap& k;
   const CUtensorMap& v;

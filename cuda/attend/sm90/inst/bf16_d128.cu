@@ -14,10 +14,10 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1)
 extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1)
     compactattn_attend_sm90_bf16_d128_means(
         const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
-        const __grid_constant__ CUtensorMap v, const __grid_constant__ CUtensorMap mean_k,
-        const __grid_constant__ CUtensorMap mean_v,
+        const __grid_constant__ CUtensorMap v,
+        const __grid_constant__ compactattn::sm90::MeanTensors rows,
         const __grid_constant__ compactattn::AttendParams params,
         const __grid_constant__ compactattn::Means means) {
-  const compactattn::sm90::MeanMaps mean{mean_k, mean_v, means};
+  const compactattn::sm90::MeanMaps mean{rows.k, rows.v, means};
   compactattn::sm90::attend<compactattn::sm90::Corrected<Tile>>({q, k, v}, params, &mean);
 }

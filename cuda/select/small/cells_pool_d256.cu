@@ -1,0 +1,64 @@
+// select: cells by mean keys, as cells_pool.cu, for a head_dim of 256 where a CTA may have 99 KiB
+// of shared memory: compute capability 8.6, 8.9 and 12.0.
+//
+// Grid as cells_pool.cu x 128, shared memory as cells_read_d256.cu. Cells have the bits that
+// cells_pool.cu gives them.
+#include "../cells_pieces.cuh"
+#include "../cells_pool.cuh"
+
+namespace compactattn::select {
+namespace {
+
+template <class Element>
+struct Pieced {
+  template <class Source>
+  using Reader = PiecedReader<Element, Source>;
+
+  // A quarter of the dims of all means at a time: of their high parts, then of the rest.
+  static __device__ __forceinline__ void multiply_means(float (&logits)[2][kPoolBlocks / 8][4],
+                                                        const Step& step, const Tile& tile,
+                                                        int first, char* shared) {
+    constexpr uint32_t kStages = kMaxRows * row_bytes(256);
+    const uint32_t queries = shared_address(shared);
+    const int warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;
+    ptx::wait_copies_but<0>();
+#pragma unroll 1
+    for (int i = 0; i < 2 * kPieces; ++i) {
+      const int dim = i % kPieces * kPieceDims;
+      __syncthreads();
+      load_means<Element, kThreads, kPoolBlocks, kPieceDims>(step, tile, first, tile.blocks,
+                                                             shared + kStages, dim);
+      __syncthreads();
+      if (warp_row >= tile.rows) continue;
+      const uint32_t rows = queries + warp_row * row_bytes(256) + 2 * dim;
+      const uint32_t means = queries + kStages + i / kPieces * kPieceBytes;
+      multiply_dim<Element, kPoolBlocks / 8, kPieceDims, 256>(logits, rows, means);
+    }
+  }
+
+  // A row of cells is 256 bytes.
+  static __device__ __forceinline__ uint32_t cells_pitch(const Layout&) {
+    return 2 * row_bytes(kPieceDims);
+  }
+};
+
+}  // namespace
+}  // namespace compactattn::select
+
+extern __shared__ __align__(16) char shared_bytes[];
+
+extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 1)
+    compactattn_cells_pool_small_bf16_d256(const __grid_constant__ compactattn::Step step,
+                                           int tile) {
+  compactattn::ptx::wait_for_earlier();
+  using namespace compactattn::select;
+  pool<Pieced<__nv_bfloat16>>(step, tile, shared_bytes);
+}
+
+extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 1)
+    compactattn_cells_pool_small_fp16_d256(const __grid_constant__ compactattn::Step step,
+                                           int tile) {
+  compactattn::ptx::wait_for_earlier();
+  using namespace compactattn::select;
+  pool<Pieced<__half>>(step, tile, shared_bytes);
+}
