@@ -42,9 +42,10 @@ def short(report: Report) -> list[str]:
 
 
 def growth(levels: list[dict[str, Any]]) -> dict[str, float]:
-    """After warm-up, a minute or a quarter of the run; of device memory, from the middle of the run to its end."""
+    """After warm-up, a quarter of the run as in gpu_suite's soak; of device memory, from the middle to the end."""
     last = levels[-1]
-    warm = [level for level in levels if level["second"] >= min(60, last["second"] / 4)]
+    # Until each mode, judged form and kernel of torch's has been met once: minutes, where ranks rest between steps.
+    warm = [level for level in levels if level["second"] >= last["second"] / 4]
     middle = next(level for level in levels if level["second"] >= last["second"] / 2)
     minutes = [level["second"] / 60 for level in warm]
     resident = [level["resident"] / 2**20 for level in warm]

@@ -1,38 +1,62 @@
-"""Accuracy over executed density as SVG by hand, in the look of tests/bench/plots.py: nothing to install."""
+"""Accuracy lost over executed density as SVG by hand, in the look of tests/bench/plots.py: nothing to install."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 64, 250, 40, 48
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 820, 420, 64, 310, 40, 48
 COLOURS = ["#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#0a7ea4", "#bf3989", "#57606a", "#bc4c00", "#4d2d00"]
 
 
-def scatter(title: str, points: list[tuple[str, float, float]]) -> str:
-    """The drawing of ``(method, executed %, accuracy %)``, both axes in percent."""
-    floor = 10 * int(min((y for _, _, y in points), default=0.0) / 10)
-    floor = min(floor, 90)
+@dataclass(frozen=True)
+class Point:
+    """A row: percent of causal pairs that it executes, points against dense on the items that it has, 95 %."""
+
+    name: str
+    items: int
+    executed: float
+    mean: float
+    low: float
+    high: float
+
+
+def scatter(title: str, points: list[Point]) -> str:
+    """Rows by number, with their intervals: full at their own default, hollow at a density that was asked for (@)."""
+    floor = 5 * int(min((p.low for p in points), default=0.0) / 5 - 1)
+    ceiling = 5
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across, up = x / 100, (y - floor) / (100 - floor)
+        across, up = x / 100, (y - floor) / (ceiling - floor)
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
-    parts = [_text(LEFT, 22, title, size=15), _text(8, TOP - 6, "accuracy %")]
-    for i in range(6):
-        value = floor + (100 - floor) * i / 5
+    parts = [
+        _text(LEFT, 20, title, size=15),
+        _text(8, TOP - 8, "points against dense on the same items (so many)", size=11),
+    ]
+    for value in range(floor, ceiling + 1, 5):
         y = at(0, value)[1]
-        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#d0d7de"/>')
+        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{"#57606a" if value == 0 else "#d0d7de"}"/>')
         parts.append(_text(LEFT - 6, y + 4, f"{value:g}", anchor="end"))
-        parts.append(_text(at(20 * i, floor)[0], HEIGHT - BOTTOM + 18, f"{20 * i}", anchor="middle"))
+    for share in range(0, 101, 20):
+        parts.append(_text(at(share, floor)[0], HEIGHT - BOTTOM + 18, f"{share}", anchor="middle"))
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(_text(middle, HEIGHT - 8, "executed, % of causal query-key pairs", anchor="middle"))
-    for i, (name, x, y) in enumerate(points):
-        colour, place = COLOURS[i % len(COLOURS)], at(x, y)
-        parts.append(f'<circle cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="5" fill="{colour}"/>')
+    bases = list(dict.fromkeys(point.name.partition("@")[0] for point in points))
+    for i, point in enumerate(points):
+        base, _, asked = point.name.partition("@")
+        colour = COLOURS[bases.index(base) % len(COLOURS)]
+        mark = f'r="5" stroke="{colour}" stroke-width="2" fill="{"white" if asked else colour}"'
+        x, y = at(point.executed, point.mean)
+        ends = [at(point.executed, value)[1] for value in (point.low, min(point.high, ceiling))]
+        parts.append(f'<path d="M{x:.1f} {ends[0]:.1f}V{ends[1]:.1f}" stroke="{colour}" stroke-opacity=".35"/>')
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" {mark}><title>{escape(point.name)}</title></circle>')
+        parts.append(_text(x + 7, y - 5, str(i + 1), size=9))
         # Names beside the plot: points may lie on one another.
         beside = TOP + 18 * i
-        parts.append(f'<circle cx="{WIDTH - RIGHT + 22}" cy="{beside}" r="5" fill="{colour}"/>')
-        parts.append(_text(WIDTH - RIGHT + 38, beside + 4, name))
+        parts.append(f'<circle cx="{WIDTH - RIGHT + 46}" cy="{beside}" {mark}/>')
+        parts.append(_text(WIDTH - RIGHT + 36, beside + 4, str(i + 1), anchor="end"))
+        parts.append(_text(WIDTH - RIGHT + 58, beside + 4, f"{point.name} ({point.items})"))
     body = "\n".join(parts)
     style = 'font-family="sans-serif" font-size="12"'
     height = max(HEIGHT, TOP + 18 * len(points) + 8)

@@ -84,11 +84,15 @@ def write(folder: Folder, stem: Path) -> list[Path]:
     drawings = []
     for length in sorted({row.length for row in table}):
         own = [row for row in table if row.length == length and row.scope == ALL_TASKS]
-        points = [(row.method, 100 * row.executed, 100 * row.accuracy) for row in own]
-        drawings.append(plot.scatter(f"{length} tokens, {max(row.items for row in own)} items", points))
+        drawings.append(plot.scatter(f"{length} tokens", [_point(row) for row in own]))
     paths[2].write_text(plot.stacked(drawings))
     layers.write(folder.probes, paths[3])
     return paths
+
+
+def _point(row: Row) -> plot.Point:
+    lost = row.difference
+    return plot.Point(row.method, row.items, 100 * row.executed, lost.mean, lost.low, lost.high)
 
 
 def _row(name: tuple[int, str, str], pairs: Pairs, dense_final: list[Record]) -> Row:
