@@ -274,7 +274,8 @@ class Case:
         heads, groups = s.kv_heads * s.group, s.head_dim // 64
         sizes, strides = (64, heads, len(self.q), groups), (self.q.stride(1), self.q.stride(0), 64)
         self.maps = [tensor_map(self.q, sizes, strides, (64, s.list_heads, ROWS // s.list_heads, 1))]
-        rows = min(s.box_tokens, SM90[s.head_dim].map_tokens)
+        # Boxes of 32 go in halves (rust/cuda/attend.rs).
+        rows = 16 if s.box_tokens == 32 else min(s.box_tokens, SM90[s.head_dim].map_tokens)
         for pool in (self.k, self.v):
             sizes = (64, s.page_size, groups, s.kv_heads, self.num_pages)
             strides = (pool.stride(1), 64, pool.stride(2), pool.stride(0))
