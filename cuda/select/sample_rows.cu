@@ -371,12 +371,21 @@ __device__ __forceinline__ void sample_rows(const Step& step) {
 }  // namespace
 }  // namespace compactattn::select
 
-extern "C" __global__ void COMPACTATTN_SCORING_CLUSTER __launch_bounds__(512, 1)
+// Of one SM, by registers: two where 64 a thread hold everything.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define COMPACTATTN_SAMPLING_CTAS 1
+#else
+#define COMPACTATTN_SAMPLING_CTAS 2
+#endif
+
+extern "C" __global__ void COMPACTATTN_SCORING_CLUSTER __launch_bounds__(512,
+                                                                         COMPACTATTN_SAMPLING_CTAS)
     compactattn_sample_rows_bf16(const __grid_constant__ compactattn::Step step) {
   compactattn::select::sample_rows<__nv_bfloat16>(step);
 }
 
-extern "C" __global__ void COMPACTATTN_SCORING_CLUSTER __launch_bounds__(512, 1)
+extern "C" __global__ void COMPACTATTN_SCORING_CLUSTER __launch_bounds__(512,
+                                                                         COMPACTATTN_SAMPLING_CTAS)
     compactattn_sample_rows_fp16(const __grid_constant__ compactattn::Step step) {
   compactattn::select::sample_rows<__half>(step);
 }
