@@ -93,8 +93,8 @@ test-hf: $(HF_VENV)/ready toolkit $(SMOLLM2)
 test-vllm: $(VLLM)/ready vllm-site
 	PYTHONPATH=$(VLLM_SITE) $(VLLM)/bin/python -m pytest -q tests/vllm
 
-# The same in less than four minutes, once the engine is fetched: registration, who computes what, and one process with
-# two engines: mode dense to the bit, keep-all to rounding, prefix hits.
+# The same in less than four minutes, once the engine is fetched (vllm-engine), at the end of .ci/run: registration, who
+# computes what, and one process with two engines: mode dense to the bit, keep-all to rounding, prefix hits.
 test-vllm-quick: $(VLLM)/ready vllm-site
 	PYTHONPATH=$(VLLM_SITE) $(VLLM)/bin/python -m pytest -q tests/vllm/test_register.py tests/vllm/test_split.py
 	PYTHONPATH=$(VLLM_SITE) $(VLLM)/bin/python tests/vllm/gpu_checks.py --cpu --layers 3 --only dense,keep_all
@@ -104,6 +104,9 @@ vllm-site: export COMPACTATTN_CUDA = off
 vllm-site: $(VLLM)/ready
 	rm -rf "$(VLLM_SITE)"
 	$(VLLM)/uv/bin/uv pip install -q -p $(VLLM)/bin/python --no-deps --target "$(VLLM_SITE)" .
+
+.PHONY: vllm-engine
+vllm-engine: $(VLLM)/ready
 
 $(VLLM)/ready: tests/vllm/overrides.txt
 	$(PYTHON) -m venv --clear $(VLLM)
