@@ -3,6 +3,7 @@
 
 use super::attend::Kernel;
 use super::cells::{Cells, CellsKernel};
+use super::clusters;
 use super::context::Context;
 use super::select::{Read, Sm90, Sm90Kernel};
 use crate::error::{Error, Result, Status};
@@ -94,7 +95,12 @@ pub(crate) struct GateShape {
 /// [`Status::Unsupported`] naming what asks for it, with bytes wanted and available.
 pub(crate) fn check(context: &Context, layout: &Layout, gate: Option<GateShape>) -> Result<()> {
     let (head_dim, selector) = (layout.shape.head_dim, layout.settings.selector.name());
-    for (kernel, bytes) in scoring(context, layout, gate).into_iter().flatten() {
+    let sampling = clusters::samples(layout).then(|| {
+        let is_bf16 = layout.shape.dtype == Dtype::Bf16;
+        let name = if is_bf16 { "compactattn_sample_rows_bf16" } else { "compactattn_sample_rows_fp16" };
+        (name, sample_rows(narrow(layout.shape.group_size()), narrow(head_dim)))
+    });
+    for (kernel, bytes) in scoring(context, layout, gate).into_iter().flatten().chain(sampling) {
         fit(context, kernel, bytes, || format!("selector {selector} with head_dim {head_dim}"))?;
     }
     let (max_kv_len, block_size) = (layout.limits.max_kv_len, layout.geometry.block_size);

@@ -113,7 +113,10 @@ class Ours(module.Paged):
 
     def density(self) -> float:
         """Share of blocks before their chunks that lists read, over all calls so far."""
-        share = self._plan.stats().density
+        stats = self._plan.stats()
+        # A refused request costs nothing, and would be timed as a fast one.
+        assert stats.refused == 0, stats
+        share = stats.density
         return 1.0 if share is None else float(share)
 
     def inflation(self) -> float | None:

@@ -113,18 +113,20 @@ def _measure_all(rows: list[Row], args: argparse.Namespace, group: tensor_parall
 def _lines(layer: module.Module, row: Row, package: Any) -> list[Measured | Gap]:
     """What one row earns: numbers, or the reason why there are none. Ranks go on together or not at all."""
     attention: module.Attention | None = None
-    problem = Gap("", *row.key, "")
+    problem, error = Gap("", *row.key, ""), 0.0
     try:
         attention = _attention(row, package)
         error = _worst_error(layer, attention)
-        if not error <= check.TOLERANCE:
-            problem = Gap("wrong", *row.key, f"relative error {error:.2e}")
     except Exception as reason:  # a peer may fail in any way; the others still answer
         problem = Gap("missing", *row.key, f"{type(reason).__name__}: {reason}")
     if problem.kind and layer.group.rank > 0:
         # Only the first one's reason comes into the report.
         print(f"rank {layer.group.rank}: {problem}", file=sys.stderr, flush=True)
-    if layer.group.any(bool(problem.kind)) or attention is None:
+    everyone = layer.group.rows([float(bool(problem.kind)), error])
+    wrong = [f"relative error {e:.2e} on rank {r}" for r, (_, e) in enumerate(everyone) if not e <= check.TOLERANCE]
+    if wrong:
+        return [Gap("wrong", *row.key, ", ".join(wrong))]
+    if any(failed for failed, _ in everyone) or attention is None:
         return [problem if problem.kind else Gap("missing", *row.key, "another rank could not")]
     if layer.group.size > 1:
         # What fails now fails in the middle of a sum: the process ends, and the launcher ends the others.
@@ -158,7 +160,9 @@ def _measured(layer: module.Module, attention: module.Attention, row: Row) -> li
     if isinstance(attention, methods.Ours):
         if attention.calibrate():
             _prefill(layer, attention)
-            attention.calibrate()
+            if attention.calibrate():
+                # What is timed has run once before, as every other.
+                _prefill(layer, attention)
         inflation = attention.inflation()
     runs = [_prefill(layer, attention) for _ in range(RUNS)]
     by_stage, unseen = _stages(layer, attention)

@@ -28,7 +28,8 @@ SOURCE = (
 LEGEND = (
     "Times of a whole prefill, and how many times as long FA3 in place and FA2 with copies take. `read`: share of the "
     "blocks before a chunk; `union`: what lists read over what a head's 128 queries asked for (random heads agree on "
-    "little: real ones inflate less). Where it goes: plan to attend by the profiler, union and table being one kernel; "
+    "little: real ones inflate less). Where it goes: plan to attend by the profiler, union and table being one kernel, "
+    "select holding union too where one kernel does both; "
     "`rest`: what of the op no kernel accounts for; `sum`: over GPUs, and the wait for the other one."
 )
 

@@ -329,6 +329,21 @@ module.Module.forward, prefill.methods.build = late, broken
     assert {(gap.system, gap.reason) for gap in book.gaps()} == unseen | {("ours-op-0.40", "another rank could not")}
 
 
+def test_an_answer_that_is_wrong_on_one_rank_is_wrong(tmp_path: Path, library: str | None) -> None:
+    extra = """
+prefill.RUNS, worst = 1, prefill._worst_error
+def spoilt(layer, attention):
+    error = worst(layer, attention)
+    return float("nan") if group.rank == 1 and attention.name == "ours-dense" else error
+prefill._worst_error = spoilt
+"""
+    failure, book = launched(tmp_path, library, extra)
+    assert failure == ""
+    assert "ours-dense" not in {row.system for row in book.rows()}
+    wrong = [(gap.system, gap.reason) for gap in book.gaps() if gap.kind == "wrong"]
+    assert wrong == [("ours-dense", "relative error nan on rank 1")]
+
+
 def test_a_rank_that_dies_ends_the_other(tmp_path: Path, library: str | None) -> None:
     extra = """
 import os

@@ -24,7 +24,7 @@ class Point:
 def scatter(title: str, points: list[Point]) -> str:
     """Rows by number, with their intervals: full at their own default, hollow at a density that was asked for (@)."""
     floor = 5 * int(min((p.low for p in points), default=0.0) / 5 - 1)
-    ceiling = 5
+    ceiling = 5 * max(1, -int(-max((p.mean for p in points), default=0.0) // 5))
 
     def at(x: float, y: float) -> tuple[float, float]:
         across, up = x / 100, (y - floor) / (ceiling - floor)
