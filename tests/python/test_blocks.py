@@ -50,6 +50,7 @@ BY_HAND = {
     "exact": ".ci/run",
     "fuzz-coverage": "tests/bench/record/cpu/2026-11-22-reliability.txt",
     "metamorphic": ".ci/run",
+    "miri": "tests/bench/record/cpu/2026-11-22-reliability.txt",  # In CI where the toolchain has it.
     "perturb": ".ci/run",
     "reuse": ".ci/run",
     "soak": ".ci/run",
