@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +9,7 @@ import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
 tomllib = pytest.importorskip("tomllib", reason="the bench wants Python 3.11")
-
-
-@pytest.fixture(autouse=True)
-def _modules() -> Iterator[None]:
-    # The bench's modules have short names, for it is a program: they are seen by these tests alone.
-    sys.path.insert(0, str(BENCH))
-    before = set(sys.modules)
-    yield
-    sys.path.remove(str(BENCH))
-    for name in set(sys.modules) - before:
-        if str(BENCH) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("bench_modules")
 
 
 def test_every_question_loads_and_names_its_cases() -> None:

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,7 @@ import pytest
 BENCH = Path(__file__).parents[1] / "bench"
 pytest.importorskip("tomllib", reason="the bench wants Python 3.11")
 pytest.importorskip("torch")
-
-
-@pytest.fixture(autouse=True)
-def _modules() -> Iterator[None]:
-    # As in test_bench.py.
-    sys.path.insert(0, str(BENCH))
-    before = set(sys.modules)
-    yield
-    sys.path.remove(str(BENCH))
-    for name in set(sys.modules) - before:
-        if str(BENCH) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("bench_modules")
 
 
 CASE = "h16k4_d128_b8_q1024_kv{}"
@@ -327,6 +315,23 @@ module.Module.forward, prefill.methods.build = late, broken
     # What one rank cannot do none does.
     unseen = {(system, "its stages: no GPU") for system in rows}
     assert {(gap.system, gap.reason) for gap in book.gaps()} == unseen | {("ours-op-0.40", "another rank could not")}
+
+
+def test_what_was_timed_and_is_no_number_is_wrong(tmp_path: Path, library: str | None) -> None:
+    extra = """
+prefill.RUNS, measured = 1, prefill._measured
+def spoilt(layer, attention, row):
+    if attention.name == "ours-dense" and group.rank == 1:
+        attend = attention.attend
+        attention.attend = lambda q, past: attend(q, past) * float("nan")
+    return measured(layer, attention, row)
+prefill._measured = spoilt
+"""
+    failure, book = launched(tmp_path, library, extra)
+    assert failure == ""
+    assert "ours-dense" not in {row.system for row in book.rows()}
+    wrong = [(gap.system, gap.reason) for gap in book.gaps() if gap.kind == "wrong"]
+    assert wrong == [("ours-dense", "what was timed is not finite")]
 
 
 def test_an_answer_that_is_wrong_on_one_rank_is_wrong(tmp_path: Path, library: str | None) -> None:
