@@ -321,7 +321,8 @@ typedef struct compactattn_settings {
   int32_t local_blocks;
   // A list that keeps more than this share of its past blocks becomes dense, in (0, 1]; 1 = never.
   float density_guard;
-  // 1 = stand in for each skipped block by its mean key and value; 0 = leave it out.
+  // 1 = mean keys and values, each of 512 past tokens, stand in for what is skipped of them;
+  // 0 = it is left out.
   int32_t mean_correction;
   // Dense while a request holds fewer KV tokens than this.
   int32_t dense_below_kv_len;

@@ -156,7 +156,8 @@ pub struct Settings {
     pub local_blocks: usize,
     /// A list that keeps more than this share of its past blocks becomes dense; 1 = never.
     pub density_guard: f32,
-    /// Add each skipped block's mean: `len * exp(q . k_mean)` of weight with `v_mean`.
+    /// Skipped blocks take part by means: of each 512 past tokens, `2 n * exp(q . k_mean)` of weight
+    /// with `v_mean`, where `n` tokens are skipped.
     pub mean_correction: bool,
     /// When not to be sparse.
     pub dense: DenseRules,

@@ -142,6 +142,15 @@ impl Geometry {
     /// Block sizes a selection can use.
     pub const BLOCK_SIZES: [usize; 6] = [1, 16, 32, 64, 128, 256];
 
+    /// Tokens that share a mean under mean correction. Means of 32 would be 16 times as many to attend to, for nothing
+    /// that [`Geometry::MEAN_WEIGHT`] does not give (tests/bench/record/cpu/2026-11-23-coarse-means.txt).
+    pub const MEAN_TOKENS: usize = 512;
+
+    /// What a mean weighs for each token that is left out of it. exp is convex, so tokens weigh more than so many of
+    /// their mean: 3 to 11 times on a trace, where outputs are nearest to dense ones with 1.5 to 2, as values have a mean
+    /// of their own. CUDA has it as a power of two (cuda/common/means.cuh).
+    pub const MEAN_WEIGHT: usize = 2;
+
     /// Tokens one table entry names: `min(page_size, block_size)`.
     #[must_use]
     pub fn box_tokens(&self) -> usize {
@@ -185,12 +194,21 @@ impl Geometry {
         last_page * slots + block % slots
     }
 
+    /// Blocks that one mean stands for under mean correction, [`Geometry::MEAN_TOKENS`] tokens together.
+    #[must_use]
+    pub fn blocks_per_mean(&self) -> usize {
+        Self::MEAN_TOKENS / self.block_size
+    }
+
     /// Logical page that holds the last token of `block`.
     #[must_use]
     pub fn last_page_of(&self, block: usize) -> usize {
         ((block + 1) * self.block_size - 1) / self.page_size
     }
 }
+
+// CUDA counts the blocks of a mean that a list skips in a byte, and finds their bits in one word.
+const _: () = assert!(Geometry::MEAN_TOKENS / 16 <= 32 && Geometry::MEAN_TOKENS >= 256);
 
 #[cfg(test)]
 mod tests {

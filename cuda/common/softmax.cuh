@@ -33,17 +33,6 @@ __device__ __forceinline__ void mask_scores(float (&s)[N], const int (&visible)[
   }
 }
 
-// Drops the columns whose bits are clear; `bits` are those of 32 columns a word, counted from the
-// thread's first.
-template <int N>
-__device__ __forceinline__ void mask_columns(float (&s)[N], const uint32_t (&bits)[N / 16]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const int column = 8 * (i / 4) + i % 2;
-    if (!(bits[column / 32] >> column % 32 & 1)) s[i] = -INFINITY;
-  }
-}
-
 // Row maxima of the tile over the quad; two chains a row halve the dependent steps.
 template <int N>
 __device__ __forceinline__ void tile_max(const float (&s)[N], float (&out)[2]) {
@@ -75,14 +64,13 @@ __device__ __forceinline__ bool raise_max(const float (&tile)[2], float scale, R
   return true;
 }
 
-// s = exp2((s - max) * scale + bias), sums added up. `kMasked`: rows may have seen nothing yet.
+// s = exp2((s - max) * scale), sums added up. `kMasked`: rows may have seen nothing yet.
 template <bool kMasked, int N>
-__device__ __forceinline__ void exponentiate(float (&s)[N], float scale, RowState& rows,
-                                             float bias = 0.0f) {
+__device__ __forceinline__ void exponentiate(float (&s)[N], float scale, RowState& rows) {
   float shift[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    shift[r] = kMasked && rows.max[r] == -INFINITY ? 0.0f : rows.max[r] * scale - bias;
+    shift[r] = kMasked && rows.max[r] == -INFINITY ? 0.0f : rows.max[r] * scale;
   }
 #pragma unroll
   for (int i = 0; i < N; ++i) s[i] = ptx::exp2_approx(s[i] * scale - shift[i / 2 % 2]);

@@ -366,12 +366,13 @@ __device__ __forceinline__ void plan_work(const Step& step, const Means* means) 
   piece_up(plan, ctas, waves, step.stages.arrivals);
 }
 
-// The first CTA plans, the others write the rows of means beside it.
+// The first CTA plans, the others write the rows of means, and what lists skip of them, beside it.
 template <class Element>
 __device__ __forceinline__ void plan_corrected(const Step& step, const Means& means) {
   ptx::wait_for_earlier();
   if (blockIdx.x == 0) return plan_work(step, &means);
-  narrow_means<Element>(step, means, blockIdx.x - 1, gridDim.x - 1);
+  const Writers writers{static_cast<int>(blockIdx.x) - 1, static_cast<int>(gridDim.x) - 1};
+  narrow_means<Element>(step, means, writers);
 }
 
 }  // namespace
@@ -385,7 +386,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
   compactattn::plan_work(step, nullptr);
 }
 
-// The same with mean correction, and the rows of means: 2 or more CTAs of 1024 threads.
+// The same with mean correction, and all that attend reads of means: 2 or more CTAs of 1024
+// threads.
 extern "C" __global__ void __launch_bounds__(1024, 1)
     compactattn_plan_work_means_bf16(const __grid_constant__ compactattn::Step step,
                                      const __grid_constant__ compactattn::Means means) {

@@ -44,7 +44,7 @@ class Settings:
     local_blocks: int
     # A list that keeps more than this share of its past blocks becomes dense; 1 = never.
     density_guard: float
-    # Stand in for each skipped block by its mean key and value.
+    # Means of 512 tokens stand in for what is skipped of them.
     mean_correction: bool
     # Dense below so many KV tokens, for chunks of at most so many tokens, and within the first so many.
     dense_below_kv_len: int

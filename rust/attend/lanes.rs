@@ -24,11 +24,11 @@ pub(super) struct Running {
 
 /// How raw scores of a tile become weights.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Weigh {
+pub(super) struct Weigh<'a> {
     /// `sm_scale * log2(e)`.
     pub(super) scale_log2: f32,
-    /// Factor on every weight of the tile: tokens that one column stands for.
-    pub(super) tokens: f32,
+    /// Tokens that each column stands for: the factor on its weights.
+    pub(super) tokens: &'a [f32],
 }
 
 /// Scores `-inf` from each row's `limit` on.
@@ -58,9 +58,9 @@ pub(super) fn softmax(scores: &mut [Lane], weigh: Weigh, running: &mut Running) 
         factor[x] = math::exp2((running.max[x] - base[x]) * weigh.scale_log2);
     }
     let mut sum = [0.0; LANES];
-    for row in scores {
+    for (row, &tokens) in scores.iter_mut().zip(weigh.tokens) {
         for x in 0..LANES {
-            let p = math::exp2((row[x] - base[x]) * weigh.scale_log2) * weigh.tokens;
+            let p = math::exp2((row[x] - base[x]) * weigh.scale_log2) * tokens;
             row[x] = p;
             sum[x] += p;
         }

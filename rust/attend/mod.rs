@@ -9,6 +9,8 @@ mod stream;
 mod tests;
 mod tile;
 
+use std::ops::Range;
+
 use crate::batch::Batch;
 use crate::error::{Error, Result, Status};
 use crate::mask;
@@ -16,6 +18,7 @@ use crate::parallel::Parallel;
 use crate::plan::{Layout, Span};
 use crate::summaries::{BlockAt, Summaries};
 use crate::table::Table;
+use crate::types::Geometry;
 use stream::Stream;
 use tile::{KvTile, QueryTile, STREAM_TILE};
 
@@ -33,8 +36,11 @@ pub struct Partials<'a> {
     pub lse: &'a mut [f32],
 }
 
-/// The zeroth-order stand-in for blocks that no list reads: each adds `len * exp(q . k_mean * sm_scale)` of weight
-/// with value `v_mean` (FlashPrefill V2, arXiv 2608.19758).
+/// The zeroth-order stand-in for blocks that a list skips (FlashPrefill V2, arXiv 2608.19758): the mean of each run of
+/// past blocks, [`Geometry::MEAN_TOKENS`] in all, adds `2 n * exp(q . k_mean * sm_scale)` of weight with value `v_mean`,
+/// where the list skips `n` tokens of the run; the 2 is [`Geometry::MEAN_WEIGHT`].
+///
+/// Means are over all of a run, read or not, so they are the same for every list.
 #[derive(Clone, Copy, Debug)]
 pub struct Correction<'a> {
     lists: &'a [u32],
@@ -134,24 +140,44 @@ fn queries(layout: &Layout, batch: &Batch, item: &Item, stream_len: usize) -> Qu
 }
 
 impl Correction<'_> {
-    /// Adds the mean of every past block that the item's list leaves out.
+    /// Adds the mean of every run of past blocks of which the item's list skips any.
     fn absorb(&self, layout: &Layout, batch: &Batch, item: &Item, (rows, kv): (&mut QueryTile, &mut KvTile)) {
         let bits = &self.lists[item.row * layout.mask_words()..][..layout.mask_words()];
         let (kv_head, _) = layout.list_heads(item.row % layout.lists_per_span());
-        let past = layout.geometry.past_blocks(item.span.past);
-        let skipped: Vec<usize> = (0..past).filter(|&j| !mask::get(bits, j)).collect();
+        let geometry = &layout.geometry;
+        let (past, blocks) = (geometry.past_blocks(item.span.past), geometry.blocks_per_mean());
+        let runs = (0..past).step_by(blocks).map(|first| first..past.min(first + blocks));
+        let left_out = |run: &Range<usize>| run.clone().filter(|&j| !mask::get(bits, j)).count();
+        let skipped: Vec<_> =
+            runs.map(|run| (left_out(&run), run)).filter(|&(blocks, _)| blocks > 0).collect();
         let head_dim = layout.shape.head_dim;
-        for blocks in skipped.chunks(STREAM_TILE) {
-            kv.len = blocks.len();
+        for runs in skipped.chunks(STREAM_TILE) {
+            kv.len = runs.len();
             for (means, into) in self.means.iter().zip([&mut kv.k, &mut kv.v]) {
-                for (&block, into) in blocks.iter().zip(into.chunks_exact_mut(head_dim)) {
-                    let at = BlockAt { req: item.span.req, block, kv_head };
-                    into.copy_from_slice(means.k(layout, batch, at));
+                for ((_, run), into) in runs.iter().zip(into.chunks_exact_mut(head_dim)) {
+                    let at = |block| BlockAt { req: item.span.req, block, kv_head };
+                    average(run.clone().map(|block| means.k(layout, batch, at(block))), into);
                 }
             }
-            rows.absorb_means(kv, layout.geometry.block_size);
+            let tokens: Vec<f32> = runs
+                .iter()
+                .map(|(blocks, _)| (blocks * geometry.block_size * Geometry::MEAN_WEIGHT) as f32)
+                .collect();
+            rows.absorb_means(kv, &tokens);
         }
     }
+}
+
+/// Mean of `means`, at least one and of equally many tokens each.
+fn average<'a>(means: impl ExactSizeIterator<Item = &'a [f32]>, into: &mut [f32]) {
+    let share = 1.0 / means.len() as f32;
+    into.fill(0.0);
+    for mean in means {
+        for (sum, x) in into.iter_mut().zip(mean) {
+            *sum += x;
+        }
+    }
+    into.iter_mut().for_each(|x| *x *= share);
 }
 
 /// Query rows of one item: enough to make widening keys and values cheap, few enough to share out small batches.

@@ -1,5 +1,7 @@
 //! What attend and combine promise, against plain f64 attention.
 
+use std::ops::Range;
+
 use super::{Correction, Partials, attend};
 use crate::Parallel;
 use crate::combine::combine;
@@ -60,7 +62,7 @@ struct Plain {
     lse_error: Vec<f64>,
 }
 
-/// f64 attention over the tokens that the lists' bits name; with `means`, over block means for the others.
+/// f64 attention over the tokens that the lists' bits name; with `means`, over means of 512 for the others.
 fn plain(paged: &Paged, layout: &Layout, bits: &[u32], means: bool) -> Plain {
     let batch = paged.batch();
     let (total_q, heads, head_dim) = (batch.total_q(), layout.shape.num_q_heads, layout.shape.head_dim);
@@ -94,21 +96,23 @@ fn listed(layout: &Layout, request: &Request, kv_head: usize, (bits, visible): (
     tokens.map(|t| (1.0, of(&request.k, t), of(&request.v, t))).collect()
 }
 
-/// Means of past blocks that are not listed.
+/// Means of 512 past tokens, where any of them is not listed.
 fn skipped(layout: &Layout, request: &Request, kv_head: usize, (bits, past): (&[u32], usize)) -> Vec<Term> {
     let (heads, head_dim) = (layout.shape.num_kv_heads, layout.shape.head_dim);
-    let size = layout.geometry.block_size;
-    let mean = |data: &[f32], block: usize| {
+    let (size, end) = (layout.geometry.block_size, past * layout.geometry.block_size);
+    let mean = |data: &[f32], tokens: &Range<usize>| {
         let mut mean = vec![0.0; head_dim];
-        for token in block * size..(block + 1) * size {
+        for token in tokens.clone() {
             for (m, x) in mean.iter_mut().zip(vector(data, heads, (token, kv_head), head_dim)) {
-                *m += x / size as f64;
+                *m += x / tokens.len() as f64;
             }
         }
         mean
     };
-    let blocks = (0..past).filter(|&j| !mask::get(bits, j));
-    blocks.map(|j| (size as f64, mean(&request.k, j), mean(&request.v, j))).collect()
+    let left_out = |tokens: &Range<usize>| tokens.clone().filter(|t| !mask::get(bits, t / size)).count();
+    let runs = (0..end).step_by(512).map(|first| first..end.min(first + 512));
+    let skipped = runs.filter(|run| left_out(run) > 0);
+    skipped.map(|run| (2.0 * left_out(&run) as f64, mean(&request.k, &run), mean(&request.v, &run))).collect()
 }
 
 /// One vector of `data [tokens, heads, head_dim]`.
@@ -238,11 +242,14 @@ fn splits_agree_with_plain_attention_whatever_their_number() {
 
 #[test]
 fn means_stand_in_for_skipped_blocks_in_one_split_only() {
-    for (splits, scope) in [(1, Scope::HEAD_CHUNK), (3, Scope { query_span: 128, heads_per_list: 0 })] {
+    let spans_of_groups = Scope { query_span: 128, heads_per_list: 0 };
+    for (splits, scope, block_size) in
+        [(1, Scope::HEAD_CHUNK, 16), (3, spans_of_groups, 64), (1, spans_of_groups, 256)]
+    {
         let shape = shape(2, 3, 128, 64, Dtype::Bf16);
         let shape = if splits == 1 { over_e4m3(shape) } else { shape };
         let paged = Paged::random(9, shape, &[(130, 1500), (20, 410), (9, 4)]);
-        let layout = paged.layout(settings(scope, 16));
+        let layout = paged.layout(settings(scope, block_size));
         let batch = paged.batch();
         let lists = Lists::random(5, &layout, &batch, 0.3);
         let mut k_mean = vec![f32::NAN; summaries::len(&layout, paged.num_pages)];

@@ -79,22 +79,22 @@ impl QueryTile {
 
     /// Takes in stream tokens `first..first + kv.len`, each row those that it sees.
     pub(super) fn absorb(&mut self, kv: &KvTile, first: usize) {
-        let weigh = self.weigh(1.0);
+        let weigh = self.weigh(&[1.0; STREAM_TILE]);
         for group in &mut self.groups {
             group.absorb(kv, first, weigh, &mut self.scores);
         }
     }
 
-    /// Takes in keys and values that every row sees, each standing for `tokens` tokens.
-    pub(super) fn absorb_means(&mut self, kv: &KvTile, tokens: usize) {
-        let weigh = self.weigh(tokens as f32);
+    /// Takes in keys and values that every row sees, each standing for `tokens` of its own.
+    pub(super) fn absorb_means(&mut self, kv: &KvTile, tokens: &[f32]) {
+        let weigh = self.weigh(tokens);
         for group in &mut self.groups {
             group.weigh(kv, kv.len, weigh, (&[u32::MAX; LANES], &mut self.scores));
             group.add_values(kv, kv.len..kv.len, &[u32::MAX; LANES], &self.scores);
         }
     }
 
-    fn weigh(&self, tokens: f32) -> Weigh {
+    fn weigh<'a>(&self, tokens: &'a [f32]) -> Weigh<'a> {
         Weigh { scale_log2: self.sm_scale * std::f32::consts::LOG2_E, tokens }
     }
 

@@ -190,7 +190,8 @@ pub struct compactattn_settings {
     pub local_blocks: i32,
     /// A list that keeps more than this share of its past blocks becomes dense, in (0, 1]; 1 = never.
     pub density_guard: f32,
-    /// 1 = stand in for each skipped block by its mean key and value; 0 = leave it out.
+    /// 1 = mean keys and values, each of 512 past tokens, stand in for what is skipped of them;
+    /// 0 = it is left out.
     pub mean_correction: i32,
     /// Dense while a request holds fewer KV tokens than this.
     pub dense_below_kv_len: i32,

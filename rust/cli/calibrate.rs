@@ -52,7 +52,7 @@ pub(crate) struct Args {
     /// Tokens per block: 16 to 256.
     #[arg(long, default_value_t = 128, value_name = "TOKENS")]
     block_size: usize,
-    /// Add the mean of every skipped block.
+    /// Means stand in for skipped blocks.
     #[arg(long)]
     mean_correction: bool,
     /// The file to write.

@@ -93,7 +93,7 @@ pub(crate) struct SelectArgs {
     /// Tokens per block: 16 to 256, or 1 with quoka.
     #[arg(long, value_name = "TOKENS")]
     block_size: Option<usize>,
-    /// Add the mean of every skipped block.
+    /// Means stand in for skipped blocks.
     #[arg(long)]
     mean_correction: bool,
 }

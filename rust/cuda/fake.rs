@@ -99,7 +99,7 @@ pub(crate) fn fatbin(contents: &str) -> &'static [u8] {
 pub(crate) fn context(fake: &Fake) -> Arc<Context> {
     let device = Device::open_on(fake.driver(), 0).unwrap();
     let arch = if device.properties().capability == (9, 0) { "sm_90a" } else { "sm_80" };
-    let maps = (arch == "sm_90a").then_some(["128,128,128,296", "128,128,128,256,296,72"]);
+    let maps = (arch == "sm_90a").then_some(["128,128,128,296", "128,128,128,256,296,88"]);
     let mut kernels: Vec<(String, &str)> = ALONE.map(|(name, params)| (name.to_owned(), params)).to_vec();
     for dtype in ["bf16", "fp16"] {
         kernels.extend(TYPED.map(|(name, params)| (format!("{name}_{dtype}"), params)));
@@ -120,11 +120,11 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
         kernels.extend(cells.into_iter().filter(|_| maps.is_some()));
         for dim in [64, 96, 128, 256] {
             kernels.push((format!("attend_sm80_{dtype}_d{dim}"), "296"));
-            kernels.push((format!("attend_sm80_{dtype}_d{dim}_means"), "296,72"));
+            kernels.push((format!("attend_sm80_{dtype}_d{dim}_means"), "296,88"));
         }
         for dim in [64, 128] {
             kernels.push((format!("attend_sm80_{dtype}_e4m3_d{dim}"), "296"));
-            kernels.push((format!("attend_sm80_{dtype}_e4m3_d{dim}_means"), "296,72"));
+            kernels.push((format!("attend_sm80_{dtype}_e4m3_d{dim}_means"), "296,88"));
         }
     }
     let described = kernels.iter().map(|(name, params)| format!(" compactattn_{name}:{params};"));
@@ -170,7 +170,7 @@ const TYPED: [(&str, &str); 13] = [
     ("attn_gate", "488,56"),
     ("summaries", "488,8,8,8,4,4"),
     ("merge", "136"),
-    ("plan_work_means", "488,72"),
+    ("plan_work_means", "488,88"),
 ];
 
 /// A file of its own for each copy, because the loader opens one file only once; it stays open, so that its name

@@ -2,13 +2,13 @@
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::device::Device;
 use super::symbols::Address;
 use crate::error::{Error, Result, Status};
+use crate::sync::{AtomicU64, Ordering};
 
 /// GPU memory that is freed with this; its contents are undefined until written.
 #[derive(Debug)]
@@ -101,11 +101,11 @@ impl Drop for DeviceBuffer {
     }
 }
 
-/// Host memory that kernels write and the host reads without waiting: both sides see whole words, in no order.
+/// Host memory that kernels write and the host reads without waiting: both sides see whole words of 64 bits, in no order.
 #[derive(Debug)]
 pub(crate) struct MappedHost {
     device: Arc<Device>,
-    host: std::ptr::NonNull<AtomicU32>,
+    host: std::ptr::NonNull<AtomicU64>,
     num_words: usize,
     address: Address,
 }
@@ -119,11 +119,11 @@ impl MappedHost {
         let driver = device.driver();
         let _entered = device.enter()?;
         let mut host: *mut c_void = std::ptr::null_mut();
-        let len_bytes = num_words.max(1) * size_of::<u32>();
+        let len_bytes = num_words.max(1) * size_of::<u64>();
         // SAFETY: writes one pointer.
         let code = unsafe { (driver.functions.mem_host_alloc)(&raw mut host, len_bytes, PORTABLE | MAPPED) };
         driver.check(code, "cuMemHostAlloc")?;
-        let host = std::ptr::NonNull::new(host.cast::<AtomicU32>())
+        let host = std::ptr::NonNull::new(host.cast::<AtomicU64>())
             .ok_or_else(|| Error::plain(Status::Cuda, "cuMemHostAlloc: NULL"))?;
         let mut this = Self { device: Arc::clone(device), host, num_words, address: 0 };
         this.zero();
@@ -136,7 +136,7 @@ impl MappedHost {
     }
 
     /// The words; a kernel may be writing them.
-    pub(crate) fn words(&self) -> &[AtomicU32] {
+    pub(crate) fn words(&self) -> &[AtomicU64] {
         // SAFETY: as many words, page-aligned, alive while `self` is; atomics may change under the reader.
         unsafe { std::slice::from_raw_parts(self.host.as_ptr(), self.num_words) }
     }

@@ -168,6 +168,7 @@ pub(crate) struct AttendParams {
 pub(crate) struct Means {
     pub(crate) k: u64,
     pub(crate) v: u64,
+    pub(crate) skipped: u64,
     pub(crate) k_mean: u64,
     pub(crate) v_mean: u64,
     pub(crate) spans: u64,
@@ -178,6 +179,8 @@ pub(crate) struct Means {
     pub(crate) lists_per_span: i32,
     pub(crate) mask_words: i32,
     pub(crate) log2_block_tokens: i32,
+    pub(crate) log2_blocks: i32,
+    pub(crate) every_span: i32,
 }
 
 /// Bytes of `Counters`.
@@ -204,7 +207,7 @@ const _: () = {
     assert!(size_of::<Batch>() == 160 && size_of::<Layout>() == 64 && size_of::<Settings>() == 80);
     assert!(size_of::<Stages>() == 184 && size_of::<Step>() == 488);
     assert!(size_of::<Work>() == 56 && size_of::<Results>() == 64 && size_of::<AttendParams>() == 296);
-    assert!(size_of::<Means>() == 72);
+    assert!(size_of::<Means>() == 88);
     assert!(std::mem::offset_of!(Step, stages) == 304 && std::mem::offset_of!(AttendParams, batch) == 120);
 };
 /// What follows scores in the launch that makes them (`Then` of cuda/select/cluster.cuh).

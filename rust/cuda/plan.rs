@@ -2,7 +2,6 @@
 
 use std::ffi::c_void;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::attend::{self, DeviceOutput, Kernel};
 use super::batch::{DeviceBatch, int32};
@@ -26,7 +25,6 @@ use crate::stage::Stage;
 use crate::stats::Stats;
 use crate::summaries::Which;
 use crate::types::Dtype;
-use crate::union::Counts;
 
 /// What the device side of a plan owns: counters of what its layers selected.
 #[derive(Debug)]
@@ -98,7 +96,7 @@ impl Plan {
         let words = layers.len() * STATS_WORDS;
         let mut stats = DeviceBuffer::new(context.device(), words * 8)?;
         stats.upload(0, &vec![0_u64; words])?;
-        let mirror = MappedHost::new(context.device(), words * 2)?;
+        let mirror = MappedHost::new(context.device(), words)?;
         Ok(Self { context, stats, mirror, gates, whole_items: splits == 1, checked: plan.is_checked() })
     }
 
@@ -129,21 +127,7 @@ impl Plan {
 
     /// What a layer has selected in the calls that the GPU has finished.
     pub fn stats(&self, layer: usize) -> Stats {
-        let half = |i: usize| u64::from(self.mirror.words()[i].load(Ordering::Relaxed));
-        let word =
-            |i: usize| half(2 * (layer * STATS_WORDS + i)) | half(2 * (layer * STATS_WORDS + i) + 1) << 32;
-        Stats {
-            calls: word(0),
-            counts: Counts {
-                lists: word(1),
-                candidates: word(2),
-                selected: word(3),
-                forced: word(4),
-                guarded: word(5),
-                dense: word(6),
-                refused: word(7),
-            },
-        }
+        Stats::of(&self.mirror.words().as_chunks::<STATS_WORDS>().0[layer])
     }
 
     /// batch → plan → select → union → table → plan → attend and combine.
@@ -160,7 +144,7 @@ impl Plan {
         check_mean_values(call.layout, call.v_mean != 0)?;
         // SAFETY: this function's contract.
         let mut run = unsafe { self.begin(call) }?;
-        run.correct(call.layout.settings.mean_correction)?;
+        run.correct(call.layout.settings.mean_correction, false)?;
         Stage::Plan.run(|| run.plan_spans())?;
         let mut has_lists = false;
         if !matches!(call.external, Some(External::Masks(_))) && !run.only_dense() {
@@ -249,7 +233,7 @@ impl Plan {
         let mut run = unsafe { self.begin(call) }?;
         run.give(table);
         run.step.stages.lists = lists;
-        run.correct(lists != 0)?;
+        run.correct(lists != 0, true)?;
         Stage::Plan.run(|| run.plan_spans())?;
         Stage::Attend.run(|| run.attend(output))
     }
@@ -326,8 +310,8 @@ impl Run<'_> {
         (stages.counts, stages.stream_lens, stages.boxes) = (table.counts, table.stream_lens, table.boxes);
     }
 
-    /// Lists are where they will be.
-    fn correct(&mut self, is_on: bool) -> Result<()> {
+    /// Lists are where they will be; those of a caller may leave out what they like of requests that are dense.
+    fn correct(&mut self, is_on: bool, are_a_callers: bool) -> Result<()> {
         let rows = self.scratch.means;
         if is_on && rows.len == 0 {
             let wanted = "none, or a layer with mean_correction on CUDA, whose workspace has room for means";
@@ -337,6 +321,7 @@ impl Run<'_> {
         self.means = is_on.then(|| params::Means {
             k: rows.k,
             v: rows.v,
+            skipped: rows.skipped,
             k_mean: self.call.k_mean,
             v_mean: self.call.v_mean,
             spans: stages.list_spans,
@@ -347,6 +332,8 @@ impl Run<'_> {
             lists_per_span: layout.num_kv_heads * layout.lists_per_kv_head,
             mask_words: layout.mask_words,
             log2_block_tokens: layout.log2_block_tokens,
+            log2_blocks: self.call.layout.geometry.blocks_per_mean().ilog2().cast_signed(),
+            every_span: are_a_callers.into(),
         });
         Ok(())
     }
@@ -412,7 +399,7 @@ impl Run<'_> {
         shared::keep(layout.max_blocks.cast_unsigned(), layout.mask_words.cast_unsigned())
     }
 
-    /// One CTA plans; with mean correction as many beside it as there are other SMs write the means.
+    /// One CTA plans; with mean correction as many beside it as there are other SMs write means and counts.
     fn plan_work(&self) -> Result<()> {
         let Some(means) = &self.means else {
             return self.launch("compactattn_plan_work", grid(1, 1024, 0));

@@ -303,7 +303,8 @@ fn exports_and_merges_launch_their_kernels_and_nothing_else() {
     }
 }
 
-/// Planning writes the rows of means too, attend reads them; the workspace has room for two of every request.
+/// Planning writes the rows of means too, attend reads them; the workspace has room for two of every request, and for
+/// what each list leaves out of them.
 #[test]
 fn mean_correction_has_kernels_and_room_of_its_own() {
     let corrected = Settings { mean_correction: true, ..Settings::of(Selector::SampledExact) };
@@ -321,9 +322,10 @@ fn mean_correction_has_kernels_and_room_of_its_own() {
             _ => name,
         });
         assert_eq!(names(&world), expected.collect::<Vec<_>>());
-        // A mean for each block of a row of 16384 tokens, of 2 bytes an element.
-        let rows = 2 * LIMITS.max_num_reqs * KV_HEADS * (16384 / corrected.block_size) * head_dim * 2;
-        assert_eq!(world.workspace.len_bytes(), plain.workspace.len_bytes() + rows);
+        // A mean for each 512 of a row of 16384 tokens, up to a tile, of 2 bytes an element; a byte for each of each list.
+        let rows = 2 * LIMITS.max_num_reqs * KV_HEADS * 128 * head_dim * 2;
+        let counts = 128 * world.plan_of_host.layouts()[0].max_list_rows();
+        assert_eq!(world.workspace.len_bytes(), plain.workspace.len_bytes() + rows + counts);
     }
 }
 

@@ -27,7 +27,9 @@ pub(crate) struct MeanRows {
     pub(crate) k: u64,
     /// As `k`.
     pub(crate) v: u64,
-    /// Blocks of a row: those of the longest request, up to whole tiles; 0 without correction.
+    /// `[list rows, len]` bytes: blocks of each mean that a list leaves out.
+    pub(crate) skipped: u64,
+    /// Means of a row: those of the longest request, up to whole tiles; 0 without correction.
     pub(crate) len: usize,
 }
 
@@ -98,10 +100,12 @@ fn mean_rows(layout: &Layout, cursor: &mut Cursor) -> Result<MeanRows> {
     if !layout.settings.mean_correction {
         return Ok(MeanRows::default());
     }
-    let (shape, len) = (&layout.shape, layout.max_blocks().next_multiple_of(TILE_TOKENS));
+    let means = layout.max_blocks().div_ceil(layout.geometry.blocks_per_mean());
+    let (shape, len) = (&layout.shape, means.next_multiple_of(TILE_TOKENS));
     let bytes =
         [layout.limits.max_num_reqs, shape.num_kv_heads, len, shape.head_dim, shape.dtype.size_bytes()];
-    Ok(MeanRows { k: cursor.take(&bytes)?, v: cursor.take(&bytes)?, len })
+    let (k, v) = (cursor.take(&bytes)?, cursor.take(&bytes)?);
+    Ok(MeanRows { k, v, skipped: cursor.take(&[layout.max_list_rows(), len])?, len })
 }
 
 /// Whether the selector fills scores of ours.

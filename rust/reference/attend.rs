@@ -1,6 +1,6 @@
 //! Softmax attention of each query over the tokens its list reads and causality allows.
 
-use super::{Request, block_means, chunks, dot};
+use super::{Request, chunks, dot, mean};
 use crate::plan::Layout;
 
 /// One output row.
@@ -35,8 +35,8 @@ pub struct MeanPart {
 
 /// Rows `[num_q_heads][total_q]` of the batch, each attending to `lists [list spans * lists per span][blocks]`.
 ///
-/// With mean correction, each past block a list skips adds `block_size * exp(q . k_mean * sm_scale)` of weight with
-/// value `v_mean`.
+/// With mean correction, each run of 512 past tokens of which a list skips `n` adds
+/// `2 n exp(q . k_mean * sm_scale)` of weight with value `v_mean`, means over all of the run.
 #[must_use]
 pub fn attend(layout: &Layout, requests: &[Request], lists: &[Vec<bool>]) -> Vec<Vec<Row>> {
     let shape = &layout.shape;
@@ -66,8 +66,12 @@ pub fn attend(layout: &Layout, requests: &[Request], lists: &[Vec<bool>]) -> Vec
     (0..shape.num_q_heads).map(rows).collect()
 }
 
-/// Block means of one KV head.
+/// Tokens that one mean stands for.
+const STAND_IN: usize = 512;
+
+/// Means of one KV head, over all tokens of past blocks.
 struct Means {
+    past: usize,
     k: Vec<Vec<f64>>,
     v: Vec<Vec<f64>>,
 }
@@ -76,8 +80,8 @@ impl Means {
     fn of(layout: &Layout, request: &Request) -> Vec<Self> {
         let size = layout.settings.block_size;
         let past = if layout.settings.mean_correction { request.past() / size * size } else { 0 };
-        let of = |rows: &[Vec<f64>]| block_means(&rows[..past], size);
-        request.k.iter().zip(&request.v).map(|(k, v)| Self { k: of(k), v: of(v) }).collect()
+        let of = |rows: &[Vec<f64>]| rows[..past].chunks(STAND_IN).map(mean).collect();
+        request.k.iter().zip(&request.v).map(|(k, v)| Self { past, k: of(k), v: of(v) }).collect()
     }
 }
 
@@ -94,9 +98,12 @@ impl At<'_> {
         let block_size = self.layout.settings.block_size;
         let (keys, values) = (&self.request.k[self.kv_head], &self.request.v[self.kv_head]);
         let tokens = (0..visible).filter(|t| list[t / block_size]).map(|t| (1.0, &keys[t], &values[t]));
-        // A dense row skips nothing, so past blocks beyond its list do not exist.
-        let skipped = (0..self.means.k.len()).filter(|&j| !list[j]);
-        let stands = skipped.map(|j| (block_size as f64, &self.means.k[j], &self.means.v[j]));
+        let skipped = |g: usize| {
+            let tokens = g * STAND_IN..((g + 1) * STAND_IN).min(self.means.past);
+            tokens.filter(|t| !list[t / block_size]).count() as f64
+        };
+        let all = (0..self.means.k.len()).map(|g| (2.0 * skipped(g), &self.means.k[g], &self.means.v[g]));
+        let stands = all.filter(|(n, _, _)| *n > 0.0);
         let terms: Vec<(f64, &Vec<f64>, &Vec<f64>)> = tokens.chain(stands).collect();
         let scale = f64::from(self.layout.shape.sm_scale);
         Row { reach: length(q) * self.longest_key * scale, ..weighted_mean(q, scale, &terms) }

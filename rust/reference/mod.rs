@@ -142,11 +142,13 @@ pub fn select_step(layout: &Layout) -> usize {
 /// Mean of each whole block of `block_size` rows: `[rows.len() / block_size][head_dim]`.
 #[must_use]
 pub fn block_means(rows: &[Vec<f64>], block_size: usize) -> Vec<Vec<f64>> {
-    let mean = |block: &[Vec<f64>]| {
-        let sum = |x: usize| block.iter().map(|row| row[x]).sum::<f64>();
-        (0..block[0].len()).map(|x| sum(x) / block_size as f64).collect()
-    };
     rows.chunks_exact(block_size).map(mean).collect()
+}
+
+/// Mean of `rows`, of which there is at least one.
+fn mean(rows: &[Vec<f64>]) -> Vec<f64> {
+    let sum = |x: usize| rows.iter().map(|row| row[x]).sum::<f64>();
+    (0..rows[0].len()).map(|x| sum(x) / rows.len() as f64).collect()
 }
 
 /// Inner product, in eight interleaved sums.

@@ -38,7 +38,7 @@ pub(crate) struct Arithmetic {
     weight: (f64, f64),
     /// Relative error of an element of a mean key as it meets a query.
     mean_key: f64,
-    /// Error of an element of a mean that stands for a skipped block: relative, and absolute.
+    /// Error of an element of a mean that stands for skipped tokens: relative, and absolute.
     stored_mean: (f64, f64),
 }
 
@@ -51,7 +51,7 @@ impl Arithmetic {
     /// maximum, a combined split), each time by an exponential; weights are rounded to the values' type, where f16 has
     /// steps of 2^-24 below 2^-14, and the largest weight of a row is at least 1 before it is divided by their sum;
     /// mean keys are sums of two such numbers, the second rounded to as many bits as the first; means that stand for
-    /// skipped blocks are one, in the units of an e4m3 cache, so that f16's steps grow with its scale.
+    /// skipped tokens are one, in the units of an e4m3 cache, so that f16's steps grow with its scale.
     pub(crate) fn tensor_cores(case: &Case) -> Self {
         let (weight, mean_key) = match case.shape.dtype {
             Dtype::F16 => ((1.0 / 2048.0, 1.0 / (1 << 25) as f64), 1.0 / (1 << 22) as f64),

@@ -22,7 +22,7 @@
 enum { kOk, kInvalidValue, kOutOfMemory, kStub = 34, kNoDevice = 100, kInvalidDevice };
 enum { kBadImage = 200, kInvalidContext = 201, kNoBinary = 209, kInvalidHandle = 400 };
 enum { kNotFound = 500, kLost = 700, kMismatch = 803, kCapture = 900, kImplicit = 906 };
-enum { kMaxNames = 64, kMaxBlocks = 4096, kMaxFunctions = 256 };
+enum { kMaxNames = 64, kMaxFunctions = 256 };
 enum { kMaxLaunches = 4096, kMaxDepth = 64 };
 
 typedef int Code;
@@ -31,12 +31,6 @@ typedef uint64_t Address;
 struct Count {
   const char* name;
   uint64_t calls;
-};
-
-struct Block {
-  char* start;  // NULL: free place
-  size_t bytes;
-  int memory_type;  // 1 host, 2 device
 };
 
 struct Function {
@@ -50,7 +44,6 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char mode[256];
 static int mode_is_set;
 static struct Count counts[kMaxNames];
-static struct Block blocks[kMaxBlocks];
 static struct Function functions[kMaxFunctions];
 static int num_functions;
 static char launches[kMaxLaunches][160];
@@ -68,13 +61,6 @@ static __thread size_t depth;
 void fake_set_mode(const char* words) {
   snprintf(mode, sizeof mode, "%s", words);
   mode_is_set = 1;
-}
-
-// Allocations that nobody has freed.
-size_t fake_blocks(void) {
-  size_t live = 0;
-  for (int i = 0; i < kMaxBlocks; ++i) live += blocks[i].start != NULL;
-  return live;
 }
 
 // Of one function, or of all for "*".
@@ -124,7 +110,17 @@ static void* real(const char* name) {
 }
 
 // Defines a driver function: counted, then forwarded or faked by the body that follows.
-#define DRIVER(name, parameters, arguments)                             \
+#define DRIVER(name, parameters, arguments) AROUND(name, parameters, arguments, (void)0, (void)0)
+
+// The same, and what the real driver gives out is noted, what it takes back forgotten.
+#define GIVEN(name, parameters, arguments, place, size, type) \
+  AROUND(name, parameters, arguments, (void)0, made ? (void)0 : note(place, size, type))
+#define TAKEN(name, parameters, arguments, place)                       \
+  AROUND(name, parameters, arguments, struct Block was = forget(place), \
+         made && was.start ? note(was.start, was.bytes, was.memory_type) : (void)0)
+
+// The same, between two statements where the real driver does it.
+#define AROUND(name, parameters, arguments, before, after)              \
   static Code fake_##name parameters;                                   \
   Code name parameters {                                                \
     static Code(*forward) parameters;                                   \
@@ -132,7 +128,10 @@ static void* real(const char* name) {
     if (made) return made;                                              \
     if (!is("forward")) return fake_##name arguments;                   \
     if (!forward) forward = (Code(*) parameters)(uintptr_t)real(#name); \
-    return forward arguments;                                           \
+    before;                                                             \
+    made = forward arguments;                                           \
+    after;                                                              \
+    return made;                                                        \
   }                                                                     \
   static Code fake_##name parameters
 
@@ -157,58 +156,8 @@ static int static_bytes(const struct Function* function) {
   return strstr(name, "_attend_") || strstr(name, "_cells_read_pairs_") ? 0 : 1024;
 }
 
-static struct Block* block_of(Address address) {
-  for (int i = 0; i < kMaxBlocks; ++i) {
-    Address start = (Address)(uintptr_t)blocks[i].start;
-    if (start && address >= start && address < start + blocks[i].bytes) return &blocks[i];
-  }
-  return NULL;
-}
-
-// Poisoned, so that nobody relies on zeros. Starts lie 256 bytes apart, as the driver's do.
-static Code allocate(void** out, size_t bytes, int memory_type) {
-  if (!has_context()) return kInvalidContext;
-  if (is("capture")) return kCapture;
-  if (!bytes) return kInvalidValue;
-  if (is("oom_on_alloc")) return kOutOfMemory;
-  pthread_mutex_lock(&lock);
-  int i = 0;
-  while (i < kMaxBlocks && blocks[i].start) ++i;
-  char* start = i < kMaxBlocks ? aligned_alloc(256, (bytes + 255) / 256 * 256) : NULL;
-  if (start) {
-    memset(start, 0xFF, bytes);
-    blocks[i] = (struct Block){start, bytes, memory_type};
-    *out = start;
-  }
-  pthread_mutex_unlock(&lock);
-  return start ? kOk : kOutOfMemory;
-}
-
-static Code release(Address address, int memory_type) {
-  if (!has_context()) return kInvalidContext;
-  pthread_mutex_lock(&lock);
-  struct Block* block = block_of(address);
-  int found =
-      block && (Address)(uintptr_t)block->start == address && block->memory_type == memory_type;
-  if (found) {
-    free(block->start);
-    block->start = NULL;
-  }
-  pthread_mutex_unlock(&lock);
-  return found ? kOk : kInvalidValue;
-}
-
-static Code copy(void* to, const void* from, size_t bytes, Address device) {
-  if (!has_context()) return kInvalidContext;
-  if (is("capture")) return kCapture;
-  struct Block* block = block_of(device);
-  size_t offset = block ? device - (Address)(uintptr_t)block->start : 0;
-  if (!block || offset + bytes > block->bytes) return kInvalidValue;
-  memcpy(to, from, bytes);
-  return kOk;
-}
-
 #include "counting_kernels.h"
+#include "counting_memory.h"
 
 // ---- the driver's functions ----
 
@@ -415,14 +364,17 @@ DRIVER(cuMemsetD32Async, (Address to, unsigned value, size_t words, void* on),
   return kOk;
 }
 
-DRIVER(cuMemAlloc_v2, (Address * out, size_t bytes), (out, bytes)) {
+GIVEN(cuMemAlloc_v2, (Address * out, size_t bytes), (out, bytes), (void*)(uintptr_t)*out, bytes,
+      2) {
   void* start = NULL;
   Code code = allocate(&start, bytes, 2);
   if (!code) *out = (Address)(uintptr_t)start;
   return code;
 }
 
-DRIVER(cuMemFree_v2, (Address address), (address)) { return release(address, 2); }
+TAKEN(cuMemFree_v2, (Address address), (address), (void*)(uintptr_t)address) {
+  return release(address, 2);
+}
 
 DRIVER(cuMemcpyHtoD_v2, (Address to, const void* from, size_t bytes), (to, from, bytes)) {
   return copy((void*)(uintptr_t)to, from, bytes, to);
@@ -432,11 +384,12 @@ DRIVER(cuMemcpyDtoH_v2, (void* to, Address from, size_t bytes), (to, from, bytes
   return copy(to, (void*)(uintptr_t)from, bytes, from);
 }
 
-DRIVER(cuMemHostAlloc, (void** out, size_t bytes, unsigned flags), (out, bytes, flags)) {
+GIVEN(cuMemHostAlloc, (void** out, size_t bytes, unsigned flags), (out, bytes, flags), *out, bytes,
+      1) {
   return flags > 7 ? kInvalidValue : allocate(out, bytes, 1);
 }
 
-DRIVER(cuMemFreeHost, (void* host), (host)) { return release((Address)(uintptr_t)host, 1); }
+TAKEN(cuMemFreeHost, (void* host), (host), host) { return release((Address)(uintptr_t)host, 1); }
 
 DRIVER(cuMemHostGetDevicePointer_v2, (Address * out, void* host, unsigned flags),
        (out, host, flags)) {

@@ -133,8 +133,9 @@ class Means(ctypes.Structure):
     """What mean correction reads and writes (cuda/common/means.cuh)."""
 
     _fields_ = [
-        *_fields(c_uint64, "k v k_mean v_mean spans lists"),
-        *_fields(c_int32, "rows num_kv_heads head_dim lists_per_span mask_words log2_block_tokens"),
+        *_fields(c_uint64, "k v skipped k_mean v_mean spans lists"),
+        *_fields(c_int32, "rows num_kv_heads head_dim lists_per_span mask_words"),
+        *_fields(c_int32, "log2_block_tokens log2_blocks every_span"),
     ]
 
 
@@ -149,6 +150,6 @@ for _type, _bytes in (
     (Stages, 184),
     (Step, 488),
     (AttendParams, 296),
-    (Means, 72),
+    (Means, 88),
 ):
     assert ctypes.sizeof(_type) == _bytes, _type

@@ -6,6 +6,7 @@ Both are checked against fp64 first, on every density; what the correction adds 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import itertools
 import math
@@ -19,10 +20,14 @@ from params import Means
 from time_attend import graph, times_ms
 
 PAST = 5  # of a span's numbers
+MEAN_TOKENS = 512  # that share a mean
 
 
 class Corrected:
     """A case with means of every whole past block, in summaries that are NaN elsewhere, and bits of its lists."""
+
+    # [list rows, rows]: what kernels count.
+    skipped: torch.Tensor
 
     def __init__(self, case: Case) -> None:
         self.case, s = case, case.shape
@@ -36,7 +41,8 @@ class Corrected:
             row[: len(pages)] = pages
         self.bits = self._bits()
         self.k_mean, self.v_mean, self.means = self._summaries()
-        rows = -(-max(1, *self.blocks) // TOKENS) * TOKENS
+        self.run = MEAN_TOKENS // s.block_size  # blocks of a mean
+        rows = -(-max(1, *self.blocks) // (TOKENS * self.run)) * TOKENS
         shape = (len(s.requests), s.kv_heads, rows, s.head_dim)
         self.k, self.v = (torch.full(shape, math.nan, device="cuda", dtype=s.dtype) for _ in range(2))
         self._encode(rows)
@@ -78,9 +84,11 @@ class Corrected:
         step.batch.block_table, step.batch.table_stride = self.table.data_ptr(), self.table.stride(0)
         step.layout.log2_page_tokens = int(math.log2(s.page_size))
         step.layout.log2_block_tokens = int(math.log2(s.block_size))
-        pointers = (self.k, self.v, self.k_mean, self.v_mean, case.list_spans, self.bits)
+        self.skipped = torch.full((len(case.slots), rows), 0xFF, device="cuda", dtype=torch.uint8)
+        pointers = (self.k, self.v, self.skipped, self.k_mean, self.v_mean, case.list_spans, self.bits)
         lists = s.kv_heads * s.parts
-        extents = (rows, s.kv_heads, s.head_dim, lists, self.bits.shape[1], step.layout.log2_block_tokens)
+        block = step.layout.log2_block_tokens
+        extents = (rows, s.kv_heads, s.head_dim, lists, self.bits.shape[1], block, self.run.bit_length() - 1)
         self.params = Means(*[t.data_ptr() for t in pointers], *extents)
         self.maps = []
         tokens = ARCHS["sm90"][s.head_dim].map_tokens if case.maps else 0
@@ -88,6 +96,9 @@ class Corrected:
             sizes = (64, rows, s.head_dim // 64, s.kv_heads, len(s.requests))
             strides = (s.head_dim, 64, pool.stride(1), pool.stride(0))
             self.maps.append(tensor_map(pool, sizes, strides, (64, tokens, 1, 1, 1)))
+        # One parameter.
+        both = b"".join(bytes(one) for one in self.maps)
+        self.maps = [(ctypes.c_uint8 * len(both)).from_buffer_copy(both)] if both else []
 
     def launch(self, kernels: CorrectedKernels) -> None:
         """As Case.launch."""
@@ -97,7 +108,7 @@ class Corrected:
         kernels.attend.launch((case.shape.num_ctas, 1), plain.traits.threads, [*maps, case.params, self.params])
 
     def expected(self) -> Iterator[tuple[slice, int, torch.Tensor, torch.Tensor]]:
-        """As Case.expected, with a mean for each past block that a list leaves out."""
+        """As Case.expected, with a mean for each run of past blocks of which a list leaves some out."""
         case, s = self.case, self.case.shape
         heads = s.kv_heads * s.group
         for i, (tokens, head, out, lse) in enumerate(Case.expected(case)):
@@ -105,13 +116,19 @@ class Corrected:
             row = (span * s.kv_heads + kv_head) * s.parts + head % s.group // s.list_heads
             request = case.spans[span].request
             block = torch.arange(self.blocks[request], device="cuda")
-            bit = self.bits[row].to(torch.int64)[block // 32] >> block % 32 & 1
-            k, v = (mean[bit == 0, kv_head] for mean in self.means[request])
-            logits = case.q[tokens, head].double() @ k.T * case.scale + math.log(s.block_size)
+            is_out = (self.bits[row].to(torch.int64)[block // 32] >> block % 32 & 1) == 0
+            left_out = torch.stack([run.sum() for run in is_out.split(self.run)])
+            k, v = (self._of_runs(mean[:, kv_head])[left_out > 0] for mean in self.means[request])
+            weight = (2.0 * left_out[left_out > 0].double() * s.block_size).log()
+            logits = case.q[tokens, head].double() @ k.T * case.scale + weight
             both = torch.cat([lse[:, None], logits], 1)
             total = torch.logsumexp(both, 1)
             weights = (both - total[:, None]).exp().nan_to_num_(nan=0.0)
             yield tokens, head, weights[:, :1] * out + weights[:, 1:] @ v, total
+
+    def _of_runs(self, means: torch.Tensor) -> torch.Tensor:
+        """Means [blocks, head_dim] of blocks to those of runs."""
+        return torch.stack([run.mean(0) for run in means.split(self.run)])
 
     def errors(self) -> tuple[float, float]:
         """As Case.errors."""

@@ -12,7 +12,7 @@ use super::cases;
 use super::device::Device;
 use super::driver::Handle;
 use super::exports;
-use super::memory::{Memory, Packing};
+use super::memory::{Memory, Packing, Part};
 use super::step::{Done, Given, Step, lse_stride, store_bytes, store_of, total_q};
 use crate::common::case::Case;
 use crate::common::judge::{self, Arithmetic};
@@ -55,12 +55,16 @@ impl<'d> Worker<'d> {
     /// Runs the case and judges every stage; what ran, for laws to build on.
     pub(crate) fn judged(&mut self, case: &Case, given: &Given) -> Result<Ran, Refusal> {
         let ran = self.run(case, given)?;
-        let arithmetic = match self.device.cuda {
-            Some(_) => Arithmetic::tensor_cores(case),
-            None => Arithmetic::F32,
-        };
-        judge(case, given, &ran, arithmetic).map_err(Refusal::Fault)?;
+        judge(case, given, &ran, arithmetic(self.device, case)).map_err(Refusal::Fault)?;
         Ok(ran)
+    }
+}
+
+/// What a device computes with.
+pub(crate) fn arithmetic(device: &Device, case: &Case) -> Arithmetic {
+    match device.cuda {
+        Some(_) => Arithmetic::tensor_cores(case),
+        None => Arithmetic::F32,
     }
 }
 
@@ -144,7 +148,7 @@ fn memory_is_right(step: &Step, on_gpu: bool) -> Done {
 }
 
 fn gather(step: &Step, before: &compactattn_stats, after: &compactattn_stats) -> Ran {
-    let (case, parts, memory) = (step.case, &step.parts, &*step.memory);
+    let (parts, memory) = (&step.parts, &*step.memory);
     let delta = |of: fn(&compactattn_stats) -> i64| (of(after) - of(before)) as u64;
     let counts = Counts {
         lists: delta(|s| s.lists),
@@ -160,24 +164,29 @@ fn gather(step: &Step, before: &compactattn_stats, after: &compactattn_stats) ->
         lists: bytemuck::pod_collect_to_vec(memory.bytes(parts.lists)),
         counts,
     };
+    let k_mean = if step.needs_summaries() { memory.bytes(parts.k_mean) } else { &[] };
+    let v_mean = if step.corrects() { memory.bytes(parts.v_mean) } else { &[] };
+    let [k_mean, v_mean] = [k_mean, v_mean].map(bytemuck::pod_collect_to_vec);
+    Ran { selected, attended: attended(step, parts.whole), k_mean, v_mean }
+}
+
+/// Tables and `results`, as they were pulled.
+pub(crate) fn attended(step: &Step, results: [Part; 2]) -> Attended {
+    let (case, parts, memory) = (step.case, &step.parts, &*step.memory);
     let out = Packed {
-        store: store_of(case.shape.dtype, memory.bytes(parts.whole[0])),
+        store: store_of(case.shape.dtype, memory.bytes(results[0])),
         stride_token: case.q.stride_token,
         stride_head: case.q.stride_head,
     };
-    let attended = Attended {
+    Attended {
         rows: rows(case, &step.layout),
         counts: bytemuck::pod_collect_to_vec(memory.bytes(parts.counts)),
         stream_lens: bytemuck::pod_collect_to_vec(memory.bytes(parts.stream_lens)),
         boxes: bytemuck::pod_collect_to_vec(memory.bytes(parts.boxes)),
         out,
-        lse: bytemuck::pod_collect_to_vec(memory.bytes(parts.whole[1])),
+        lse: bytemuck::pod_collect_to_vec(memory.bytes(results[1])),
         lse_stride: lse_stride(case),
-    };
-    let k_mean = if step.needs_summaries() { memory.bytes(parts.k_mean) } else { &[] };
-    let v_mean = if step.corrects() { memory.bytes(parts.v_mean) } else { &[] };
-    let [k_mean, v_mean] = [k_mean, v_mean].map(bytemuck::pod_collect_to_vec);
-    Ran { selected, attended, k_mean, v_mean }
+    }
 }
 
 fn rows(case: &Case, layout: &Layout) -> usize {

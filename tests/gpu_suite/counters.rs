@@ -59,11 +59,17 @@ pub(crate) fn available() -> bool {
     Counting::open().is_ok()
 }
 
-/// Allocations on the device that the library holds.
-pub(crate) fn live() -> Option<i64> {
+/// Memory of the GPU, and of the host for it, that the library holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Held {
+    pub(crate) blocks: usize,
+    pub(crate) bytes: usize,
+}
+
+/// As the counting driver tells it.
+pub(crate) fn held() -> Option<Held> {
     let counting = Counting::open().ok()?;
-    let sum = |names: [&str; 2]| names.map(|name| counting.calls(name) as i64).iter().sum::<i64>();
-    Some(sum(["cuMemAlloc", "cuMemHostAlloc"]) - sum(["cuMemFree", "cuMemFreeHost"]))
+    Some(Held { blocks: counting.number(c"fake_blocks")?, bytes: counting.number(c"fake_bytes")? })
 }
 
 pub(crate) fn run(device: &Device) -> bool {
@@ -143,6 +149,13 @@ impl Counting {
         let calls =
             unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const c_char) -> u64>(found) };
         Ok(Self { library, calls })
+    }
+
+    fn number(&self, name: &CStr) -> Option<usize> {
+        let found = lookup(self.library, name)?;
+        // SAFETY: the counting driver's functions of these names have this signature.
+        let of = unsafe { std::mem::transmute::<*mut c_void, extern "C" fn() -> usize>(found) };
+        Some(of())
     }
 
     /// Calls of the function so far, whichever version of it.

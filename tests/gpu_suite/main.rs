@@ -31,6 +31,8 @@ mod exports;
 mod gate;
 mod graph;
 mod laws;
+mod levels;
+mod means;
 mod memory;
 mod metamorphic;
 mod perturb;
@@ -59,12 +61,14 @@ const USAGE: &str = "gpu_suite [PART] [OPTION VALUE]...
   differential      random cases against the f64 oracle   --cases 20000 --seed 1 --case I --threads N
   laws              each request of batches of 16 alone
   metamorphic       laws M1 to M12                        --count (of each) --seed --case --seconds
+  means             mean correction over lists of the caller's own    --count --seed --case --seconds
   tables            corrupted block tables, canary pages  --count --seed --case --seconds --apart 1
   big-pool          pools of more than 2^31 elements      --count 200 --seed --case --seconds
   reuse             pages another tenant has used         --count --seed --case --seconds
   exact             contents for which the output is exact, bit by bit    --count --seed --case --seconds
   soak              an engine's life: arrivals, aborts, a full pool, modes    --seconds --count (steps) --seed
-                    --kv e4m3; --shared 1 beside others on the GPU, whose memory and time it then does not judge
+                    --kv e4m3; --shared 1 beside others on the GPU: its free memory and time are not judged, the
+                    library's own is, by the counting driver of counters; --leak 1 leaks, to see it found
   stale             summaries kept while pages are used again     --count
   combine           two results merged, against f64       --count
   gate              selector attn_gate, its weights in every form  --count
@@ -92,13 +96,15 @@ struct Options {
     apart: bool,
     kv: Dtype,
     shared: bool,
+    leak: bool,
 }
 
 /// Parts of [`USAGE`], in the order they run.
-const PARTS: [&str; 19] = [
+const PARTS: [&str; 20] = [
     "differential",
     "exact",
     "laws",
+    "means",
     "metamorphic",
     "tables",
     "reuse",
@@ -182,6 +188,7 @@ fn run_part(device: &Device, options: &Options, part: &'static str, quick: bool)
             differential::run(device, range)
         }
         "laws" => differential::batches_of_16(device),
+        "means" => means::run(device, &options.rounds(part, quick)),
         "metamorphic" => metamorphic::run(device, &options.rounds(part, quick)),
         "exact" => exact::run(device, &options.rounds(part, quick)),
         "tables" => tables::run(device, &options.rounds(part, quick)),
@@ -219,6 +226,7 @@ impl Options {
     fn rounds(&self, part: &'static str, quick: bool) -> Rounds {
         let few = match part {
             "metamorphic" => 4,
+            "means" => 12,
             "soak" => 400,
             _ => 40,
         };
@@ -231,6 +239,7 @@ impl Options {
             threads: self.threads,
             kv: self.kv,
             shared: self.shared,
+            leak: self.leak,
             packing: if self.apart { Packing::Apart } else { Packing::Together },
         }
     }
@@ -251,6 +260,7 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Options, String> {
         apart: false,
         kv: Dtype::Bf16,
         shared: false,
+        leak: false,
     };
     let mut args = args.peekable();
     if let Some(part) = args.next_if(|arg| !arg.starts_with('-')) {
@@ -274,6 +284,7 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Options, String> {
                 options.kv = if value == "e4m3" { Dtype::E4m3 } else { Dtype::Bf16 };
             }
             "--shared" => options.shared = number()? > 0,
+            "--leak" => options.leak = number()? > 0,
             "--apart" => options.apart = number()? > 0,
             "--replays" => options.replays = number()? as usize,
             _ => return Err(format!("no option {name} {value}")),

@@ -31,6 +31,8 @@ pub(crate) struct Rounds {
     pub(crate) kv: Dtype,
     /// Whether others may be using the GPU.
     pub(crate) shared: bool,
+    /// Whether the soak leaks on purpose.
+    pub(crate) leak: bool,
 }
 
 /// Bytes of results that other tenants' contents have changed.

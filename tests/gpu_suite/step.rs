@@ -105,12 +105,17 @@ impl<'a, 'd> Step<'a, 'd> {
         if external.is_none() && self.keeps_rows() {
             self.unite(&batch, &by_masks, self.parts.lists_of_masks)?;
         }
-        let (lists, table) = (self.lists(self.parts.lists), self.table());
-        // SAFETY: as above.
+        self.attend_lists()
+    }
+
+    /// table and attend, over the lists as they are now.
+    pub(crate) fn attend_lists(&self) -> Done {
+        let (batch, lists, table) = (self.batch(), self.lists(self.parts.lists), self.table());
+        // SAFETY: the structs describe parts of the memory, for this call and the one below.
         ok("table_build", unsafe {
-            compactattn_table_build(plan, 0, &raw const batch, &raw const lists, &raw const table)
+            compactattn_table_build(self.plan.handle, 0, &raw const batch, &raw const lists, &raw const table)
         })?;
-        self.attend(&batch, &table, self.corrects().then_some((&lists, summaries)))
+        self.attend_again()
     }
 
     /// attend alone, over the table as it is now.

@@ -142,16 +142,16 @@ struct Copier {
     const int thread = ptx::not_before(threadIdx.x);
     const int row = thread / T::kRowLanes * T::kLaneRows, chunk = thread % T::kRowLanes;
     if (chunk >= T::kChunks) return;
-    const int block = step * T::kTokens + row;
+    const int mean = step * T::kTokens + row;
     // With one buffer, what depends on the piece alone is computed in each step: registers spill.
     const int kv_heads = T::kStages == 1 ? ptx::not_before(means.num_kv_heads) : means.num_kv_heads;
     const int64_t list = skipped.req * kv_heads + kv_head;
     const uint4* from =
-        static_cast<const uint4*>(data) + (list * means.rows + block) * T::kChunks + chunk;
+        static_cast<const uint4*>(data) + (list * means.rows + mean) * T::kChunks + chunk;
     const uint32_t smem = ptx::shared_address(tile) + row * T::kRowBytes + chunk * 16;
 #pragma unroll
     for (int r = 0; r < T::kLaneRows; ++r) {
-      ptx::copy_async(smem + r * T::kRowBytes, from + r * T::kChunks, block + r < skipped.blocks);
+      ptx::copy_async(smem + r * T::kRowBytes, from + r * T::kChunks, mean + r < skipped.means);
     }
   }
 };
@@ -254,15 +254,15 @@ struct Rows {
   RowState state[T::kBlocks];
 };
 
-// Columns of a step that the tile's first and last query tokens see; of a step of means, those
-// that the list leaves out.
+// Columns of a step that the tile's first and last query tokens see; of a step of means, what the
+// list leaves out of each.
 template <class T>
 struct Sight {
   int first;
   int last;
   int heads_per_list;
-  float bias;                         // of a mean's weight, in powers of two; 0: a step of tokens
-  uint32_t skipped[T::kTokens / 32];  // from the thread's first column
+  int log2_block_tokens;  // of a step of means; 0: a step of tokens
+  const uint2* skipped;
 };
 
 // Drops what the rows of a block may not see.
@@ -289,20 +289,18 @@ __device__ __forceinline__ void soften(float sm_scale, const Sight<T>& sight, Sc
   const float scale = sm_scale * kLog2E;
 #pragma unroll
   for (int b = 0; b < T::kBlocks; ++b) {
-    const float bias = T::kMeans ? sight.bias : 0.0f;
-    if (bias > 0) {
-      mask_columns(s[b], sight.skipped);
+    if (T::kMeans && sight.log2_block_tokens > 0) {
+      // Read for each block of rows: counts kept for all of them spill.
+      uint32_t skipped[T::kTokens / 16];
+      load_skipped(sight.skipped, skipped);
+      weigh_means(s[b], skipped, sight.log2_block_tokens, scale);
     } else if (sight.first < T::kTokens) {
       mask_block<T>(s[b], sight, b);
     }
     float top[2], factor[2];
     tile_max(s[b], top);
-    if constexpr (T::kMeans) {
-      top[0] += bias / scale;
-      top[1] += bias / scale;
-    }
     if (raise_max<T>(top, scale, rows.state[b], factor)) rescale(rows.o[b], factor);
-    exponentiate<true>(s[b], scale, rows.state[b], bias);
+    exponentiate<true>(s[b], scale, rows.state[b]);
     pack<typename T::Element>(s[b], p[b]);
   }
 }
@@ -366,20 +364,16 @@ struct Walk {
   __device__ __forceinline__ void ask(int of) { entry = copier.entry_of(of_stream(of)); }
 
   __device__ __forceinline__ Sight<T> sight() const {
-    constexpr int kWords = T::kTokens / 32;
     const int column = of_stream(step) * T::kTokens;
     Sight<T> out;
     out.first = visible - column;
     out.last = copier.limit - column;
     out.heads_per_list = params.work.heads_per_list;
-    out.bias = 0.0f;
+    out.log2_block_tokens = 0;
     if (is_mean(step)) {
       // Computed in each step, as Operands are.
-      out.bias = static_cast<float>(ptx::not_before(correction->log2_block_tokens));
-#pragma unroll
-      for (int i = 0; i < kWords; ++i)
-        out.skipped[i] =
-            skipped.word(*correction, copier.list_row, step * kWords + i) >> threadIdx.x % 4 * 2;
+      out.log2_block_tokens = ptx::not_before(correction->log2_block_tokens);
+      out.skipped = skipped_at(*correction, copier.list_row, step, T::kTokens);
     }
     return out;
   }

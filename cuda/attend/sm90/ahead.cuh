@@ -18,14 +18,14 @@ constexpr float kMostAhead = static_cast<float>(1 << static_cast<int>(T::kRescal
 // nor the factor to 0.
 constexpr float kMostMoved = 0x1p100f;
 
-// s = exp2((s - max) * scale + bias) on maxima of tiles before, with this tile's `sums`; whether
+// s = exp2((s - max) * scale) on maxima of tiles before, with this tile's `sums`; whether
 // they are too far above kMostAhead, or NaN as where a row has seen nothing yet, for one row of the
 // warp. Saves the tile's maxima, which stand before the first exponential and take half the time of
 // all of them.
 template <class T, int N>
 __device__ __forceinline__ bool exponentiate_ahead(float (&s)[N], float scale, const RowState& rows,
-                                                   float (&sums)[2], float bias = 0.0f) {
-  const float shift[2] = {rows.max[0] * scale - bias, rows.max[1] * scale - bias};
+                                                   float (&sums)[2]) {
+  const float shift[2] = {rows.max[0] * scale, rows.max[1] * scale};
 #pragma unroll
   for (int i = 0; i < N; ++i) s[i] = ptx::exp2_approx(s[i] * scale - shift[i / 2 % 2]);
   float chain[4] = {s[0], s[1], s[2], s[3]};

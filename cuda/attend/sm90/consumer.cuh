@@ -36,8 +36,8 @@ struct Consumer {
     ptx::fence_registers(s);
     release_keys();
     float factor[2];
-    raise_for<T, kKind>(s, scale, rows, columns, at.column, factor);
-    exponentiate<true>(s, scale, rows, bias_of<kKind>(columns));
+    raise_for<T, kKind>(s, scale, rows, columns, factor);
+    exponentiate<true>(s, scale, rows);
     pack<typename T::Element>(s, p);
   }
 
@@ -74,8 +74,8 @@ struct Consumer {
                                         const Columns<T>& columns) {
     release_keys();
     float factor[2];
-    const bool grown = raise_for<T, kKind>(s, scale, rows, columns, at.column, factor);
-    exponentiate<kKind != Kind::kWhole>(s, scale, rows, bias_of<kKind>(columns));
+    const bool grown = raise_for<T, kKind>(s, scale, rows, columns, factor);
+    exponentiate<kKind != Kind::kWhole>(s, scale, rows);
     cute::warpgroup_wait<0>();
     ptx::fence_registers(o);
     release_values();
@@ -89,8 +89,8 @@ struct Consumer {
                                               const Columns<T>& columns) {
     float sums[2];
     const float scale_now = T::kTurns ? smem.scale.after_barriers() : scale;
-    if constexpr (kKind == Kind::kMeans) columns.mask_listed(s, at.column);
-    const bool above = exponentiate_ahead<T>(s, scale_now, rows, sums, bias_of<kKind>(columns));
+    adjust<T, kKind>(s, scale_now, columns);
+    const bool above = exponentiate_ahead<T>(s, scale_now, rows, sums);
     if constexpr (T::kHeldWait) ptx::wait_no_earlier(sums[0] + sums[1]);
     cute::warpgroup_wait<0>();
     ptx::fence_registers(o);
@@ -112,8 +112,8 @@ struct Consumer {
       return;
     }
     scores_again<T>(s, q, smem.k[k_ring.stage], at.lane);
-    if (raise_for<T, kKind>(s, scale, rows, columns, at.column, factor)) rescale(o, factor);
-    exponentiate<true>(s, scale, rows, bias_of<kKind>(columns));
+    if (raise_for<T, kKind>(s, scale, rows, columns, factor)) rescale(o, factor);
+    exponentiate<true>(s, scale, rows);
     sums[0] = sums[1] = 0.0f;
   }
 
@@ -167,15 +167,10 @@ struct Consumer {
   }
 
   // What a tile of means needs of the list.
-  __device__ __forceinline__ void ask_list(const Skipped& skipped, const LoadedPiece& piece,
-                                           int tile, Columns<T>& columns) const {
-    const int64_t row = static_cast<int64_t>(piece.item.list_row) * means->mask_words;
-    const uint32_t* bits = means->lists + row + tile * columns.kWords;
-    columns.left = skipped.blocks - tile * T::kTokens;
-    columns.bias = static_cast<float>(means->log2_block_tokens);
-#pragma unroll
-    for (int i = 0; i < columns.kWords; ++i)
-      columns.listed[i] = i * 32 < columns.left ? __ldg(bits + i) : 0;
+  __device__ __forceinline__ void ask_list(const LoadedPiece& piece, int tile,
+                                           Columns<T>& columns) const {
+    load_skipped(skipped_at(*means, piece.item.list_row, tile, T::kTokens), columns.skipped);
+    columns.log2_block_tokens = means->log2_block_tokens;
   }
 
   // Queries to registers, and who reads them from shared memory where they are.
@@ -202,8 +197,7 @@ struct Consumer {
                                          RowState& rows) {
     Scores s;
     Weights p;
-    const Skipped skipped = skipped_of<T>(means, piece.item);
-    const Tiles<T> range(piece, skipped);
+    const Tiles<T> range(piece, skipped_of<T>(means, piece.item));
     Columns<T> columns;
     QueryRow mine[2];
     int tile = range.end - 1;
@@ -216,7 +210,7 @@ struct Consumer {
     }
     take_queries(piece.item, heads_per_list, mine);
     if (T::kMeans && tile < range.means) {
-      ask_list(skipped, piece, tile, columns);
+      ask_list(piece, tile, columns);
       first_tile<Kind::kMeans>(s, p, rows, columns);
       --tile;
     } else {
@@ -239,7 +233,7 @@ struct Consumer {
     }
     if constexpr (T::kMeans) {
       for (; tile >= range.begin; --tile) {
-        ask_list(skipped, piece, tile, columns);
+        ask_list(piece, tile, columns);
         step<Kind::kMeans>(s, o, p, rows, columns);
       }
     }

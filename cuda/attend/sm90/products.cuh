@@ -52,24 +52,9 @@ enum class Kind {
 // A thread's part of a tile, as far as the tile's kind asks for it.
 template <class T>
 struct Columns {
-  static constexpr int kWords = T::kTokens / 32;
-  int visible[2];           // of each row, from the thread's first column
-  uint32_t listed[kWords];  // means: the list's bits as they are, so that nothing waits for them
-  int left;                 // means from the tile's first on
-  float bias;               // of a mean's weight, in powers of two
-
-  // Drops the blocks that the list reads itself, and what is no block; `column` is the thread's
-  // first.
-  __device__ __forceinline__ void mask_listed(float (&s)[T::kScores], int column) const {
-    uint32_t skipped[kWords];
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      skipped[i] = ~listed[i];
-      if (left < T::kTokens) skipped[i] &= range_word(i, 0, left);
-      skipped[i] >>= column;
-    }
-    mask_columns(s, skipped);
-  }
+  int visible[2];                     // of each row, from the thread's first column
+  uint32_t skipped[T::kTokens / 16];  // means: counts as they are, so that nothing waits for them
+  int log2_block_tokens;
 
   // The next tile of the stream is taken.
   __device__ __forceinline__ void advance() {
@@ -78,26 +63,22 @@ struct Columns {
   }
 };
 
-// In powers of two, on all scores of a tile.
-template <Kind kKind, class T>
-__device__ __forceinline__ float bias_of(const Columns<T>& columns) {
-  return kKind == Kind::kMeans ? columns.bias : 0.0f;
+// Scores of a tile as what each column is makes them: beyond the causal mask, or of means.
+template <class T, Kind kKind>
+__device__ __forceinline__ void adjust(float (&s)[T::kScores], float scale,
+                                       const Columns<T>& columns) {
+  if constexpr (kKind == Kind::kCausal) mask_scores(s, columns.visible);
+  if constexpr (kKind == Kind::kMeans)
+    weigh_means(s, columns.skipped, columns.log2_block_tokens, scale);
 }
 
-// Scores of a tile to powers of two below the reference maxima, which may move; whether O must be
-// multiplied by `factor`.
+// Raises the reference maxima where the tile asks for it; whether O must be multiplied by `factor`.
 template <class T, Kind kKind>
 __device__ __forceinline__ bool raise_for(float (&s)[T::kScores], float scale, RowState& rows,
-                                          const Columns<T>& columns, int column,
-                                          float (&factor)[2]) {
-  if constexpr (kKind == Kind::kCausal) mask_scores(s, columns.visible);
-  if constexpr (kKind == Kind::kMeans) columns.mask_listed(s, column);
+                                          const Columns<T>& columns, float (&factor)[2]) {
+  adjust<T, kKind>(s, scale, columns);
   float top[2];
   tile_max(s, top);
-  if constexpr (kKind == Kind::kMeans) {
-    top[0] += columns.bias / scale;
-    top[1] += columns.bias / scale;
-  }
   return raise_max<T>(top, scale, rows, factor);
 }
 
