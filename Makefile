@@ -30,7 +30,7 @@ COMPACTATTN_CUDA := $(if $(wildcard /dev/nvidia0)$(shell command -v nvidia-smi 2
 endif
 export COMPACTATTN_CUDA
 
-.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize sanitize-candle tsan miri gates classes tables reuse metamorphic exact big-pool soak perturb ranks faults fuzz fuzz-coverage supply audit lint format header install dist reproducible test-dist docs clean
+.PHONY: demo test kernels toolkit test-rust test-cpp test-python test-hf test-vllm test-vllm-quick vllm-site test-sglang test-candle differential sanitize sanitize-candle tsan miri loom gates classes tables reuse means metamorphic exact big-pool soak perturb ranks faults fuzz fuzz-coverage supply audit lint format header install dist reproducible test-dist docs clean
 
 # The main job: chunked prefill over real tensors. TRACE=FILE runs another trace.
 demo: toolkit
@@ -74,7 +74,7 @@ test-python: $(VENV)/ready toolkit
 	$(VENV)/bin/pytest -q tests/python
 
 # What else of the suite wants torch, jax or ml_dtypes, and is skipped without.
-WITH_TORCH := $(addprefix tests/python/test_,bench.py e4m3.py examples.py forward.py prefill.py ranks.py tensors.py torch_tensors.py)
+WITH_TORCH := $(addprefix tests/python/test_,bench.py e4m3.py examples.py forward.py prefill.py prefill_report.py ranks.py tensors.py torch_tensors.py)
 
 # The transformers backend on tiny models, CPU, and on SmolLM2's own weights with the newest version. The registry's torch
 # brings CUDA along: 2.6 GB to fetch, once; the model is 94 MB. One thread each, as two wait for each other on busy cores.
@@ -173,10 +173,19 @@ miri:
 	MIRIFLAGS="-Zmiri-disable-isolation -Zmiri-deterministic-floats" $(CARGO) +nightly miri test --locked --lib -- capi::handle \
 	  capi::settings capi::status config::tests e4m3:: error:: mask:: parallel:: keep:: settings:: stats:: types:: seals::
 
+# Counters and the registry of handles in every order of their threads' operations: seven models. A build of its own,
+# as its flag reaches every crate; unoptimised, for the build is all that takes time.
+loom: export COMPACTATTN_CUDA = off
+loom:
+	@mkdir -p "$(TARGET)"
+	CARGO_PROFILE_TEST_OPT_LEVEL=0 CARGO_PROFILE_TEST_DEBUG=false RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR="$(TARGET)/loom" \
+	    $(CARGO) test --locked --lib -- model:: > "$(TARGET)/loom.log" 2>&1; code=$$?; cat "$(TARGET)/loom.log"; \
+	    test $$code = 0 && grep -q "^test result: ok. 7 passed" "$(TARGET)/loom.log"
+
 # Gates of docs/reliability.md, each by itself: on a GPU where there is one, else in miniature on the CPU context.
 # ARGS="--seed 7 --seconds 600" and the like; a failure prints the command that repeats its case.
 ON := $(if $(wildcard /dev/nvidia0),,--device cpu)
-classes tables reuse metamorphic exact big-pool soak perturb: toolkit
+classes tables reuse means metamorphic exact big-pool soak perturb: toolkit
 	$(CARGO) test --release --locked --test gpu_suite -- $@ $(ON) $(ARGS)
 
 # Two ranks in an engine's life, an all-reduce after each layer: two GPUs and NCCL, else gloo and the CPU context.
@@ -193,8 +202,10 @@ gates:
 	$(MAKE) reuse ARGS="--count 40" ON="--device cpu"
 	$(MAKE) metamorphic ARGS="--count 8" ON="--device cpu"
 	$(MAKE) exact ARGS="--count 60" ON="--device cpu"
+	$(MAKE) means ARGS="--count 24" ON="--device cpu"
 	$(MAKE) big-pool ARGS="--count 20" ON="--device cpu"
 	$(MAKE) soak ARGS="--count 1000" ON="--device cpu"
+	$(MAKE) soak ARGS="--count 1000 --leak 1" ON="--device cpu" 2>&1 | grep "host memory grows"
 	$(MAKE) perturb ARGS="--count 1" ON="--device cpu"
 
 # Every call of the driver fails once, on a driver that is none; needs kernels in the library, no GPU.

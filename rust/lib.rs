@@ -39,6 +39,7 @@ pub mod settings;
 mod stage;
 pub mod stats;
 pub mod summaries;
+mod sync;
 pub mod table;
 pub mod tensor;
 pub mod types;

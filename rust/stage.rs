@@ -3,6 +3,8 @@
 //! On a GPU both are the host's time: a range holds the launches of its stage, and a profiler projects it onto the
 //! kernels that those launches started. Where nobody watches, each costs one branch.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use crate::cuda::nvtx;
 use crate::error::Result;
 
@@ -28,7 +30,8 @@ pub(crate) enum Stage {
 impl Stage {
     /// Runs `body` as this stage.
     pub(crate) fn run<T>(self, body: impl FnOnce() -> T) -> T {
-        let _span = self.span().entered();
+        let span = Watched(Some(self.span()));
+        let _entered = Watched(span.0.as_ref().map(tracing::Span::enter));
         let _range = nvtx::range(self.label());
         body()
     }
@@ -55,6 +58,20 @@ impl Stage {
             Self::Attend => c"compactattn attend",
             Self::Combine => c"compactattn combine",
             Self::Summaries => c"compactattn summaries",
+        }
+    }
+}
+
+/// What a subscriber hears the end of. It is the host program's and may panic: the first is the border's to stop, but a
+/// second, while that one unwinds, would end the process.
+struct Watched<T>(Option<T>);
+
+impl<T> Drop for Watched<T> {
+    fn drop(&mut self) {
+        let watched = self.0.take();
+        if std::thread::panicking() {
+            // Dropping a payload may panic again.
+            catch_unwind(AssertUnwindSafe(|| drop(watched))).unwrap_or_else(std::mem::forget);
         }
     }
 }

@@ -1,7 +1,6 @@
 //! Counters per layer, added by every call and read at any time without stopping one.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
+use crate::sync::{AtomicU64, Ordering};
 use crate::union::Counts;
 
 /// What one layer has selected since the plan was made.
@@ -19,53 +18,45 @@ impl Stats {
     pub fn density(&self) -> Option<f64> {
         (self.counts.candidates > 0).then(|| self.counts.selected as f64 / self.counts.candidates as f64)
     }
+
+    /// What the counters hold, in the order of `Stats` in cuda/params.h; calls may go on meanwhile.
+    pub(crate) fn of(counters: &[AtomicU64; NUM_COUNTERS]) -> Self {
+        let [calls, lists, candidates, selected, forced, guarded, dense, refused] = read(counters);
+        Self { calls, counts: Counts { lists, candidates, selected, forced, guarded, dense, refused } }
+    }
 }
+
+/// Numbers in [`Stats`].
+pub(crate) const NUM_COUNTERS: usize = 8;
 
 /// The counters behind [`Stats`].
 #[derive(Debug, Default)]
-pub(crate) struct LayerStats {
-    calls: AtomicU64,
-    lists: AtomicU64,
-    candidates: AtomicU64,
-    selected: AtomicU64,
-    forced: AtomicU64,
-    guarded: AtomicU64,
-    dense: AtomicU64,
-    refused: AtomicU64,
-}
+pub(crate) struct LayerStats([AtomicU64; NUM_COUNTERS]);
 
 impl LayerStats {
     /// Adds one call.
     pub(crate) fn add(&self, counts: &Counts) {
-        for (total, more) in [
-            (&self.calls, 1),
-            (&self.lists, counts.lists),
-            (&self.candidates, counts.candidates),
-            (&self.selected, counts.selected),
-            (&self.forced, counts.forced),
-            (&self.guarded, counts.guarded),
-            (&self.dense, counts.dense),
-            (&self.refused, counts.refused),
-        ] {
-            // Each counter stands alone; a reader may see a call half added.
-            total.fetch_add(more, Ordering::Relaxed);
-        }
+        let &Counts { lists, candidates, selected, forced, guarded, dense, refused } = counts;
+        add(&self.0, [1, lists, candidates, selected, forced, guarded, dense, refused]);
     }
 
     /// The sums so far.
     pub(crate) fn read(&self) -> Stats {
-        let get = |x: &AtomicU64| x.load(Ordering::Relaxed);
-        Stats {
-            calls: get(&self.calls),
-            counts: Counts {
-                lists: get(&self.lists),
-                candidates: get(&self.candidates),
-                selected: get(&self.selected),
-                forced: get(&self.forced),
-                guarded: get(&self.guarded),
-                dense: get(&self.dense),
-                refused: get(&self.refused),
-            },
-        }
+        Stats::of(&self.0)
     }
 }
+
+// Each counter stands alone, and is added to and read whole; a reader may see a call half added.
+fn add<const N: usize>(counters: &[AtomicU64; N], more: [u64; N]) {
+    for (counter, more) in counters.iter().zip(more) {
+        counter.fetch_add(more, Ordering::Relaxed);
+    }
+}
+
+fn read<const N: usize>(counters: &[AtomicU64; N]) -> [u64; N] {
+    counters.each_ref().map(|counter| counter.load(Ordering::Relaxed))
+}
+
+#[cfg(all(test, loom))]
+#[path = "stats_model.rs"]
+mod model;

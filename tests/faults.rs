@@ -3,8 +3,8 @@
 //!
 //! A process loads one driver once, so each fault gets a child. Faults of the driver need a build with kernels
 //! (`make faults`); without one they are said to be left out. Elsewhere: 3 to 6, drivers and GPUs that cannot serve, in
-//! tests/cuda_host.rs; 12, forks, in tests/capi_bad_handles.rs; 13, panics, in rust/capi/guard.rs and below. There is
-//! no log sink that could panic (14). 17 and 18, an engine's hooks, are not injected.
+//! tests/cuda_host.rs; 12, forks, in tests/capi_bad_handles.rs; 13, panics, in rust/capi/guard.rs and below; 14, a
+//! log sink, in tests/log_sink.rs; 17 and 18, an engine's hooks, in tests/python/test_hooks.py.
 
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small numbers")]
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests that say what they did")]

@@ -4,14 +4,14 @@
 //! handle; the pid tells a forked child from its parent without a lock, which a fork may have left taken; a serial
 //! is used once, so a destroyed handle stays dead.
 
-use std::collections::HashMap;
 use std::ffi::c_void;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
 
 use once_cell::sync::OnceCell;
 
 use super::objects::{Context, PlanObject};
+use super::registry::Registry;
 use crate::error::{Error, Result, Status};
 
 /// What a handle stands for.
@@ -31,7 +31,7 @@ pub(super) fn insert(object: Object) -> Result<*mut c_void> {
     }
     let pid = std::process::id();
     let id = TAG | u64::from(pid) << SERIAL_BITS | serial;
-    registry(pid).objects.write().unwrap_or_else(PoisonError::into_inner).insert(id, object);
+    handles(pid).objects.insert(id, object);
     Ok(std::ptr::without_provenance_mut(usize::try_from(id).unwrap_or(0)))
 }
 
@@ -64,20 +64,17 @@ pub(super) fn remove_plan(handle: *const c_void) -> Result<()> {
 }
 
 fn get(name: &str, handle: *const c_void) -> Result<Object> {
-    let (id, registry) = locate(name, handle)?;
-    let objects = registry.objects.read().unwrap_or_else(PoisonError::into_inner);
-    objects.get(&id).cloned().ok_or_else(|| dead(name))
+    let (id, handles) = locate(name, handle)?;
+    handles.objects.get(id).ok_or_else(|| dead(name))
 }
 
 fn remove(name: &str, handle: *const c_void) -> Result<()> {
-    let (id, registry) = locate(name, handle)?;
-    let removed = registry.objects.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
-    // Dropped here, outside the lock: the last reference may free much.
-    removed.map(drop).ok_or_else(|| dead(name))
+    let (id, handles) = locate(name, handle)?;
+    handles.objects.remove(id).map(drop).ok_or_else(|| dead(name))
 }
 
 /// The id, and the registry of this process, if this process made the handle.
-fn locate(name: &str, handle: *const c_void) -> Result<(u64, &'static Registry)> {
+fn locate(name: &str, handle: *const c_void) -> Result<(u64, &'static Handles)> {
     if handle.is_null() {
         return Err(Error::new(Status::Null, name, "a handle", "NULL"));
     }
@@ -90,7 +87,7 @@ fn locate(name: &str, handle: *const c_void) -> Result<(u64, &'static Registry)>
         let wanted = "a handle made in this process (after the fork)";
         return Err(Error::new(Status::WrongProcess, name, wanted, "one of another process"));
     }
-    Ok((id, registry(pid)))
+    Ok((id, handles(pid)))
 }
 
 fn dead(name: &str) -> Error {
@@ -98,27 +95,27 @@ fn dead(name: &str) -> Error {
 }
 
 /// The handles of one process. A forked child starts a registry of its own, whose lock nobody can have held.
-struct Registry {
+struct Handles {
     pid: u32,
-    objects: RwLock<HashMap<u64, Object>>,
+    objects: Registry<Object>,
     child: OnceCell<Box<Self>>,
 }
 
-impl Registry {
+impl Handles {
     fn new(pid: u32) -> Self {
-        Self { pid, objects: RwLock::default(), child: OnceCell::new() }
+        Self { pid, objects: Registry::new(), child: OnceCell::new() }
     }
 }
 
-fn registry(pid: u32) -> &'static Registry {
-    let mut registry = FIRST.get_or_init(|| Registry::new(pid));
-    while registry.pid != pid {
-        registry = registry.child.get_or_init(|| Box::new(Registry::new(pid)));
+fn handles(pid: u32) -> &'static Handles {
+    let mut handles = FIRST.get_or_init(|| Handles::new(pid));
+    while handles.pid != pid {
+        handles = handles.child.get_or_init(|| Box::new(Handles::new(pid)));
     }
-    registry
+    handles
 }
 
-static FIRST: OnceCell<Registry> = OnceCell::new();
+static FIRST: OnceCell<Handles> = OnceCell::new();
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
 const SERIAL_BITS: u32 = 30;

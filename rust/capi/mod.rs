@@ -21,6 +21,7 @@ mod handle;
 mod merge;
 mod objects;
 mod read;
+mod registry;
 mod settings;
 mod status;
 mod structs;

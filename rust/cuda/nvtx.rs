@@ -105,7 +105,7 @@ fn load(path: &CStr) -> std::result::Result<Profiler, &'static str> {
     if unsafe { entry(export_table) } == 0 {
         return Err("refused to start");
     }
-    let [push, pop] = [RANGE_PUSH, RANGE_POP].map(|slot| SLOTS[slot - 1].load(Ordering::Acquire));
+    let [push, pop] = [RANGE_PUSH, RANGE_POP].map(|slot| SLOTS[CORE][slot - 1].load(Ordering::Acquire));
     if push.is_null() || pop.is_null() {
         return Err("has attached to no ranges");
     }
@@ -131,7 +131,7 @@ type Initialize = unsafe extern "C" fn(ExportTable) -> c_int;
 /// Where a profiler writes one function.
 type Slot = AtomicPtr<c_void>;
 /// As the profiler walks it: by the function's number.
-type Table = [Option<&'static Slot>; NUM_FUNCTIONS + 1];
+type Table = [Option<&'static Slot>; MOST_FUNCTIONS + 1];
 
 /// `NvtxExportTableCallbacks`.
 #[repr(C)]
@@ -160,33 +160,40 @@ extern "C" fn export_table(id: u32) -> *const c_void {
 /// # Safety
 /// Both pointers are NULL or writable.
 unsafe extern "C" fn table_of_module(module: c_int, table: *mut *const Table, size: *mut c_uint) -> c_int {
-    if module != CORE_MODULE {
+    let index = usize::try_from(module).ok().and_then(|module| module.checked_sub(1));
+    let Some((functions, of_module)) = index.and_then(|i| NUM_FUNCTIONS.get(i).zip(TABLES.get(i))) else {
         return 0;
-    }
+    };
     if !size.is_null() {
         // SAFETY: not NULL, and writable by this function's contract.
-        unsafe { size.write(TABLE_SIZE) };
+        unsafe { size.write(*functions) };
     }
     if !table.is_null() {
         // SAFETY: as above.
-        unsafe { table.write(&raw const TABLE) };
+        unsafe { table.write(of_module) };
     }
     1
 }
 
 extern "C" fn set_version(_: u32) {}
 
-/// Functions of NVTX's core, each with a slot: profilers fill them all.
-static SLOTS: [Slot; NUM_FUNCTIONS - 1] = [const { AtomicPtr::new(std::ptr::null_mut()) }; NUM_FUNCTIONS - 1];
+/// A slot for each function of each module. Profilers fill them all, and some look at no answer but a table: of functions
+/// that nothing here calls, too.
+static SLOTS: [[Slot; MOST_FUNCTIONS - 1]; MODULES] =
+    [const { [const { AtomicPtr::new(std::ptr::null_mut()) }; MOST_FUNCTIONS - 1] }; MODULES];
 /// Number 0 is no function; the end is marked by one more nothing.
-static TABLE: Table = {
-    let mut table: Table = [None; NUM_FUNCTIONS + 1];
-    let mut number = 1;
-    while number < NUM_FUNCTIONS {
-        table[number] = Some(&SLOTS[number - 1]);
-        number += 1;
+static TABLES: [Table; MODULES] = {
+    let mut tables: [Table; MODULES] = [[None; MOST_FUNCTIONS + 1]; MODULES];
+    let mut module = 0;
+    while module < MODULES {
+        let mut number = 1;
+        while number < NUM_FUNCTIONS[module] as usize {
+            tables[module][number] = Some(&SLOTS[module][number - 1]);
+            number += 1;
+        }
+        module += 1;
     }
-    table
+    tables
 };
 static CALLBACKS: Callbacks = Callbacks { struct_bytes: size_of::<Callbacks>(), table_of_module };
 static VERSION: VersionInfo =
@@ -195,12 +202,14 @@ static VERSION: VersionInfo =
 // NVTX_ETID_*, NVTX_CB_MODULE_*, NVTX_CBID_CORE_* of nvtxTypes.h; they are part of an ABI and do not change.
 const CALLBACKS_ID: u32 = 1;
 const VERSION_ID: u32 = 3;
-const CORE_MODULE: c_int = 1;
 const RANGE_PUSH: usize = 9;
 const RANGE_POP: usize = 11;
-const NUM_FUNCTIONS: usize = 16;
-const TABLE_SIZE: c_uint = 16;
-const _: () = assert!(TABLE_SIZE as usize == NUM_FUNCTIONS);
+/// Core, CUDA, OpenCL, CUDA runtime, core 2 (domains), sync: modules 1 to 6.
+const MODULES: usize = 6;
+const CORE: usize = 0;
+/// NVTX_CBID_*_SIZE of each module: its functions and number 0.
+const NUM_FUNCTIONS: [c_uint; MODULES] = [16, 9, 15, 7, 16, 7];
+const MOST_FUNCTIONS: usize = 16;
 
 #[cfg(test)]
 #[path = "nvtx_tests.rs"]

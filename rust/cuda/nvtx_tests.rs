@@ -29,6 +29,17 @@ fn tables_are_as_profilers_were_compiled_to_find_them() {
     assert_eq!((size_of::<Callbacks>(), size_of::<VersionInfo>()), (16, 24));
     assert_eq!(size_of::<Table>(), 17 * size_of::<usize>());
     assert!(export_table(2).is_null());
+    for (module, functions) in
+        [(0, None), (1, Some(16)), (2, Some(9)), (5, Some(16)), (6, Some(7)), (7, None)]
+    {
+        let (mut table, mut size) = (std::ptr::null(), 0);
+        // SAFETY: both are writable.
+        let is_there = unsafe { table_of_module(module, &raw mut table, &raw mut size) } == 1;
+        assert_eq!(is_there.then_some(size), functions, "{module}");
+        // SAFETY: a table of ours where one was given.
+        let slots = unsafe { table.as_ref() }.map(|table| table.iter().flatten().count());
+        assert_eq!(slots, functions.map(|n| n as usize - 1), "{module}");
+    }
 }
 
 /// What `body` pushed and popped on this thread, in one line; the profiler stays for the whole test process.
