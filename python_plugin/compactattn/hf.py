@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import (  # type: ignore[import-no
 )
 from transformers.masking_utils import causal_mask_function, sdpa_mask  # type: ignore[import-not-found, unused-ignore]
 
-from . import _hf_contiguous, _hf_paged, api
+from . import _hf_contiguous, _hf_paged, _hf_register, api
 from . import _hf_engine as engine
 from ._stats import Stats
 from .errors import Unsupported
@@ -43,7 +43,8 @@ class Report:
 def register() -> None:
     """Registers ``compactattn`` and ``paged|compactattn``, reads the environment afresh and forgets the counts.
 
-    Importing the module does it. Raises LibraryError without a library, InvalidArgument for a wrong setting.
+    Importing the module does it. Raises LibraryError without a library, InvalidArgument for a wrong setting,
+    HookError where transformers has changed or somebody else holds a name: nothing is then registered.
     """
     _settings.cache_clear()
     _thresholds.cache_clear()
@@ -51,9 +52,13 @@ def register() -> None:
     engine.served.clear()
     global _before
     _before = api.stats()
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, mask)
-    AttentionInterface.register(f"paged|{NAME}", paged_attention)
+    _hf_register.offer(
+        [
+            (AttentionInterface, NAME, attention),
+            (AttentionMaskInterface, NAME, mask),
+            (AttentionInterface, f"paged|{NAME}", paged_attention),
+        ]
+    )
 
 
 def report() -> Report:

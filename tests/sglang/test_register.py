@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from compactattn.serving.hooks import HookError
 from compactattn.sglang import facts, plugin
 from sglang.srt.layers.attention import attention_registry
 from sglang.srt.plugins import load_plugins
@@ -55,6 +56,23 @@ def test_the_engine_loads_the_plugin_and_takes_the_argument() -> None:
     parsed = parse("--prefill-attention-backend", "compactattn", "--decode-attention-backend", "fa3")
     assert (parsed.prefill_attention_backend, parsed.decode_attention_backend) == ("compactattn", "fa3")
     assert parse("--attention-backend", "compactattn", "--page-size", "64").attention_backend == "compactattn"
+
+
+def test_a_name_that_is_held_stays_its_holders(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(given: Any) -> None: ...
+
+    monkeypatch.setitem(attention_registry.ATTENTION_BACKENDS, "compactattn", other)
+    monkeypatch.setenv("COMPACTATTN_MODE", "compactattn")
+    with pytest.raises(HookError, match=r"\[compactattn\] is taken by .*other"):
+        plugin.register()
+    assert attention_registry.ATTENTION_BACKENDS["compactattn"] is other
+
+
+def test_the_gpu_is_asked_by_torchs_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert facts.capability() == (9, 0)
 
 
 def test_a_name_nobody_registered_is_no_argument() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from compactattn.serving.hooks import HookError
 from compactattn.serving.service import kv_axis_of, kv_views
 from compactattn.vllm import current, plugin
 from vllm.platforms.interface import DeviceCapability
@@ -41,6 +42,22 @@ def test_the_entry_point_is_found_and_runs_twice() -> None:
     register = found.load()
     register()
     register()
+
+
+def test_a_slot_that_is_held_stops_the_engine_that_asks_for_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import plugins
+    from vllm.platforms import current_platform
+
+    slot = AttentionBackendEnum.CPU_ATTN if current_platform.is_cpu() else AttentionBackendEnum.CUSTOM
+    monkeypatch.setenv("COMPACTATTN_MODE", "compactattn")
+    monkeypatch.setattr(plugins, "plugins_loaded", False)
+    register_backend(slot, "other.Backend")
+    try:
+        with pytest.raises(HookError, match=rf"{slot.name} is taken by other\.Backend"):
+            plugins.load_general_plugins()
+        assert slot.get_path() == "other.Backend"
+    finally:
+        slot.clear_override()
 
 
 def test_the_engine_looks_the_backend_up_by_its_own_name(backend: Any) -> None:

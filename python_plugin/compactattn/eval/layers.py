@@ -12,6 +12,8 @@ from .folder import Record
 
 # Whose curve, against whose rows.
 OURS, FAITHFUL = "default", "flashprefill-union"
+# The same lists, with what is not read answered for by its mean.
+OURS_WITH_MEANS = "sampled_exact-head-mean"
 
 
 def tables(probes: list[Record], length: int) -> list[str]:
@@ -26,15 +28,32 @@ def tables(probes: list[Record], length: int) -> list[str]:
     if equal:
         lines += [f"`{OURS}`'s curve at the output error of `{FAITHFUL}`'s rows, interpolated:", ""]
         lines += [*_EQUAL_HEAD, *equal, ""]
+    shares = [_share_line(line, share) for line in own if (share := share_of_union(own, line)) is not None]
+    if shares:
+        lines += [f"Pages for the same output error, of those that `{FAITHFUL}`'s curve reads there:", ""]
+        lines += [*_SHARE_HEAD, *shares, ""]
     return lines
+
+
+def share_of_union(probes: list[Record], line: Record) -> float | None:
+    """A row's density over the one at which the curve of FAITHFUL has its output error; None outside of the curve.
+
+    None for FAITHFUL's own rows and for points of curves too. Density is taken as linear in the error between points.
+    """
+    if _family(line) == FAITHFUL or "~" in line["method"]:
+        return None
+    error = mean_error(line["error"])
+    for (low, from_density, _), (high, to_density, _) in pairwise(_curve(probes, FAITHFUL)):
+        if low <= error <= high and low < high:
+            theirs = from_density + (error - low) / (high - low) * (to_density - from_density)
+            return float(line["density"] / theirs)
+    return None
 
 
 def ours_at(probes: list[Record], errors: list[float]) -> tuple[float, float] | None:
     """(density, executed) where the curve of OURS has that output error; None outside of the curve."""
     error = mean_error(errors)
-    free = [line for line in probes if line["method"].startswith(f"{OURS}~")]
-    curve = sorted((mean_error(line["error"]), line["density"], line["executed"]) for line in free)
-    for (low, *at_low), (high, *at_high) in pairwise(curve):
+    for (low, *at_low), (high, *at_high) in pairwise(_curve(probes, OURS)):
         if 0 < low <= error <= high and low < high:
             share = math.log(error / low) / math.log(high / low)
             density, executed = (a + share * (b - a) for a, b in zip(at_low, at_high, strict=True))
@@ -71,6 +90,24 @@ def _line(line: Record) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _curve(probes: list[Record], method: str) -> list[tuple[float, float, float]]:
+    """(output error, density, executed) of the method's rule at other numbers, by error."""
+    free = [line for line in probes if line["method"].startswith(f"{method}~")]
+    return sorted((mean_error(line["error"]), line["density"], line["executed"]) for line in free)
+
+
+def _share_line(line: Record, share: float) -> str:
+    mean = "yes" if corrects(line) else ""
+    name = f"**{line['method']}**" if line["method"].partition("@")[0] in (OURS, OURS_WITH_MEANS) else line["method"]
+    return f"| {name} | {mean} | {mean_error(line['error']):.4f} | {line['density']:.3f} | {share:.2f} |"
+
+
+def corrects(line: Record) -> bool:
+    """Whether the row has mean correction; of folders that did not say so, by its name."""
+    name = line["method"].partition("@")[0]
+    return bool(line.get("mean_correction", name.endswith("-mean")))
+
+
 def _equal_line(at: tuple[float, float], line: Record) -> str:
     cells = [line["method"], f"{mean_error(line['error']):.4f}"]
     for name, ours in zip(("density", "executed"), at, strict=True):
@@ -88,3 +125,7 @@ _HEAD = (
     "|---|---|---|---|---|---|---|---|",
 )
 _EQUAL_HEAD = ("| row | output error | density, ours / its | executed, ours / its |", "|---|---|---|---|")
+_SHARE_HEAD = (
+    "| row | mean correction | output error | density | of the union's at that error |",
+    "|---|---|---|---|---|",
+)

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 820, 420, 64, 310, 40, 48
-COLOURS = ["#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#0a7ea4", "#bf3989", "#57606a", "#bc4c00", "#4d2d00"]
+# fmt: off
+COLOURS = (
+    "#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#0a7ea4", "#bf3989", "#57606a", "#bc4c00", "#4d2d00",
+    "#000000", "#6cb6ff", "#ff9492", "#57d364", "#e3b341", "#c297ff", "#2ad4c9", "#ff7ae0", "#0a3069", "#8fa300",
+)
+# fmt: on
+# Around (0, 0): a disc, a square, a triangle.
+OUTLINES = ("M-5 0a5 5 0 1 0 10 0a5 5 0 1 0 -10 0Z", "M-4.5 -4.5H4.5V4.5H-4.5Z", "M0 -6L5.5 4.5H-5.5Z")
 
 
 @dataclass(frozen=True)
@@ -45,22 +52,28 @@ def scatter(title: str, points: list[Point]) -> str:
     bases = list(dict.fromkeys(point.name.partition("@")[0] for point in points))
     for i, point in enumerate(points):
         base, _, asked = point.name.partition("@")
-        colour = COLOURS[bases.index(base) % len(COLOURS)]
-        mark = f'r="5" stroke="{colour}" stroke-width="2" fill="{"white" if asked else colour}"'
+        colour, outline = style(bases.index(base))
+        mark = f'{outline} stroke="{colour}" stroke-width="2" fill="{"white" if asked else colour}"'
         x, y = at(point.executed, point.mean)
         ends = [at(point.executed, value)[1] for value in (point.low, min(point.high, ceiling))]
         parts.append(f'<path d="M{x:.1f} {ends[0]:.1f}V{ends[1]:.1f}" stroke="{colour}" stroke-opacity=".35"/>')
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" {mark}><title>{escape(point.name)}</title></circle>')
+        title = f"<title>{escape(point.name)}</title>"
+        parts.append(f'<path transform="translate({x:.1f} {y:.1f})" {mark}>{title}</path>')
         parts.append(_text(x + 7, y - 5, str(i + 1), size=9))
         # Names beside the plot: points may lie on one another.
         beside = TOP + 18 * i
-        parts.append(f'<circle cx="{WIDTH - RIGHT + 46}" cy="{beside}" {mark}/>')
+        parts.append(f'<path transform="translate({WIDTH - RIGHT + 46} {beside})" {mark}/>')
         parts.append(_text(WIDTH - RIGHT + 36, beside + 4, str(i + 1), anchor="end"))
         parts.append(_text(WIDTH - RIGHT + 58, beside + 4, f"{point.name} ({point.items})"))
     body = "\n".join(parts)
-    style = 'font-family="sans-serif" font-size="12"'
+    font = 'font-family="sans-serif" font-size="12"'
     height = max(HEIGHT, TOP + 18 * len(points) + 8)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" {style}>\n{body}\n</svg>\n'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" {font}>\n{body}\n</svg>\n'
+
+
+def style(i: int) -> tuple[str, str]:
+    """Colour and outline (`d`) of the i-th method's mark: no colour twice in 20 methods, no pair twice in 60."""
+    return COLOURS[i % len(COLOURS)], f'd="{OUTLINES[i % len(OUTLINES)]}"'
 
 
 def stacked(drawings: list[str]) -> str:

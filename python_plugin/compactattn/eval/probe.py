@@ -74,7 +74,8 @@ class Sample:
         numbers = {"density": work.density, "executed": work.executed, "keep_value": row.settings.keep_value}
         difference, whole, mass, times = sums.cpu().unbind(1)
         layers = {"error": (difference / whole).sqrt(), "mass": mass / times}
-        found = {"method": row.name, "contexts": len(self._contexts)} | {n: rounded(x) for n, x in numbers.items()}
+        told = {"method": row.name, "contexts": len(self._contexts), "mean_correction": row.settings.mean_correction}
+        found = told | {n: rounded(x) for n, x in numbers.items()}
         return found | {name: [rounded(x) for x in values.tolist()] for name, values in layers.items()}
 
     def _keep(self, *told: Any) -> None:

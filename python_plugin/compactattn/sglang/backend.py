@@ -6,10 +6,14 @@ from typing import Any
 
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 
+from ..serving import hooks
 from ..serving.report import REPORT
 from ..serving.settings import Options
 from . import facts
 from .split import SplitBackend
+
+# What the mixin overrides.
+hooks.methods("sglang", FlashAttentionBackend, {"init_forward_metadata": 2, "forward_extend": 7})
 
 
 class CompactAttentionBackend(SplitBackend, FlashAttentionBackend):  # type: ignore[misc]

@@ -101,7 +101,7 @@ def capability() -> tuple[int, int] | None:
     """Of the GPU of this process; None = there is none."""
     import torch
 
-    return torch.cuda.get_devicecapability() if torch.cuda.is_available() else None
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def _device(runner: Any) -> str:

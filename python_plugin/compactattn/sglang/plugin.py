@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
+from ..serving import hooks
 from ..serving.report import LOG
 
 
 def register() -> None:
     """Offers the backend as ``--prefill-attention-backend compactattn`` (also ``--attention-backend``).
 
-    Imports neither the native library nor any of the engine's backends. A name that another plugin holds stays its own.
+    Imports neither the native library nor any of the engine's backends. A name that another plugin holds stays its
+    own, and an engine without the hooks is left as it is: HookError if COMPACTATTN_MODE asks for us, else a warning;
+    the engine then refuses the argument.
     """
-    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
-    from sglang.srt.server_args import add_attention_backend_choices
+    try:
+        _register()
+    except hooks.HookError as error:
+        hooks.refuse(error)
 
-    if NAME in ATTENTION_BACKENDS:
-        if ATTENTION_BACKENDS[NAME] is not create:
-            LOG.warning("compactattn: the attention backend name is taken by %s", ATTENTION_BACKENDS[NAME])
+
+def _register() -> None:
+    backends = hooks.attribute("sglang", BACKENDS)
+    if not isinstance(backends, MutableMapping):
+        raise hooks.changed("sglang", BACKENDS, "a dict of factories by name", type(backends).__name__)
+    offer, choices = hooks.attribute("sglang", REGISTER), hooks.attribute("sglang", CHOICES)
+    for path, hook in ((REGISTER, offer), (CHOICES, choices)):
+        hooks.callable_with("sglang", path, hook, 1)
+    if NAME in backends:
+        if backends[NAME] is not create:
+            raise hooks.taken("sglang", f"{BACKENDS}[{NAME}]", _holder(backends[NAME]), "uninstall the other plugin")
         return
-    register_attention_backend(NAME)(create)
-    add_attention_backend_choices([NAME])
+    try:
+        offer(NAME)(create)
+        if backends.get(NAME) is not create:
+            raise hooks.changed("sglang", REGISTER, f"our factory at {NAME}", str(type(backends.get(NAME)).__name__))
+        choices([NAME])
+    except BaseException:
+        # Both or neither: a factory without its choice is half an offer.
+        backends.pop(NAME, None)
+        raise
+
+
+def _holder(factory: Any) -> str:
+    return f"{getattr(factory, '__module__', '?')}.{getattr(factory, '__qualname__', type(factory).__name__)}"
 
 
 def create(runner: Any) -> Any:
@@ -46,3 +71,6 @@ def create(runner: Any) -> Any:
 
 
 NAME = "compactattn"
+BACKENDS = "sglang.srt.layers.attention.attention_registry:ATTENTION_BACKENDS"
+REGISTER = "sglang.srt.layers.attention.attention_registry:register_attention_backend"
+CHOICES = "sglang.srt.server_args:add_attention_backend_choices"

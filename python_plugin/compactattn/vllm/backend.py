@@ -10,10 +10,14 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from ..serving import policy
+from ..serving import hooks, policy
 from ..serving.service import kv_axis_of
 from . import current
-from .split import SplitBuilder, SplitImpl
+from .split import BACKEND_HOOKS, BUILDER_HOOKS, IMPL_HOOKS, SplitBuilder, SplitImpl
+
+hooks.methods("vllm", FlashAttentionImpl, IMPL_HOOKS)
+hooks.methods("vllm", FlashAttentionMetadataBuilder, BUILDER_HOOKS | {"get_cudagraph_support": 2})
+hooks.methods("vllm", FlashAttentionBackend, BACKEND_HOOKS)
 
 
 class CompactAttentionImpl(SplitImpl, FlashAttentionImpl):  # type: ignore[misc]

@@ -14,9 +14,14 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from ..serving import hooks
 from ..serving.service import kv_views
 from ..settings import Settings
-from .split import SplitBuilder, SplitImpl
+from .split import BUILDER_HOOKS, IMPL_HOOKS, SplitBuilder, SplitImpl
+
+hooks.methods("vllm", CPUAttentionBackendImpl, IMPL_HOOKS | {"do_kv_cache_update": 6})
+hooks.methods("vllm", CPUAttentionMetadataBuilder, BUILDER_HOOKS)
+hooks.methods("vllm", CPUAttentionBackend, {"get_impl_cls": 0, "get_builder_cls": 0})
 
 
 class CompactCpuImpl(SplitImpl, CPUAttentionBackendImpl):  # type: ignore[misc]

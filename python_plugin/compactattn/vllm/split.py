@@ -239,3 +239,21 @@ def _longest_decode(vllm_config: Any) -> int:
     speculative = getattr(vllm_config, "speculative_config", None)
     drafted = getattr(speculative, "num_speculative_tokens", None) or 0
     return 1 + 2 * int(drafted)
+
+
+# Methods of the engine's classes that ours override or that its engine calls, and the arguments they are called with;
+# None = only that there is one. A bound one counts without its class.
+IMPL_HOOKS: dict[str, int | None] = {"forward": 8}
+BUILDER_HOOKS: dict[str, int | None] = {
+    "__init__": 5,
+    "build": 4,
+    "build_for_cudagraph_capture": 2,
+    "update_block_table": 4,
+}
+BACKEND_HOOKS: dict[str, int | None] = {
+    "get_name": 0,
+    "get_impl_cls": 0,
+    "get_builder_cls": 0,
+    "get_supported_kernel_block_sizes": None,
+    "validate_configuration": None,
+}
