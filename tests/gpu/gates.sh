@@ -53,6 +53,7 @@ lane_2() {
   part 21-G6b reuse --count "$(of 10000)" --seed "$SEED" --threads 5
   part 22-G3 metamorphic --count "$(of 546)" --seed "$SEED" --threads 5
   part 23-G2 exact --count "$(of 5000)" --seed "$SEED" --threads 5
+  part 24-means means --count "$(of 600)" --seed "$SEED" --threads 5
 }
 
 lane_3() {

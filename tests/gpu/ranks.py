@@ -6,8 +6,9 @@
 Each rank has half of the heads and its own keys, values and queries, in the last layer the other's; both draw one
 schedule from the seed (ranks_engine.py). Every 16 steps they compare their counters and digests, every 64 steps tokens
 of one layer are held against plain attention in float64 over what their lists name. ``--duty``: the share of the time
-that GPUs are busy. ``--shared RANK``: somebody else uses that rank's GPU too, whose free memory then says nothing. Exit
-code 1 if the ranks disagree, an answer is wrong, memory grows, or a rank makes no step for 60 s.
+that GPUs are busy. ``--shared RANK``: somebody else uses that rank's GPU too, whose free memory then says nothing; what
+torch and the library hold there is judged all the same, the latter by a driver that counts (ranks_memory.py) and must
+be there. Exit code 1 if the ranks disagree, an answer is wrong, memory grows, or a rank makes no step for 60 s.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def watch(given: argparse.Namespace, meeting: str) -> tuple[list[Report], list[s
     from ranks_rank import RANKS, Asked
 
     fixed = (given.library, given.device, given.seconds, given.steps, given.seed, given.duty)
-    asked = Asked(*fixed, meeting, given.spoil)
+    asked = Asked(*fixed, meeting, given.spoil, tuple(given.shared))
     children = [start(rank, asked) for rank in range(RANKS)]
     reports: dict[int, Report] = {}
     faults: list[str] = []

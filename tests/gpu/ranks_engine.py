@@ -205,5 +205,5 @@ ABORTED = 0.3
 RUN = 32
 # What spoils rank 1 on purpose, to see the run fail: another key in the layer that is alike; outputs off by a tenth
 # where ranks have their own data; a sum that is off; two pages in each other's place in block tables; a layer that runs
-# twice; no more steps; a file a step left open.
-SPOILS = ("keys", "answer", "sum", "table", "twice", "stall", "files")
+# twice; no more steps; a file a step left open; a plan and 4 MiB a step kept.
+SPOILS = ("keys", "answer", "sum", "table", "twice", "stall", "files", "memory")

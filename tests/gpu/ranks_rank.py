@@ -16,6 +16,7 @@ import compactattn
 import torch
 import torch.distributed as dist
 from ranks_engine import CPU, CUDA, MODES, Schedule, Step
+from ranks_memory import WANTED, held
 from ranks_reference import Wrong
 from ranks_site import Site
 
@@ -40,15 +41,22 @@ class Asked:
     # A file that the ranks meet at.
     meeting: str
     spoil: str | None
+    # Ranks on whose GPU others are too.
+    shared: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Level:
-    """What a leak would show in; ``device_used`` is everybody's on that GPU, ``reserved`` torch's in this process."""
+    """What a leak would show in.
+
+    ``device_used`` is everybody's on that GPU; in this process ``reserved`` is torch's, ``held`` the library's where a
+    driver counts it.
+    """
 
     second: float
     device_used: int
     reserved: int
+    held: int | None
     resident: int
     files: int
 
@@ -91,9 +99,12 @@ class Rank:
         self.site = Site(scale, rank, asked.seed, self.device)
         self.seen, self.tables = Seen(), 0
         self.open: list[int] = []
+        self.kept: list[tuple[compactattn.Plan | None, torch.Tensor]] = []
 
     def live(self) -> dict[str, Any]:
         """Steps until the time is up on any rank; raises Wrong."""
+        if self.device.type == "cuda":
+            self._sees_a_plan()
         self.start = time.monotonic()
         over = False
         while not over:
@@ -107,6 +118,20 @@ class Rank:
         stats = {f"{mode} {layer}": asdict(stats) for (mode, layer), stats in self.site.stats().items()}
         told = asdict(self.schedule.told) | {"num_pages": self.site.scale.num_pages}
         return asdict(self.seen) | {"engine": told, "stats": stats, "seconds": time.monotonic() - self.start}
+
+    def _sees_a_plan(self) -> None:
+        """The counting driver, which a shared GPU's rank must have, sees a plan come and go."""
+        before = held()
+        if before is None:
+            if self.rank in self.asked.shared:
+                raise Wrong(f"--shared {self.rank}, and nothing judges what the library holds: {WANTED}")
+            return
+        plan = self.site.plan(MODES[0])
+        during = held()
+        del plan
+        after = held()
+        if not before == after < (during or 0):
+            raise Wrong(f"a plan came and went, and was counted as {before}, {during}, {after} bytes")
 
     def _step(self) -> None:
         begun = time.monotonic()
@@ -145,6 +170,10 @@ class Rank:
             time.sleep(1e6)
         if self.asked.spoil == "files":
             self.open.append(os.dup(0))
+        if self.asked.spoil == "memory":
+            # The driver that counts has room for 4096 allocations.
+            plan = self.site.plan(MODES[0]) if self.seen.steps % 16 == 0 else None
+            self.kept.append((plan, torch.ones(1 << 20, device=self.device)))
         self.site.spoil = self.asked.spoil
 
     def _check(self) -> bool:
@@ -195,7 +224,7 @@ class Rank:
     def _sample(self, over: bool) -> None:
         """What memory is in use, once in a while and at the end."""
         second, levels = time.monotonic() - self.start, self.seen.levels
-        if levels and not over and second - levels[-1].second < self.asked.seconds / LEVELS:
+        if levels and not over and not self._due(second - levels[-1].second):
             return
         gc.collect()
         # What the C library and torch keep of freed memory is no leak.
@@ -208,7 +237,16 @@ class Rank:
             used, reserved = total - free, torch.cuda.memory_reserved()
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
         files = len(list(Path("/proc/self/fd").iterdir()))
-        levels.append(Level(second, used, reserved, resident, files))
+        levels.append(Level(second, used, reserved, held() if used else None, resident, files))
+
+    def _due(self, seconds: float) -> bool:
+        """Whether it is time for another sample: so long after the last one, or by steps where they are given."""
+        steps, now = self.asked.steps, self.seen.steps
+        return (
+            now * LEVELS // steps > (now - CHECKED) * LEVELS // steps
+            if steps
+            else seconds >= self.asked.seconds / LEVELS
+        )
 
 
 RANKS = 2

@@ -16,7 +16,9 @@ def verdict(given: argparse.Namespace, reports: list[Report]) -> list[str]:
         grown = report["growth"] = growth(report["levels"])
         if grown["files"] > 0:
             faults.append(f"rank {rank}: {grown['files']:.0f} more files are open")
-        if grown["torch_bytes"] > 0 or (rank not in given.shared and grown["device_bytes"] > 0):
+        # What others take of a shared GPU is theirs; what this process holds is judged there too.
+        own = grown["torch_bytes"] > 0 or grown["library_bytes"] > 0
+        if own or (rank not in given.shared and grown["device_bytes"] > 0):
             faults.append(f"rank {rank}: device memory grows: {grown}")
         if grown["minutes"] >= 2 and grown["resident_mib_per_minute"] >= 1:
             faults.append(f"rank {rank}: host memory grows: {grown}")
@@ -42,7 +44,11 @@ def short(report: Report) -> list[str]:
 
 
 def growth(levels: list[dict[str, Any]]) -> dict[str, float]:
-    """After warm-up, a quarter of the run as in gpu_suite's soak; of device memory, from the middle to the end."""
+    """After warm-up, a quarter of the run as in gpu_suite's soak; of device memory, from the middle to the end.
+
+    The library allocates in no step, so it has no warm-up. ``library_bytes`` is 0 where nobody counts them: a rank that
+    shares its GPU does not start then.
+    """
     last = levels[-1]
     # Until each mode, judged form and kernel of torch's has been met once: minutes, where ranks rest between steps.
     warm = [level for level in levels if level["second"] >= last["second"] / 4]
@@ -59,6 +65,7 @@ def growth(levels: list[dict[str, Any]]) -> dict[str, float]:
         "minutes": minutes[-1] - minutes[0],
         "device_bytes": last["device_used"] - middle["device_used"],
         "torch_bytes": last["reserved"] - middle["reserved"],
+        "library_bytes": (last["held"] or 0) - (levels[0]["held"] or 0),
         "resident_mib": resident[-1] - resident[0],
         "resident_mib_per_minute": slope,
         "files": files[1] - files[0],
@@ -91,6 +98,8 @@ def say(found: Report) -> None:
         for name, stats in report["stats"].items():
             print(f"  {name}: " + ", ".join(f"{name} {count}" for name, count in stats.items()))
         print("  growth: " + ", ".join(f"{name} {value:.4g}" for name, value in report.get("growth", {}).items()))
+        ends = [report["levels"][i]["held"] for i in (0, -1)]
+        print("  the library's own on the GPU: " + ("not counted" if None in ends else f"{ends[0]}, then {ends[1]} B"))
     for fault in found["faults"]:
         print(f"FAULT {fault}")
     print(f"repeat: {found['repeat']}")

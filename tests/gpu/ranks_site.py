@@ -51,14 +51,15 @@ class Site:
         self.q, self.out, self.sum = (torch.zeros(rows, dtype=torch.bfloat16, device=device) for _ in range(3))
         self.lse = torch.zeros(scale.num_q_heads * scale.max_total_q, device=device)
         self.context = compactattn.Context(str(device))
-        self.plans = {mode: self._plan(mode) for mode in MODES}
+        self.plans = {mode: self.plan(mode) for mode in MODES}
         # Of every layer's sum; of the first layer's output, and of the last's.
         self.digest = torch.zeros(scale.num_layers + 2, dtype=torch.int64, device=device)
         # Steps with an output that is not finite; sums of the last layer that are not twice the rank's own.
         self.bad = torch.zeros(2, dtype=torch.int64, device=device)
         self.spoil: str | None = None
 
-    def _plan(self, mode: str) -> Plan:
+    def plan(self, mode: str) -> Plan:
+        """A new one."""
         scale, settings = self.scale, Settings.mode(mode)
         if mode != "dense":
             settings = settings.replace(**scale.changes)

@@ -43,8 +43,12 @@ def test_two_ranks_agree(library: str | None, tmp_path: Path) -> None:
     [
         ("keys", "output of layer 2, alike"),
         ("answer", "out["),
+        ("sum", "sum of layer 1"),
+        ("table", "output of layer 2, alike"),
         ("twice", "layer 0: calls"),
         ("stall", "HANG"),
+        ("files", "more files are open"),
+        ("memory", "host memory grows"),
     ],
 )
 def test_a_rank_that_goes_its_own_way_is_found(library: str | None, spoil: str, said: str) -> None:
