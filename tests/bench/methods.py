@@ -28,6 +28,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "pooled_mass": ("of", "pooled_mass"),
     "two_level": ("of", "two_level"),
     "flashprefill-union": ("mode", "paper"),
+    "flashprefill-block_sparse": ("mode", "block_sparse"),
     "xattention": ("of", "xattention"),
     "attn_gate": ("of", "attn_gate"),
     "quoka": ("of", "quoka"),

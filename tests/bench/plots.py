@@ -16,7 +16,14 @@ from pathlib import Path
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 64, 230, 40, 48
 # Of a bar and the space below it.
 BAR = 28
-COLOURS = ["#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#0a7ea4", "#bf3989", "#57606a", "#bc4c00", "#4d2d00"]
+# fmt: off
+COLOURS = (
+    "#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#0a7ea4", "#bf3989", "#57606a", "#bc4c00", "#4d2d00",
+    "#000000", "#6cb6ff", "#ff9492", "#57d364", "#e3b341", "#c297ff", "#2ad4c9", "#ff7ae0", "#0a3069", "#8fa300",
+)
+# fmt: on
+# Of lines, in turn with the colours: colours that are alike to some eyes have another dash.
+DASHES = ("", "7 3", "2 3")
 STAGES = ("ours-select", "ours-union", "ours-table", "ours-attend")
 
 
@@ -52,7 +59,7 @@ class Figure:
 
 @dataclass
 class Stack:
-    """Bars of parts laid end to end, one a system."""
+    """Bars of parts laid end to end, one a system; a part below 0 is not drawn, and takes from what is before it."""
 
     title: str
     unit: str
@@ -69,7 +76,7 @@ class Stack:
             parts.append(_text(left - 6, y + 15, system, anchor="end"))
             for i, name in enumerate(names):
                 width, colour = bar[name] * scale, COLOURS[i % len(COLOURS)]
-                box = f'x="{x:.1f}" y="{y}" width="{width:.1f}" height="{BAR - 6}"'
+                box = f'x="{x:.1f}" y="{y}" width="{max(width, 0):.1f}" height="{BAR - 6}"'
                 parts.append(f'<rect {box} fill="{colour}"><title>{escape(name)} {bar[name]:.2f}</title></rect>')
                 x += width
             parts.append(_text(x + 4, y + 15, f"{sum(bar.values()):.0f}"))
@@ -121,6 +128,11 @@ def _speedup(family: str, rows: list[Prefill], peer: str) -> Figure:
         if row.context in base:
             figure.lines[row.system].append((row.context, base[row.context] / row.ms))
     return figure
+
+
+def style(i: int) -> tuple[str, str]:
+    """Colour and dash of the i-th line of a figure: no colour twice in 20 lines, no pair twice in 60."""
+    return COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
 
 
 def draw(rows_csv: Path, out: Path) -> list[Path]:
@@ -187,11 +199,12 @@ def _svg(parts: list[str], height: int) -> str:
 
 
 def _line(name: str, points: list[tuple[float, float]], i: int) -> list[str]:
-    colour, y = COLOURS[i % len(COLOURS)], TOP + 18 * i
+    (colour, dash), y = style(i), TOP + 18 * i
+    stroke = f'stroke="{colour}" stroke-width="2"' + (f' stroke-dasharray="{dash}"' if dash else "")
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    parts = [f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
+    parts = [f'<path d="{path}" fill="none" {stroke}/>']
     parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
-    parts.append(f'<path d="M{WIDTH - RIGHT + 14} {y}h18" stroke="{colour}" stroke-width="2"/>')
+    parts.append(f'<path d="M{WIDTH - RIGHT + 14} {y}h18" {stroke}/>')
     return [*parts, _text(WIDTH - RIGHT + 38, y + 4, name)]
 
 

@@ -6,10 +6,11 @@ python3 tests/bench/prefill.py --out build/bench --ranks 2 --seconds 100
 
 CUDA events stand around each chunk's module and between its parts: QKV projection with RoPE, cache write (of
 FlashAttention 2 its copies), attention with everything that selects, output projection; with ranks the sum over them,
-which the module's time leaves out as the published one does. One prefill warms up, then RUNS are timed; one more runs
-under the profiler for what each kernel adds. Weights and hidden states are random, so sparse rows are made to read a
-share of the blocks before the chunk (methods.py): their name says which, the density column what was read. Nothing is
-said of accuracy here; that the path is right is checked by the same settings keeping everything, against fp64.
+which the module's time leaves out as the published one does. One prefill warms up, then RUNS are timed, and a row is
+the run in the middle; one more runs under the profiler for what each kernel adds. Weights and hidden states are random,
+so sparse rows are made to read a share of the blocks before the chunk (methods.py): their name says which, the density
+column what was read. Nothing is said of accuracy here; that the path is right is checked by the same settings keeping
+everything, against fp64.
 
 Wanted: torch with CUDA; for FlashAttention 3 `pip install vllm`. Writes prefill.csv, prefill.md and prefill-*.svg below
 --out: rows as they come, the most important first; what is missing has its reason. A row of ranks is the slower one's.
@@ -73,7 +74,7 @@ def main() -> int:
         group.close()
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
-    prefill_report.Book(args.out).empty()
+    prefill_report.Book(args.out).open(keep=args.resume)
     failure = ""
     if args.ranks > 1:
         spent = time.monotonic() - args.started
@@ -83,7 +84,7 @@ def main() -> int:
     else:
         _measure_all(rows, args, group)
     book = prefill_report.Book(args.out)
-    report = prefill_report.write(book, rows, str(__doc__), _repro(args), failure)
+    report = prefill_report.write(book, rows, str(__doc__), _repro(args), failure, args.ranks)
     print(*report.notes, sep="\n")
     return 1 if report.wrong or failure else 3 if report.gaps else 0
 
@@ -94,8 +95,9 @@ def _measure_all(rows: list[Row], args: argparse.Namespace, group: tensor_parall
     if group.size > 1:
         module.DEVICE = group.device
     book, pace = prefill_report.Book(args.out), Pace(args.seconds)
+    known = {(it.case, it.system) for it in book.rows() if it.ranks == group.size}
     layer: module.Module | None = None
-    for row in rows:
+    for row in (row for row in rows if row.key not in known):
         begin = time.monotonic()
         if group.any(not pace.fits(row, begin - args.started)):
             continue
@@ -171,25 +173,38 @@ def _measured(layer: module.Module, attention: module.Attention, row: Row) -> li
     last = layer.forward(attention, layer.shape.context - layer.shape.chunk, lambda: None)
     if not bool(last.isfinite().all()):
         return [Gap("wrong", *row.key, "what was timed is not finite")]
-    means = [statistics.mean(run.values[i] for run in runs) for i in range(len(module.PARTS))]
-    own = [*[run.module for run in runs], *means, *[by_stage.get(it, 0.0) for it in stages.STAGES], density]
+    own = [*(ms for run in runs for ms in run.values), *(by_stage.get(it, 0.0) for it in stages.STAGES), density]
     everyone = layer.group.rows(own)
-    sums = [max(each) for each in zip(*(numbers[:RUNS] for numbers in everyone), strict=True)]
-    slower = max(everyone, key=lambda numbers: sum(numbers[:RUNS]))
-    parts, left = slower[RUNS : RUNS + len(means)], slower[RUNS + len(means) :]
+    sums, parts, slower = _middle([[_Parts(run) for run in _cut(numbers)] for numbers in everyone])
+    left = everyone[slower][-len(stages.STAGES) - 1 :]
     measured = Measured(
         case=str(row.shape),
         system=row.system,
         page=attention.page_size,
         density=left[-1],
-        ms_mean=statistics.mean(sums),
-        ms_stdev=statistics.pstdev(sums),
+        ms=parts.module,
+        ms_min=min(sums),
+        ms_max=max(sums),
         inflation=inflation,
         ranks=layer.group.size,
-        parts=dict(zip(module.PARTS, parts, strict=True)),
+        parts=dict(zip(module.PARTS, parts.values, strict=True)),
         stages=dict(zip(stages.STAGES, left[:-1], strict=True)),
     )
     return [measured, *([Gap("missing", *row.key, f"its stages: {unseen}")] if unseen else [])]
+
+
+def _cut(numbers: list[float]) -> list[tuple[float, ...]]:
+    """Of a rank's numbers the parts of each run, which come first."""
+    width = len(module.PARTS)
+    return [tuple(numbers[run * width : (run + 1) * width]) for run in range(RUNS)]
+
+
+def _middle(ranks: list[list[_Parts]]) -> tuple[list[float], _Parts, int]:
+    """Each run's time on its slower rank; then the run of the middle time, whole (its parts add up), and its rank."""
+    slower = [max(range(len(ranks)), key=lambda rank, run=run: ranks[rank][run].module) for run in range(len(ranks[0]))]
+    sums = [ranks[rank][run].module for run, rank in enumerate(slower)]
+    run = sums.index(statistics.median_low(sums))
+    return sums, ranks[slower[run]][run], slower[run]
 
 
 def _stages(layer: module.Module, attention: module.Attention) -> tuple[dict[str, float], str]:
@@ -282,10 +297,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=3600.0, help="seconds after which ranks are ended, without --seconds"
     )
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --out has, measure those it lacks")
     # Ranks count from their launcher's start, on the one clock of the machine.
     parser.add_argument("--started", type=float, default=time.monotonic(), help=argparse.SUPPRESS)
     parser.add_argument("--repro", metavar="CASE,SYSTEM", help="one row again, and the two peers of its ratios")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.repro and args.resume:
+        parser.error("--repro measures a row again, --resume keeps it: one of them")
+    return args
 
 
 if __name__ == "__main__":

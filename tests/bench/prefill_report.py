@@ -17,7 +17,7 @@ from stages import STAGES
 from sweep import PEERS, Row
 
 FA3, FA2 = PEERS
-HEAD = ["question", "case", "system", "page", "density", "ms_mean", "ms_stdev", "inflation", "ranks"]
+HEAD = ["question", "case", "system", "page", "density", "ms_median", "ms_min", "ms_max", "inflation", "ranks"]
 COLUMNS = [*HEAD, *(f"{it}_ms" for it in (*PARTS, *STAGES))]
 PUBLISHED = ROOT / "tests/bench/published.csv"
 SOURCE = (
@@ -26,11 +26,13 @@ SOURCE = (
     "at 4ed4d7d, arXiv 2605.16839. It gives no densities. Ours: the same shapes a GPU, module against module."
 )
 LEGEND = (
-    "Times of a whole prefill, and how many times as long FA3 in place and FA2 with copies take. `read`: share of the "
+    "Times of a whole prefill, of the run in the middle of three (fastest to slowest), and how many times as long FA3 "
+    "in place and FA2 with copies take. `read`: share of the "
     "blocks before a chunk; `union`: what lists read over what a head's 128 queries asked for (random heads agree on "
     "little: real ones inflate less). Where it goes: plan to attend by the profiler, union and table being one kernel, "
     "select holding union too where one kernel does both; "
-    "`rest`: what of the op no kernel accounts for; `sum`: over GPUs, and the wait for the other one."
+    "`rest`: the op less those kernels, which are of another run (the profiler's), so it may lie below 0: with it the "
+    "row adds up to the module; `sum`: over GPUs, and the wait for the other one."
 )
 
 
@@ -44,13 +46,15 @@ class Measured:
     page: int
     # Of the blocks before a chunk, the share that was read.
     density: float
-    # The module without the sum over ranks.
-    ms_mean: float
-    ms_stdev: float
+    # The module without the sum over ranks, of the run in the middle (of records before ms_median: the mean of all).
+    ms: float
+    # Of all runs; None in those records.
+    ms_min: float | None
+    ms_max: float | None
     # What lists read over what a head's 128 queries asked for; None where nothing is united.
     inflation: float | None
     ranks: int
-    # By module.PARTS, and by stages.STAGES (of a run of its own, under the profiler).
+    # By module.PARTS, of that run, and by stages.STAGES (of a run of its own, under the profiler).
     parts: dict[str, float]
     stages: dict[str, float]
 
@@ -64,39 +68,44 @@ class Measured:
         """What a table is of: the case without its context."""
         return self.case.rpartition("_kv")[0]
 
-    def ms(self, what: str) -> float:
-        """module, op or kernel: the three that are compared."""
-        return {"module": self.ms_mean, "op": self.parts["op"], "kernel": self.stages["attend"]}[what]
+    def time(self, what: str) -> float:
+        """module, op or kernel, milliseconds: the three that are compared."""
+        return {"module": self.ms, "op": self.parts["op"], "kernel": self.stages["attend"]}[what]
 
     def cells(self) -> list[str]:
         """As the CSV has it."""
         head = ["prefill", self.case, self.system, str(self.page), f"{self.density:.4f}"]
-        head += [f"{self.ms_mean:.3f}", f"{self.ms_stdev:.3f}", f"{self.inflation:.3f}" if self.inflation else ""]
+        head += ["" if ms is None else f"{ms:.3f}" for ms in (self.ms, self.ms_min, self.ms_max)]
+        head.append(f"{self.inflation:.3f}" if self.inflation else "")
         times = [*(self.parts[it] for it in PARTS), *(self.stages[it] for it in STAGES)]
         return [*head, str(self.ranks), *(f"{ms:.3f}" for ms in times)]
 
     @classmethod
     def parse(cls, row: dict[str, str]) -> Measured:
-        """From a line of the CSV."""
+        """From a line of the CSV; older ones have a mean, and the first ones neither parts nor stages: they stay 0."""
         return cls(
             case=row["case"],
             system=row["system"],
             page=int(row["page"]),
             density=float(row["density"]),
-            ms_mean=float(row["ms_mean"]),
-            ms_stdev=float(row["ms_stdev"]),
-            inflation=float(row["inflation"]) if row["inflation"] else None,
-            ranks=int(row["ranks"]),
-            parts={it: float(row[f"{it}_ms"]) for it in PARTS},
-            stages={it: float(row[f"{it}_ms"]) for it in STAGES},
+            ms=float(row["ms_median"] if "ms_median" in row else row["ms_mean"]),
+            ms_min=float(row["ms_min"]) if row.get("ms_min") else None,
+            ms_max=float(row["ms_max"]) if row.get("ms_max") else None,
+            inflation=float(row["inflation"]) if row.get("inflation") else None,
+            ranks=int(row.get("ranks", 1)),
+            parts={it: float(row.get(f"{it}_ms", 0)) for it in PARTS},
+            stages={it: float(row.get(f"{it}_ms", 0)) for it in STAGES},
         )
 
     def __str__(self) -> str:
         stages = " ".join(f"{name} {ms:.2f}" for name, ms in self.stages.items() if ms)
         op = f"op {self.parts['op']:.2f} ({stages})"
-        return (
-            f"{self.case} {self.system:24s} {self.ms_mean:9.2f} ms +-{self.ms_stdev:.2f}  read {self.density:.3f}  {op}"
-        )
+        return f"{self.case} {self.system:24s} {self.ms:9.2f} ms{self.span}  read {self.density:.3f}  {op}"
+
+    @property
+    def span(self) -> str:
+        """The fastest run and the slowest, for a text; nothing where they are not known."""
+        return "" if self.ms_min is None or self.ms_max is None else f" ({self.ms_min:.1f} to {self.ms_max:.1f})"
 
 
 @dataclass(frozen=True)
@@ -128,9 +137,13 @@ class Book:
     def __init__(self, out: Path) -> None:
         self.out, self.rows_path, self._gaps_path = out, out / "prefill.csv", out / "prefill-gaps.csv"
 
-    def empty(self) -> None:
-        """Begins anew."""
-        self.rows_path.write_text(",".join(COLUMNS) + "\n")
+    def open(self, *, keep: bool = False) -> None:
+        """Begins anew; with `keep` the rows that are there stay, and gaps are tried again."""
+        head = ",".join(COLUMNS)
+        if not keep or not self.rows_path.exists():
+            self.rows_path.write_text(head + "\n")
+        elif self.rows_path.read_text().partition("\n")[0] != head:
+            raise ValueError(f"{self.rows_path} has other columns than rows have today: take another folder")
         self._gaps_path.write_text("kind,case,system,reason\n")
 
     def add(self, line: Measured | Gap) -> None:
@@ -151,9 +164,12 @@ class Book:
             return [Gap(**row) for row in csv.DictReader(file)]
 
 
-def write(book: Book, planned: Sequence[Row], about: str, command: str, failure: str) -> Report:
-    """prefill.md and the plots, from what the book has; rows that are neither there nor a gap had no time."""
-    rows, gaps = book.rows(), book.gaps()
+def write(book: Book, planned: Sequence[Row], about: str, command: str, failure: str, ranks: int) -> Report:
+    """prefill.md and the plots, from what the book has of so many ranks; planned, and neither there nor a gap: no time.
+
+    Rows of another number of ranks stay in the book: they are no peers of these, and answer for none.
+    """
+    rows, gaps = [row for row in book.rows() if row.ranks == ranks], book.gaps()
     known = {(it.case, it.system) for it in rows} | {(it.case, it.system) for it in gaps}
     late = [Gap("missing", *row.key, failure or "no time left") for row in planned if row.key not in known]
     wrong = [str(gap) for gap in gaps if gap.kind == "wrong"]
@@ -175,8 +191,8 @@ def write(book: Book, planned: Sequence[Row], about: str, command: str, failure:
 def ratio(rows: Iterable[Measured], row: Measured, peer: str, what: str) -> float | None:
     """How many times as long the peer takes on the same shape; None without the peer."""
     other = next((it for it in rows if it.case == row.case and it.system == peer), None)
-    mine = row.ms(what)
-    return other.ms(what) / mine if other and mine and other.ms(what) else None
+    mine = row.time(what)
+    return other.time(what) / mine if other and mine and other.time(what) else None
 
 
 def _family(family: str, rows: list[Measured]) -> list[str]:
@@ -192,11 +208,11 @@ def _family(family: str, rows: list[Measured]) -> list[str]:
         cells = [_tokens(row), row.system, f"{row.density:.3f}", f"{row.inflation:.1f}" if row.inflation else ""]
         for what in ("module", "op", "kernel"):
             cells.append(
-                ("" if what == "kernel" and not row.ms(what) else f"{row.ms(what):.1f}")
-                + (f" ± {row.ms_stdev:.1f}" if what == "module" else "")
+                ("" if what == "kernel" and not row.time(what) else f"{row.time(what):.1f}")
+                + (row.span if what == "module" else "")
             )
             cells += [_times(ratio(rows, row, peer, what)) for peer in (FA3, FA2)]
-        lines.append(_line([*cells, *([f"{row.ms_mean + row.parts['reduce']:.1f}"] if shared else [])]))
+        lines.append(_line([*cells, *([f"{row.ms + row.parts['reduce']:.1f}"] if shared else [])]))
     lines += ["", "Where it goes, ms:", ""]
     lines += _head(["context", "system", *components(rows[0])])
     lines += [_line([_tokens(row), row.system, *(f"{ms:.2f}" for ms in components(row).values())]) for row in rows]
@@ -204,8 +220,11 @@ def _family(family: str, rows: list[Measured]) -> list[str]:
 
 
 def components(row: Measured) -> dict[str, float]:
-    """All of a prefill, in the module's order, milliseconds; they add up to the module and the sum over ranks."""
-    rest = max(row.parts["op"] - sum(row.stages.values()), 0.0)
+    """All of a prefill, in the module's order, milliseconds; they add up to the module and the sum over ranks.
+
+    `rest` is what makes them: below 0 where the kernels of the profiler's run took longer than the op of the timed one.
+    """
+    rest = row.parts["op"] - sum(row.stages.values())
     before = {it: row.parts[it] for it in ("project", "write")}
     total = {"sum": row.parts["reduce"]} if row.ranks > 1 else {}
     return {**before, **row.stages, "rest": rest, "output": row.parts["output"], **total}
@@ -230,7 +249,7 @@ def _beside_published(rows: list[Measured]) -> list[str]:
 
 def _drawn(row: Measured) -> plots.Prefill:
     family = row.family + (f", {row.ranks} GPUs" if row.ranks > 1 else "")
-    return plots.Prefill(family, row.shape.context, row.system, row.ms_mean, components(row))
+    return plots.Prefill(family, row.shape.context, row.system, row.ms, components(row))
 
 
 def _grouped(gaps: list[Gap]) -> list[str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import re
 from itertools import product
+from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
-from compactattn.eval import layers, words
+from compactattn.eval import layers, plot, words
 from compactattn.eval.report import rows
 from compactattn.eval.statistics import mcnemar, paired_interval
 from compactattn.eval.tasks import SEVERAL, TASKS, Context, make
@@ -14,6 +18,7 @@ from eval_models import Bytes, codec
 
 CODEC = codec()
 LENGTH = 6000
+RECORD = Path(__file__).parents[1] / "bench/record/h100"
 
 
 def text_of(context: Context) -> str:
@@ -168,3 +173,54 @@ def test_density_at_equal_error_lies_on_our_curve() -> None:
     assert (density, executed) == (pytest.approx(0.3), pytest.approx(0.33))
     assert layers.ours_at(curve, [0.05]) is None
     assert layers.ours_at(curve[:1], [0.01]) is None
+
+
+def test_the_share_of_the_unions_pages_is_at_equal_error() -> None:
+    union = [probed(f"{layers.FAITHFUL}~{i}", *at) for i, at in enumerate(((0.8, 0.01), (0.4, 0.05), (0.2, 0.09)))]
+    # Halfway in error is halfway in density, 0.6 and 0.3; the union's own rows at their numbers are no points of it.
+    probes = [*union, probed(layers.FAITHFUL, 0.1, 0.03)]
+    assert layers.share_of_union(probes, probed("default", 0.3, 0.03)) == pytest.approx(0.5)
+    assert layers.share_of_union(probes, probed("default@0.2", 0.2, 0.07)) == pytest.approx(2 / 3)
+    for outside in (0.009, 0.091):
+        assert layers.share_of_union(probes, probed("default", 0.3, outside)) is None
+    corrected = probed("default", 0.3, 0.03) | {"mean_correction": True}
+    assert (layers.corrects(corrected), layers.corrects(probed("default", 0.3, 0.03))) == (True, False)
+    for other in (f"{layers.FAITHFUL}@0.2", "default~3"):
+        assert layers.share_of_union(probes, probed(other, 0.3, 0.03)) is None
+
+
+def test_the_report_says_the_shares_of_the_record() -> None:
+    with (RECORD / "2026-11-22-eval-layers.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    probes: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in lines:
+        numbers = {name: float(line[name]) for name in ("density", "executed")} | {"keep_value": 0.0, "contexts": 3}
+        fresh = {"length": int(line["length"]), "method": line["method"], "mass": [], "error": [], **numbers}
+        own = probes.setdefault((line["length"], line["method"]), fresh)
+        own["mass"].append(float(line["mass"]))
+        own["error"].append(float(line["error"]))
+    shares = {}
+    for length in (8192, 16384, 32768):
+        text = layers.tables(list(probes.values()), length)
+        cells = [row.strip("| ").split(" | ") for row in text[text.index(layers._SHARE_HEAD[0]) + 2 :] if row]
+        shares[length] = {row[0].strip("*"): (row[1].strip() == "yes", row[-1]) for row in cells}
+    # What docs/accuracy.md says.
+    assert [shares[at]["default"] for at in shares] == [(False, "0.62"), (False, "0.60"), (False, "0.58")]
+    at_20 = [shares[at][f"{layers.OURS_WITH_MEANS}@0.2"] for at in shares]
+    assert at_20 == [(True, "0.53"), (True, "0.52"), (True, "0.50")]
+    # At 8K the union's curve ends before that error.
+    assert [shares[at].get("default@0.2") for at in shares] == [None, (False, "0.66"), (False, "0.58")]
+
+
+def test_marks_of_the_plot_are_distinct_by_method() -> None:
+    bases = [f"method-{i}" for i in range(18)]
+    points = [plot.Point(name + at, 9, 30.0, -1.0, -2.0, 0.0) for name in bases for at in ("", "@0.2")]
+    drawn = plot.scatter("8192 tokens", points)
+    marks = re.findall(
+        r'<path transform="[^"]*" (d="[^"]*") stroke="(#[0-9a-f]{6})"[^>]* fill="([^"]*)"><title>', drawn
+    )
+    assert len(marks) == len(set(marks)) == 36
+    # A method has one colour and outline, of its own; what was asked for a density is hollow.
+    assert len({colour for _, colour, _ in marks}) == 18
+    assert all(own[:2] == asked[:2] and asked[2] == "white" for own, asked in zip(marks[::2], marks[1::2], strict=True))
+    assert len({plot.style(i) for i in range(60)}) == 60

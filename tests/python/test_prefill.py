@@ -1,4 +1,4 @@
-"""The prefill sweep without a GPU: rows and their order, ratios, report, plots, stages by name, ranks by gloo."""
+"""The prefill sweep without a GPU: rows and their order, stages by name, prefills on the CPU, ranks by gloo."""
 
 from __future__ import annotations
 
@@ -11,21 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefill_rows import BENCH, made_up, sweep
 
-BENCH = Path(__file__).parents[1] / "bench"
 pytest.importorskip("tomllib", reason="the bench wants Python 3.11")
 pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("bench_modules")
-
-
-CASE = "h16k4_d128_b8_q1024_kv{}"
-
-
-def sweep(**changes: Any) -> Any:
-    from sweep import Sweep
-
-    axes = {"families": ["h32k8_d128_b1"], "contexts": [131072, 8192], "chunks": [1024, 512]}
-    return Sweep(**axes | {"methods": ["dense", "ours", "xattention"], "densities": [0.17, 0.3]} | changes)
 
 
 def test_rows_come_in_the_order_in_which_they_matter() -> None:
@@ -67,77 +57,45 @@ def test_time_is_not_overrun_by_a_row_whose_like_is_known() -> None:
     assert Pace(limit_s=None).fits(long, 1e9)
 
 
-def made_up(case: str, system: str, ms: float, **changes: Any) -> Any:
-    from module import PARTS
-    from prefill_report import Measured
-    from stages import STAGES
+def test_a_slow_run_moves_no_row_and_parts_are_of_one_run(small: Any) -> None:
+    fast, middle, slow = ((1.0, 1.0, 4.0, 1.0, 9.0), (2.0, 1.0, 4.0, 1.0, 9.0), (1.0, 1.0, 90.0, 1.0, 0.0))
+    runs = [small._Parts(run) for run in (slow, fast, middle)]
+    assert small._middle([runs]) == ([93.0, 7.0, 8.0], small._Parts(middle), 0)
+    # Each run is its slower rank's: 93, 10, 8; the middle one is the other rank's.
+    late = small._Parts((1.0, 1.0, 7.0, 1.0, 0.0))
+    assert small._middle([runs, [runs[1], late, runs[1]]]) == ([93.0, 10.0, 8.0], late, 1)
+    small.RUNS = 3
+    numbers = [*slow, *fast, *middle, 0.1, 0.2]
+    assert small._cut(numbers) == [slow, fast, middle]
 
-    parts = dict(zip(PARTS, (ms / 4, ms / 8, ms / 2, ms / 8, 1.5), strict=True))
-    stages = dict(zip(STAGES, (0.1, 0.0, ms / 16, 0.2, ms / 4), strict=True))
-    fields = {"page": 16, "density": 0.17, "ms_mean": ms, "ms_stdev": 0.5, "inflation": None, "ranks": 2}
-    return Measured(**{"case": case, "system": system, "parts": parts, "stages": stages} | fields | changes)
 
+def test_rows_that_a_folder_has_are_not_measured_again(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import argparse
 
-def test_the_report_has_ratios_the_published_row_gaps_and_commands(tmp_path: Path) -> None:
-    import prefill_report
-    from prefill_report import Book, Gap
+    from prefill_report import Book
+    from tensor_parallel import Group
 
-    rows = [
-        made_up(CASE.format(kv), system, ms * kv / 32768, **changes)
-        for kv in (131072, 32768)
-        for system, ms, changes in (
-            ("vllm-fa3", 100.0, {"density": 1.0}),
-            ("fa2-copies", 220.0, {"density": 1.0, "page": 0}),
-            ("ours-op-0.17", 40.0, {}),
-            ("flashprefill-union-0.17", 50.0, {"inflation": 2.5}),
-        )
-    ]
+    rows = sweep(families=["h4k2_d64_b1"], contexts=[1024], chunks=[256]).rows()
     book = Book(tmp_path)
-    book.empty()
-    for row in rows:
-        book.add(row)
-    book.add(Gap("missing", CASE.format(32768), "quoka-0.17", "Unsupported: on the CPU only"))
-    assert [(it.case, it.system, it.ms_mean) for it in book.rows()] == [(it.case, it.system, it.ms_mean) for it in rows]
-    planned = sweep(families=["h16k4_d128_b8"], contexts=[65536], chunks=[1024], methods=["dense"]).rows()
-    report = prefill_report.write(book, planned, "about", "python3 prefill.py --out DIR --ranks 2", "")
-    text = (tmp_path / "prefill.md").read_text()
-    # Module 40 against 100 and 220; op and kernel, made of the same shares, against as much.
-    ours = (
-        "| 32K | ours-op-0.17 | 0.170 |  | 40.0 ± 0.5 | 2.50 | 5.50 | 20.0 | 2.50 | 5.50 | 10.0 | 2.50 | 5.50 | 41.5 |"
-    )
-    assert ours in text and "| 32K | flashprefill-union-0.17 | 0.170 | 2.5 | 50.0" in text
-    # The published numbers of 32K, once, beside the first row that is not a peer.
-    beside = [line for line in text.splitlines() if "Compact-FP 1.27" in line]
-    assert len(beside) == 1 and beside[0].endswith("| ours-op-0.17 | 0.170 | 5.50 | 2.50 | 2 |")
-    assert "Compact-FP 2.72" in text and "4ed4d7d" in text
-    assert "--ranks 2 --repro 'h16k4_d128_b8_q1024_kv32768,ours-op-0.17'" in text
-    assert any("quoka" in gap for gap in report.gaps) and sum("no time left" in gap for gap in report.gaps) == 3
-    assert report.wrong == []
-    late = prefill_report.write(book, planned, "about", "command", "rank 1 ended with status 7")
-    assert late.notes[0] == "rank 1 ended with status 7" and sum("status 7" in gap for gap in late.gaps) == 3
+    book.open()
+    book.add(made_up(*rows[2].key, 10.0, ranks=1))
+    # Two GPUs' row of the same name answers another question.
+    book.add(made_up(*rows[3].key, 10.0, ranks=2))
+    seen: list[Any] = []
+    monkeypatch.setattr(small, "_lines", lambda layer, row, package: seen.append(row) or [])
+    small._measure_all(rows, argparse.Namespace(out=tmp_path, seconds=None, started=0.0, ranks=1), Group())
+    assert seen == [*rows[:2], *rows[3:]]
 
 
-def test_components_add_up_and_are_drawn(tmp_path: Path) -> None:
-    import plots
-    import prefill_report
-
-    rows = [
-        made_up(CASE.format(kv), system, ms)
-        for kv in (32768, 65536)
-        for system, ms in (("vllm-fa3", 100.0), ("ours-op-0.17", 40.0))
-    ]
-    parts = prefill_report.components(rows[1])
-    assert sum(parts.values()) == pytest.approx(rows[1].ms_mean + rows[1].parts["reduce"])
-    drawn = plots.draw_prefills([prefill_report._drawn(row) for row in rows], tmp_path)
-    stem = "prefill-h16k4_d128_b8_q1024-2-GPUs"
-    assert [path.name for path in drawn] == [f"{stem}-{it}.svg" for it in ("over-vllm-fa3", "stack-32K", "stack-64K")]
-    speedup, stack = drawn[0].read_text(), drawn[1].read_text()
-    # 100 ms against 40: 2.5 on an axis that ends at 3.
-    height = plots.HEIGHT - plots.BOTTOM
-    assert f'cy="{height - 2.5 / 3 * (height - plots.TOP):.1f}"' in speedup
-    # A quarter of 100 ms and of 40 in the attend kernel, on one scale.
-    long, short = (float(it) for it in re.findall(r'width="([0-9.]+)"[^>]*><title>attend ', stack))
-    assert long / short == pytest.approx(2.5, rel=0.01) and stack.count("<title>select ") == 2
+def test_a_row_is_repeated_or_kept_not_both(
+    small: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["prefill.py", "--out", "x", "--resume", "--repro", "case,ours-dense"])
+    with pytest.raises(SystemExit) as ended:
+        small._arguments()
+    assert ended.value.code == 2 and "--repro measures a row again, --resume keeps it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -198,7 +156,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Any:
     return prefill
 
 
-@pytest.mark.parametrize("method", ["dense", "ours", "two_level", "flashprefill-union", "xattention", "attn_gate"])
+@pytest.mark.parametrize(
+    "method",
+    ["dense", "ours", "two_level", "flashprefill-union", "flashprefill-block_sparse", "xattention", "attn_gate"],
+)
 def test_a_chunked_prefill_through_the_module_is_judged(
     small: Any, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,7 +243,7 @@ def launched(tmp_path: Path, library: str | None, extra: str = "", limit_s: floa
     from prefill_report import Book
 
     book = Book(tmp_path)
-    book.empty()
+    book.open()
     package = str(Path(compactattn.__file__).parents[1])
     code = RANK.format(bench=str(BENCH), package=package, library=library, extra=extra, out=str(tmp_path))
     return tensor_parallel.launch([sys.executable, "-c", code], 2, limit_s), book
@@ -308,10 +269,10 @@ module.Module.forward, prefill.methods.build = late, broken
     assert failure == ""
     rows = {row.system: row for row in book.rows()}
     assert set(rows) == {"fa2-copies", "ours-dense", "ours-op-0.30"}
-    assert all(row.ranks == 2 and row.parts["reduce"] > 0 and row.ms_mean > 0 for row in rows.values())
+    assert all(row.ranks == 2 and row.parts["reduce"] > 0 and row.ms > 0 for row in rows.values())
     # 4 chunks of 5 parts, each 50 ms late on one rank; its own sum waits for nobody.
     slow = rows["ours-dense"]
-    assert slow.ms_mean > 4 * 4 * 50 and slow.parts["reduce"] < slow.ms_mean / 2
+    assert slow.ms > 4 * 4 * 50 and slow.parts["reduce"] < slow.ms / 2
     # What one rank cannot do none does.
     unseen = {(system, "its stages: no GPU") for system in rows}
     assert {(gap.system, gap.reason) for gap in book.gaps()} == unseen | {("ours-op-0.40", "another rank could not")}
