@@ -26,7 +26,7 @@ pub enum Mode {
     /// The engine's own attention, or dense lists through ours.
     #[default]
     Dense = 0,
-    /// The product's default: `sampled_exact`, one list per query head and chunk.
+    /// The product's default: `sampled_exact`, one list per query head and 1024 tokens.
     CompactAttn = 1,
     /// FlashPrefill masks per query head and 128 tokens, no union.
     BlockSparse = 2,
@@ -186,7 +186,8 @@ pub fn resolve(
     }
     config.unknown = vars
         .into_keys()
-        .filter(|name| ![MODE, FILE, LIBCUDA, CHECK, NVTX].contains(&name.as_str()) && !of_kubernetes(name))
+        .filter(|name| ![MODE, FILE, LIBCUDA, CHECK, NVTX].contains(&name.as_str()))
+        .filter(|name| !ELSEWHERE.contains(&name.as_str()) && !of_kubernetes(name))
         .collect();
     Ok(config)
 }
@@ -317,6 +318,9 @@ const FILE: &str = "COMPACTATTN_CONFIG";
 const LIBCUDA: &str = "COMPACTATTN_LIBCUDA";
 const CHECK: &str = "COMPACTATTN_CHECK";
 const NVTX: &str = "COMPACTATTN_NVTX";
+/// Read by SGLang's adapter and by the build.
+const ELSEWHERE: [&str; 4] =
+    ["COMPACTATTN_SGLANG", "COMPACTATTN_CUDA", "COMPACTATTN_KERNEL_CACHE", "COMPACTATTN_PYTHON"];
 
 #[cfg(test)]
 mod tests {
@@ -392,6 +396,7 @@ mod tests {
     fn unknown_variables_are_listed_but_not_those_of_kubernetes() {
         let vars =
             [("COMPACTATTN_MOOD", "x"), ("COMPACTATTN_PORT_80_TCP", "x"), ("COMPACTATTN_SERVICE_HOST", "x")];
+        let vars = [&vars[..], &ELSEWHERE.map(|name| (name, "x"))].concat();
         assert_eq!(of(&vars, "").unwrap().unknown, ["COMPACTATTN_MOOD"]);
     }
 

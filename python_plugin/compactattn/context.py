@@ -31,7 +31,7 @@ class Context:
         call("compactattn_context_create", ctypes.byref(desc), ctypes.byref(handle))
         self.device = device
         self.handle = handle.value
-        weakref.finalize(self, destroy, "compactattn_context_destroy", self.handle)
+        free_with(self, "compactattn_context_destroy", self.handle)
 
 
 def of(device: str) -> Context:
@@ -48,8 +48,13 @@ def default() -> Context:
     return of("cpu")
 
 
-def destroy(function: str, handle: int | None) -> None:
-    """Frees a handle. A forked child holds its parent's, which the library refuses to free: nothing is lost."""
+def free_with(owner: object, function: str, handle: int | None) -> None:
+    """Frees the handle with its owner. What lives to the end of the process ends with it: hooks may still read it then."""
+    weakref.finalize(owner, _destroy, function, handle).atexit = False
+
+
+def _destroy(function: str, handle: int | None) -> None:
+    # A forked child holds its parent's, which the library refuses to free: nothing is lost.
     getattr(load(), function)(handle)
 
 

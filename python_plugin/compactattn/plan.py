@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import weakref
 from ctypes import byref, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +108,7 @@ class Plan:
         self._bytes: dict[tuple[int, Settings | None], int] = {}
         # CUDA only: one workspace a stream, as calls on two streams may overlap.
         self._scratch: dict[int | None, Borrowed] = {}
-        weakref.finalize(self, context.destroy, "compactattn_plan_destroy", self.handle)
+        context.free_with(self, "compactattn_plan_destroy", self.handle)
 
     @staticmethod
     def supports(desc: PlanDesc, on: context.Context | None = None) -> str | None:

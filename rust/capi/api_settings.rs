@@ -39,7 +39,7 @@ pub unsafe extern "C" fn compactattn_settings_from_mode(
 
 /// Fills out with what COMPACTATTN_MODE and the file COMPACTATTN_CONFIG names ask for in one layer.
 ///
-/// layer -1 means: any layer the file does not name. Set out->struct_size before the call. Nothing else in this
+/// layer -1 means: any layer the file does not name. Set out->struct_size before the call. No other
 /// library reads the environment. COMPACTATTN_E_CONFIG or COMPACTATTN_E_IO where it cannot be understood.
 ///
 /// # Safety

@@ -89,7 +89,7 @@ pub enum compactattn_keep_at {
 pub enum compactattn_mode {
     /// Dense lists.
     COMPACTATTN_MODE_DENSE = 0,
-    /// The product's default: sampled_exact, one list per query head and chunk.
+    /// The product's default: sampled_exact, one list per query head and 1024 tokens.
     COMPACTATTN_MODE_COMPACTATTN = 1,
     /// FlashPrefill masks per query head and 128 tokens, no union.
     COMPACTATTN_MODE_BLOCK_SPARSE = 2,

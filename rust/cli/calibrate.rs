@@ -50,7 +50,7 @@ pub(crate) struct Args {
     #[arg(long, value_parser = options::scope, default_value = "head:1024", value_name = "HEADS[:TOKENS]")]
     scope: Scope,
     /// Tokens per block: 16 to 256.
-    #[arg(long, default_value_t = 128, value_name = "TOKENS")]
+    #[arg(long, default_value_t = 32, value_name = "TOKENS")]
     block_size: usize,
     /// Means stand in for skipped blocks.
     #[arg(long)]

@@ -140,6 +140,9 @@ fn settings(config: &Result<Config>) -> Value {
     all.insert("mode".to_owned(), json!(format!("{} ({mode})", config.mode.name())));
     let ranges = nvtx::state().map_or_else(|error| error.to_string(), ToString::to_string);
     all.insert("nvtx".to_owned(), json!(ranges));
+    let checked = config.sources.iter().find(|(name, _, _)| name == "check");
+    let checked = checked.map_or_else(|| "off".to_owned(), |(_, _, source)| format!("on ({source})"));
+    all.insert("check".to_owned(), json!(checked));
     for (name, value) in fields(&config.settings) {
         all.insert(name.to_owned(), json!(format!("{value} ({})", source(name))));
     }
@@ -153,7 +156,7 @@ fn settings(config: &Result<Config>) -> Value {
 }
 
 /// Each setting by the name a configuration file gives it.
-fn fields(settings: &Settings) -> [(&'static str, String); 20] {
+fn fields(settings: &Settings) -> [(&'static str, String); 22] {
     let (keep, share) = match settings.keep {
         Keep::Threshold(x) => ("keep_threshold", x),
         Keep::Mass(x) => ("keep_mass", x),
@@ -180,6 +183,8 @@ fn fields(settings: &Settings) -> [(&'static str, String); 20] {
         ("dense_max_q_len", settings.dense.max_q_len.to_string()),
         ("dense_prefix_tokens", settings.dense.prefix_tokens.to_string()),
         ("sample_rows", settings.sample_rows.to_string()),
+        ("flashprefill_non_voting_spans", settings.flashprefill.non_voting_spans.to_string()),
+        ("flashprefill_min_budget", settings.flashprefill.min_budget.to_string()),
         ("flashprefill_relative_to_past", settings.flashprefill.relative_to_past.to_string()),
         ("quoka_query_ratio", settings.quoka_query_ratio.to_string()),
         ("xattention_stride", settings.xattention_stride.to_string()),

@@ -356,9 +356,9 @@ DRIVER(cuStreamSynchronize, (void* of), (of)) {
 DRIVER(cuMemsetD32Async, (Address to, unsigned value, size_t words, void* on),
        (to, value, words, on)) {
   UNUSED(on);
-  struct Block* block = block_of(to);
+  struct Block block = block_of(to);
   if (!has_context()) return kInvalidContext;
-  if (!block || to % 4 || to + 4 * words > (Address)(uintptr_t)block->start + block->bytes)
+  if (!block.start || to % 4 || to + 4 * words > (Address)(uintptr_t)block.start + block.bytes)
     return kInvalidValue;
   for (size_t i = 0; i < words; ++i) ((uint32_t*)(uintptr_t)to)[i] = value;
   return kOk;
@@ -393,17 +393,17 @@ TAKEN(cuMemFreeHost, (void* host), (host), host) { return release((Address)(uint
 
 DRIVER(cuMemHostGetDevicePointer_v2, (Address * out, void* host, unsigned flags),
        (out, host, flags)) {
-  struct Block* block = block_of((Address)(uintptr_t)host);
+  struct Block block = block_of((Address)(uintptr_t)host);
   *out = (Address)(uintptr_t)host;
-  return block && block->memory_type == 1 && !flags ? kOk : kInvalidValue;
+  return block.memory_type == 1 && !flags ? kOk : kInvalidValue;
 }
 
 DRIVER(cuPointerGetAttributes, (unsigned n, const int* which, void** data, Address address),
        (n, which, data, address)) {
-  struct Block* block = block_of(address);
+  struct Block block = block_of(address);
   for (unsigned i = 0; i < n; ++i) {
-    if (which[i] == 2) *(unsigned*)data[i] = block ? (unsigned)block->memory_type : 0;
-    if (which[i] == 9) *(int*)data[i] = block ? 0 : -2;
+    if (which[i] == 2) *(unsigned*)data[i] = (unsigned)block.memory_type;
+    if (which[i] == 9) *(int*)data[i] = block.start ? 0 : -2;
     if (which[i] != 2 && which[i] != 9) return kInvalidValue;
   }
   return kOk;

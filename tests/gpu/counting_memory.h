@@ -32,12 +32,22 @@ size_t fake_bytes(void) {
   return live;
 }
 
-static struct Block* block_of(Address address) {
+// Under the lock.
+static struct Block* find(Address address) {
   for (int i = 0; i < kMaxBlocks; ++i) {
     Address start = (Address)(uintptr_t)blocks[i].start;
     if (start && address >= start && address < start + blocks[i].bytes) return &blocks[i];
   }
   return NULL;
+}
+
+// The block of that address, as it is now; start NULL where there is none.
+static struct Block block_of(Address address) {
+  pthread_mutex_lock(&lock);
+  struct Block* found = find(address);
+  struct Block block = found ? *found : (struct Block){NULL, 0, 0};
+  pthread_mutex_unlock(&lock);
+  return block;
 }
 
 static int place_of(const void* start) {
@@ -67,7 +77,7 @@ static Code allocate(void** out, size_t bytes, int memory_type) {
 static Code release(Address address, int memory_type) {
   if (!has_context()) return kInvalidContext;
   pthread_mutex_lock(&lock);
-  struct Block* block = block_of(address);
+  struct Block* block = find(address);
   int found =
       block && (Address)(uintptr_t)block->start == address && block->memory_type == memory_type;
   if (found) {
@@ -107,9 +117,9 @@ static struct Block forget(const void* start) {
 static Code copy(void* to, const void* from, size_t bytes, Address device) {
   if (!has_context()) return kInvalidContext;
   if (is("capture")) return kCapture;
-  struct Block* block = block_of(device);
-  size_t offset = block ? device - (Address)(uintptr_t)block->start : 0;
-  if (!block || offset + bytes > block->bytes) return kInvalidValue;
+  struct Block block = block_of(device);
+  size_t offset = device - (Address)(uintptr_t)block.start;
+  if (!block.start || offset + bytes > block.bytes) return kInvalidValue;
   memcpy(to, from, bytes);
   return kOk;
 }
