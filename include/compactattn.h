@@ -237,7 +237,7 @@ enum compactattn_mode
  {
   // Dense lists.
   COMPACTATTN_MODE_DENSE = 0,
-  // The product's default: sampled_exact, one list per query head and chunk.
+  // The product's default: sampled_exact, one list per query head and 1024 tokens.
   COMPACTATTN_MODE_COMPACTATTN = 1,
   // FlashPrefill masks per query head and 128 tokens, no union.
   COMPACTATTN_MODE_BLOCK_SPARSE = 2,
@@ -719,8 +719,9 @@ compactattn_status compactattn_settings_from_mode(int32_t mode, struct compactat
 
 // Fills out with what COMPACTATTN_MODE and the file COMPACTATTN_CONFIG names ask for in one layer.
 //
-// layer -1 means: any layer the file does not name. Set out->struct_size before the call. Nothing else in this
-// library reads the environment. COMPACTATTN_E_CONFIG or COMPACTATTN_E_IO where it cannot be understood.
+// layer -1 means: any layer the file does not name. Set out->struct_size before the call. What else
+// this library reads of the environment (COMPACTATTN_CHECK, _LIBCUDA, _NVTX) selects nothing.
+// COMPACTATTN_E_CONFIG or COMPACTATTN_E_IO where it cannot be understood.
 //
 // Memory:
 // out: NULL, or readable and writable for its struct_size bytes. No other thread changes the environment meanwhile.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
+from typing import Any
 
 from . import _abi
 from ._library import call, load
@@ -49,8 +50,9 @@ def default() -> Context:
 
 
 def free_with(owner: object, function: str, handle: int | None) -> None:
-    """Frees the handle with its owner. What lives to the end of the process ends with it: hooks may still read it then."""
-    weakref.finalize(owner, _destroy, function, handle).atexit = False
+    """Frees the handle with its owner; what lives as long as the process ends with it, so hooks at exit can read it."""
+    finalizer: Any = weakref.finalize(owner, _destroy, function, handle)
+    finalizer.atexit = False
 
 
 def _destroy(function: str, handle: int | None) -> None:

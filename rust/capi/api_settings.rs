@@ -39,8 +39,9 @@ pub unsafe extern "C" fn compactattn_settings_from_mode(
 
 /// Fills out with what COMPACTATTN_MODE and the file COMPACTATTN_CONFIG names ask for in one layer.
 ///
-/// layer -1 means: any layer the file does not name. Set out->struct_size before the call. No other
-/// library reads the environment. COMPACTATTN_E_CONFIG or COMPACTATTN_E_IO where it cannot be understood.
+/// layer -1 means: any layer the file does not name. Set out->struct_size before the call. What else
+/// this library reads of the environment (COMPACTATTN_CHECK, _LIBCUDA, _NVTX) selects nothing.
+/// COMPACTATTN_E_CONFIG or COMPACTATTN_E_IO where it cannot be understood.
 ///
 /// # Safety
 /// out: NULL, or readable and writable for its struct_size bytes. No other thread changes the environment meanwhile.
