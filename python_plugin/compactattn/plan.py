@@ -192,7 +192,10 @@ class Plan:
         scratch: Scratch | None = None,
         stream: int | None = None,
     ) -> _abi_step.ForwardArgs:
-        """The C struct of a :meth:`forward`; the caller keeps every tensor alive for as long as it runs it."""
+        """The C struct of a :meth:`forward`; the caller keeps every tensor and ``scratch`` alive as long as it runs it.
+
+        Without ``scratch`` it may run until this thread makes another: whoever needs more memory frees this.
+        """
         args = _abi_step.ForwardArgs()
         args.layer, args.batch = int32("layer", layer), ctypes.pointer(batch.struct)
         args.out = view("out", out, writable=True).tensor
