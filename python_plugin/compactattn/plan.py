@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from ctypes import byref, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -106,8 +107,9 @@ class Plan:
         call("compactattn_plan_create", self.context.handle, byref(desc.to_c()), byref(handle))
         self.handle = handle.value
         self._bytes: dict[tuple[int, Settings | None], int] = {}
-        # CUDA only: one workspace a stream, as calls on two streams may overlap.
-        self._scratch: dict[int | None, Borrowed] = {}
+        # CUDA only: one workspace a thread and stream. Calls on two streams may overlap, and on one the kernels of two
+        # threads' calls may alternate, as the GIL is released while they are launched.
+        self._scratch: dict[tuple[int, int | None], Borrowed] = {}
         context.free_with(self, "compactattn_plan_destroy", self.handle)
 
     @staticmethod
@@ -159,8 +161,8 @@ class Plan:
         """select, union, table, attend, combine of one layer into ``out`` (as q) and ``lse [num_q_heads, total_q]``.
 
         ``lse`` is f32, natural logarithm. ``scratch``: workspace of this call alone; None = this thread's, on CUDA the
-        plan's own for that stream. ``stream``: cudaStream_t; None = torch's current one. On any exception nothing was
-        written.
+        plan's own for it and that stream. ``stream``: cudaStream_t; None = torch's current one. On any exception nothing
+        was written.
         """
         args = self.arguments(
             batch,
@@ -214,17 +216,19 @@ class Plan:
         return args
 
     def workspace(self, batch: Batch, stream: int | None, layer: int = 0, settings: Settings | None = None) -> Scratch:
-        """Scratch memory where the batch lives: this thread's, on CUDA the plan's own for ``stream``.
+        """Scratch memory where the batch lives: this thread's, on CUDA the plan's own for this thread and ``stream``.
 
         On CUDA it is allocated once, and stays alive with the plan; a graph captured on a stream goes on using it.
         """
         num_bytes = self._workspace_bytes(layer, settings)
         if batch.home.on_cpu:
             return workspace.of_thread(num_bytes)
-        found = self._scratch.get(stream)
+        # A thread that takes the number of one that has ended takes its memory too, which nothing else uses any more.
+        key = threading.get_ident(), stream
+        found = self._scratch.get(key)
         if found is None or found.num_bytes < num_bytes:
             words = batch.home.empty("workspace", (-(-num_bytes // 4),), _abi.Dtype.I32, stream)
-            found = self._scratch[stream] = Borrowed(words)
+            found = self._scratch[key] = Borrowed(words)
         return found
 
     def _workspace_bytes(self, layer: int, settings: Settings | None) -> int:

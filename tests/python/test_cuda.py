@@ -10,6 +10,7 @@ import ctypes
 import itertools
 import math
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -122,7 +123,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
         monkeypatch.setattr(module, "call", stand_in.call)
         monkeypatch.setattr(module, "load", lambda: pytest.fail("asked the real library"), raising=False)
     # Handles of a stand-in are nobody's to destroy.
-    monkeypatch.setattr(context, "destroy", lambda *_: None)
+    monkeypatch.setattr(context, "_destroy", lambda *_: None)
     monkeypatch.setattr(context, "_contexts", {})
     monkeypatch.setattr(api, "_plans", api._Plans())
     return stand_in
@@ -178,6 +179,20 @@ def test_context_plan_and_workspace_are_made_once(library: Library, torch: Torch
     torch.handle = 0x52
     compactattn.forward(*step(), settings=settings(), out=out)
     assert len(torch.made) == 2 and given(library).workspace == torch.made[-1].address
+
+
+def test_threads_on_one_stream_have_memory_of_their_own(library: Library, torch: Torch) -> None:
+    out, addresses = TorchTensor(SHAPES["q"], "bfloat16"), []
+
+    def forward() -> None:
+        compactattn.forward(*step(), settings=settings(), out=out)
+        addresses.append(given(library).workspace)
+
+    other = threading.Thread(target=forward)
+    for run in (forward, other.start, other.join, forward):
+        run()
+    assert library.count("plan_create") == 1
+    assert addresses[0] == addresses[2] != addresses[1]
 
 
 def test_a_given_stream_is_used_and_zero_is_the_default_stream(library: Library, torch: Torch) -> None:

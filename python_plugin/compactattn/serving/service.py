@@ -226,4 +226,5 @@ def _workspace_bytes(shape: Shape, page_size: int, options: Options) -> int:
     return max((_sizes(shape, page_size, one) for one in every if not _refused(shape, page_size, one)), default=0)
 
 
+# By device, of an engine's one stream and one thread: what two threads launched could alternate on it (see Plan).
 _workspaces: dict[str, Borrowed] = {}
