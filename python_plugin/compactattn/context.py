@@ -49,8 +49,9 @@ def default() -> Context:
 
 
 def free_with(owner: object, function: str, handle: int | None) -> None:
-    """Frees the handle with its owner. What lives to the end of the process ends with it: hooks may still read it then."""
-    weakref.finalize(owner, _destroy, function, handle).atexit = False
+    """Frees the handle with its owner. What lives to the end of the process ends with it: hooks may still read it."""
+    # A property, which the stubs of types leave out.
+    weakref.finalize(owner, _destroy, function, handle).atexit = False  # type: ignore[misc]
 
 
 def _destroy(function: str, handle: int | None) -> None:
