@@ -161,8 +161,8 @@ class Plan:
         """select, union, table, attend, combine of one layer into ``out`` (as q) and ``lse [num_q_heads, total_q]``.
 
         ``lse`` is f32, natural logarithm. ``scratch``: workspace of this call alone; None = this thread's, on CUDA the
-        plan's own for it and that stream. ``stream``: cudaStream_t; None = torch's current one. On any exception nothing
-        was written.
+        plan's own for it and that stream. ``stream``: cudaStream_t; None = torch's current one. On any exception
+        nothing was written.
         """
         args = self.arguments(
             batch,

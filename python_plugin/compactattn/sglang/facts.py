@@ -52,6 +52,14 @@ def of_runner(runner: Any, chosen: Options) -> dict[str, Any]:
     }
 
 
+def layers_of(runner: Any) -> list[Any]:
+    """The attention layers of the runner's model, which the engine loads before it makes backends; [] = not loaded."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    model = getattr(runner, "model", None)
+    return [] if model is None else [layer for layer in model.modules() if isinstance(layer, RadixAttention)]
+
+
 def shape_of(runner: Any, layer: Any, policy: Policy) -> Shape:
     """What the library must know of a layer (the engine's RadixAttention), and the engine's largest step."""
     tokens = max_step_tokens(runner)
