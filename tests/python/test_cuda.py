@@ -39,6 +39,9 @@ class Tensor:
         self.dtype = dtype
         return self
 
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self
+
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, int(self.device.partition(":")[2])
 
@@ -265,6 +268,24 @@ def test_stages_write_beside_the_batch(library: Library, torch: Torch) -> None:
     compactattn.attend(made, batch, rows, TorchTensor(SHAPES["q"], "bfloat16"))
     args = library.last("attend")[1]._obj
     assert args.stream == 0x51 and args.workspace in {made.address for made in torch.made}
+
+
+def test_what_stages_make_for_a_given_stream_is_made_on_it(
+    library: Library, torch: Torch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = compactattn.Batch.of(*step())
+    made, lists = compactattn.plan_for(batch, settings=settings()), compactattn.Lists(Lists(), 8)
+    compactattn.BlockMeans(made, values=True).update(batch, stream=0x99)
+    assert library.last("summaries_update")[2]._obj.stream == 0x99
+    # Block means of one call alone are made for it too.
+    monkeypatch.setattr(stages, "READS_MEANS", {"dense"})
+    selection = compactattn.select(made, batch, stream=0x99)
+    compactattn.union(made, batch, selection, stream=0x99)
+    for stage in (compactattn.table, compactattn.export_padded, compactattn.export_csr):
+        stage(made, batch, lists, stream=0x99)
+    assert len(torch.made) >= 3 + 3 + 1 + 3 * 3
+    assert {tensor.made_on for tensor in torch.made} == {0x99}
+    assert torch.handle == 0x51
 
 
 def Lists() -> TorchTensor:  # noqa: N802
