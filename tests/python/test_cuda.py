@@ -211,8 +211,14 @@ def test_limits_are_shapes_or_the_callers_word(library: Library, torch: Torch) -
     compactattn.forward(*step(), settings=settings())
     desc = library.last("plan_create")
     assert (desc.max_num_reqs, desc.max_total_q, desc.max_kv_len) == (2, 64, 64)
-    compactattn.forward(*step(), settings=settings(), max_kv_len=50)
-    assert library.last("plan_create").max_kv_len == 50
+    # A word for each step's length would be a plan, and a workspace, for each.
+    for length in (17, 32, 25):
+        compactattn.forward(*step(), settings=settings(), max_kv_len=length)
+        assert library.last("plan_create").max_kv_len == 32
+    assert (library.count("plan_create"), len(torch.made)) == (2, 4 + 2)
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(compactattn.InvalidArgument, match="E_VALUE: max_kv_len"):
+            compactattn.forward(*step(), settings=settings(), max_kv_len=wrong)
 
 
 def test_without_torch_the_caller_names_stream_and_memory(library: Library, no_torch: None) -> None:
