@@ -6,6 +6,7 @@ Runs on the CPU, where the library's CPU backend stands behind the same code.
 from __future__ import annotations
 
 import json
+import logging
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,11 @@ import pytest
 import torch
 from compactattn.serving.report import REPORT
 from compactattn.vllm import counters, current, split
-from compactattn.vllm.backend import CompactAttentionBackend, CompactAttentionImpl
+from compactattn.vllm.backend import (
+    CompactAttentionBackend,
+    CompactAttentionImpl,
+    CompactAttentionMetadataBuilder,
+)
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -51,8 +56,7 @@ class Layer:
         self.impl.forward(None, torch.zeros(1, HEADS, DIM), None, None, torch.zeros(0), None, torch.zeros(1))
         config.compilation_config.static_forward_context = {NAME: SimpleNamespace(impl=self.impl)}
         spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=torch.float32)
-        builder = CompactAttentionBackend.get_builder_cls()
-        self.builder = builder(spec, [NAME], config, torch.device("cpu"))
+        self.builder = CompactAttentionMetadataBuilder(spec, [NAME], config, torch.device("cpu"))
         self.cache = torch.randn(PAGES, PAGE, KV_HEADS, 2 * DIM, generator=seeded(1)).transpose(1, 2)
         one = torch.ones(1)
         self.layer = SimpleNamespace(_q_scale=one, _k_scale=one, _v_scale=one)
@@ -250,6 +254,23 @@ def test_layers_that_the_model_has_not_are_told_and_others_are_served(
 def test_a_wrong_setting_stops_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="max_density"):
         Layer(monkeypatch, LONG | {"layers": {"2": {"max_density": 3}}})
+
+
+def test_in_mode_dense_by_option_the_engines_own_classes_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("COMPACTATTN_MODE", raising=False)
+    monkeypatch.setattr(REPORT, "_said", set())
+    caplog.set_level(logging.INFO, "vllm.compactattn")
+    monkeypatch.setattr(current, "_latest", None)
+    ours, own = CompactAttentionBackend, flash_attn.FlashAttentionBackend
+    # Two engines of one process, one after the other; each knows its own configuration.
+    for mode in ("dense", "compactattn", "dense"):
+        monkeypatch.setattr(current, "config", lambda mode=mode: vllm_config({"mode": mode}))
+        assert (ours.get_impl_cls() is own.get_impl_cls()) == (mode == "dense")
+        monkeypatch.setattr(current, "config", lambda: None)
+        assert (ours.get_builder_cls() is own.get_builder_cls()) == (mode == "dense")
+    assert "mode dense, all by the engine's own backend" in caplog.text
 
 
 def test_the_mixins_stand_before_the_engines_classes() -> None:

@@ -49,6 +49,12 @@ def known_dense() -> bool:
     return _latest is not None and _latest[1].is_dense
 
 
+def is_dense() -> bool:
+    """Whether the options of the engine at hand say dense: outside of its configuration, those read last."""
+    vllm_config = config()
+    return known_dense() if vllm_config is None else options(vllm_config).is_dense
+
+
 def limits(vllm_config: Any) -> Limits:
     """From the engine's configuration."""
     import torch
@@ -136,7 +142,7 @@ def dtype_name(dtype: Any) -> str:
 def start_line(chosen: Options, policy: Policy, layers: str, spec: Any) -> str:
     """What an operator needs to know which path runs."""
     if chosen.is_dense:
-        return f"compactattn {version()}: mode dense, all by the engine's own backend"
+        return dense_line()
     device = _device_name()
     # On a CPU the library serves the rest as well, densely.
     rest = "dense" if device == "cpu" else "by the engine's own backend"
@@ -144,6 +150,11 @@ def start_line(chosen: Options, policy: Policy, layers: str, spec: Any) -> str:
         f"compactattn {version()}: mode {chosen.mode}, {layers} layers on {device}, page size {spec.block_size}; "
         f"{chosen.words(policy)}; all else {rest}"
     )
+
+
+def dense_line() -> str:
+    """The same in mode dense."""
+    return f"compactattn {version()}: mode dense, all by the engine's own backend"
 
 
 def _device_name() -> str:
