@@ -107,8 +107,7 @@ class Plan:
         call("compactattn_plan_create", self.context.handle, byref(desc.to_c()), byref(handle))
         self.handle = handle.value
         self._bytes: dict[tuple[int, Settings | None], int] = {}
-        # CUDA only: one workspace a thread and stream. Calls on two streams may overlap, and on one the kernels of two
-        # threads' calls may alternate, as the GIL is released while they are launched.
+        # CUDA only: by thread and stream. Streams overlap; threads launch without the GIL, so kernels may alternate.
         self._scratch: dict[tuple[int, int | None], Borrowed] = {}
         context.free_with(self, "compactattn_plan_destroy", self.handle)
 
@@ -194,10 +193,7 @@ class Plan:
         scratch: Scratch | None = None,
         stream: int | None = None,
     ) -> _abi_step.ForwardArgs:
-        """The C struct of a :meth:`forward`; the caller keeps every tensor and ``scratch`` alive as long as it runs it.
-
-        Without ``scratch`` it may run until this thread makes another: whoever needs more memory frees this.
-        """
+        """The C struct of a :meth:`forward`; the caller keeps tensors and ``scratch`` alive as long as it runs it."""
         args = _abi_step.ForwardArgs()
         args.layer, args.batch = int32("layer", layer), ctypes.pointer(batch.struct)
         args.out = view("out", out, writable=True).tensor
@@ -223,7 +219,6 @@ class Plan:
         num_bytes = self._workspace_bytes(layer, settings)
         if batch.home.on_cpu:
             return workspace.of_thread(num_bytes)
-        # A thread that takes the number of one that has ended takes its memory too, which nothing else uses any more.
         key = threading.get_ident(), stream
         found = self._scratch.get(key)
         if found is None or found.num_bytes < num_bytes:

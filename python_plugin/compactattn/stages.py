@@ -57,9 +57,8 @@ def select(
     """
     if out is None:
         sizes, heads = plan.sizes(layer), plan.desc.num_q_heads
-        rows = sizes.select_rows, heads
-        scores = batch.home.zeros("selection.scores", (*rows, sizes.max_blocks), Dtype.F32, stream)
-        masks = batch.home.zeros("selection.masks", (*rows, sizes.mask_words), Dtype.U32, stream)
+        scores = batch.home.zeros("selection.scores", (sizes.select_rows, heads, sizes.max_blocks), Dtype.F32, stream)
+        masks = batch.home.zeros("selection.masks", (sizes.select_rows, heads, sizes.mask_words), Dtype.U32, stream)
         out = Selection(scores, masks)
     means = _means(plan, batch, (layer, stream), summaries)
     struct, _memory = _placed(plan, batch, stream, layer)
@@ -82,8 +81,7 @@ def union(
     On CUDA, where lengths are on the device, ``rows`` is the most that such a batch can have.
     """
     sizes = plan.sizes(layer)
-    shape = sizes.list_rows, sizes.mask_words
-    bits = batch.home.zeros("lists", shape, Dtype.U32, stream) if out is None else out
+    bits = batch.home.zeros("lists", (sizes.list_rows, sizes.mask_words), Dtype.U32, stream) if out is None else out
     # The library takes one of the two; from scores it goes the layer's own way.
     one = selection if selection.scores is None else Selection(scores=selection.scores)
     tensor, rows = view("lists", bits, writable=True).tensor, c_int64()
