@@ -172,19 +172,22 @@ def test_a_call_has_room_for_every_layers_settings() -> None:
         step.run(call, service.own(layer))
 
 
-def test_what_is_not_offered_of_one_layer_is_not_said_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("status", ["E_UNSUPPORTED", "E_NOT_BUILT", "E_ARCH"])
+def test_what_is_not_offered_of_one_layer_is_not_said_of_all(monkeypatch: pytest.MonkeyPatch, status: str) -> None:
     options = read({"layers": {"5": {"block_size": 64}}})
 
     def supports(desc: Any, on: Any) -> str | None:
-        return "E_UNSUPPORTED: block_size: not here" if desc.settings.block_size == 64 else None
+        return f"{status}: not here" if desc.settings.block_size == 64 else None
 
     monkeypatch.setattr(service.Plan, "supports", staticmethod(supports))
-    given = shape(max_total_q=65)
+    service._refused.cache_clear()
+    given = shape()
     assert refusal(given, 16, options) is refusal(given, 16, options, 4) is None
-    assert refusal(given, 16, options, 5) == "E_UNSUPPORTED: block_size: not here"
+    assert refusal(given, 16, options, 5) == f"{status}: not here"
     assert refusal(given, 24, options, 4).startswith("page size 24")
     # The workspace is for those that are served.
     assert service._workspace_bytes(given, 16, options) == service._sizes(given, 16, options.settings)
+    service._refused.cache_clear()
 
 
 def test_what_no_library_could_serve_is_an_error() -> None:

@@ -209,7 +209,7 @@ def _refused(shape: Shape, page_size: int, settings: Settings) -> str | None:
         # No kernels in this build, or none for this GPU: dense by the engine, and said so.
         return str(error)
     text = Plan.supports(shape.desc(page_size, settings), on)
-    if text and not text.startswith("E_UNSUPPORTED"):
+    if text and not text.startswith(_NOT_OFFERED):
         raise ValueError(f"compactattn: {text}")
     return text
 
@@ -225,6 +225,9 @@ def _workspace_bytes(shape: Shape, page_size: int, options: Options) -> int:
     every = (options.settings, *options.layers.values())
     return max((_sizes(shape, page_size, one) for one in every if not _refused(shape, page_size, one)), default=0)
 
+
+# What the library says of shapes, builds and GPUs that it has no kernels for; all else is somebody's mistake.
+_NOT_OFFERED = ("E_UNSUPPORTED", "E_NOT_BUILT", "E_ARCH")
 
 # By device, of an engine's one stream and one thread: what two threads launched could alternate on it (see Plan).
 _workspaces: dict[str, Borrowed] = {}
