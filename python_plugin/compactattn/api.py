@@ -12,10 +12,10 @@ from ._abi import Dtype
 from ._stats import Stats
 from .arrays import Array
 from .batch import Batch
-from .errors import E_SHAPE, InvalidArgument, invalid
+from .errors import E_SHAPE, E_VALUE, InvalidArgument, invalid
 from .plan import Plan, PlanDesc
 from .selection import Csr, Padded, Summaries
-from .settings import Settings
+from .settings import Settings, whole
 from .tensors import Bf16
 
 
@@ -49,8 +49,8 @@ def forward(
     ``settings``: a Settings, a mode's name, or None for mode compactattn. ``lse [num_q_heads, total_q]`` f32, natural.
 
     On CUDA all tensors are the device's, lengths and tables too: nothing is read back, so ``max_kv_len`` (None = what
-    block_table's width holds) is the caller's word. ``stream`` is a cudaStream_t (None = torch's current one);
-    selectors that read block means get them as ``summaries`` (see BlockMeans).
+    block_table's width holds) is the caller's word, rounded up. ``stream`` is a cudaStream_t (None = torch's current
+    one); selectors that read block means get them as ``summaries`` (see BlockMeans).
 
     Results are new tensors of q's kind unless given. On any exception nothing was written.
     """
@@ -76,17 +76,21 @@ def tables(
     *,
     form: str = "padded",
     settings: Settings | str | None = None,
+    sm_scale: float | None = None,
+    max_kv_len: int | None = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
 ) -> Padded | Csr:
     """The page tables another engine's paged kernel should read, ``padded`` (FlashAttention) or ``csr`` (FlashInfer).
 
-    Tensors as in :func:`forward`. Row = (span, list); with ``query_span`` 0 and ``heads_per_list`` 0 in ``settings``
-    that is (request, KV head), what such kernels can take.
+    Tensors and numbers as in :func:`forward`, which selects the same by them. Row = (span, list); with ``query_span`` 0
+    and ``heads_per_list`` 0 in ``settings`` that is (request, KV head), what such kernels can take.
     """
     exports = {"padded": stages.export_padded, "csr": stages.export_csr}
     if form not in exports:
         raise invalid(E_SHAPE, "form", "padded|csr", repr(form))
-    batch = Batch.of(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q)
-    plan = plan_for(batch, settings=settings)
+    batch = Batch.of(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, k_scale=k_scale, v_scale=v_scale)
+    plan = plan_for(batch, settings=settings, sm_scale=sm_scale, max_kv_len=max_kv_len)
     lists = stages.union(plan, batch, stages.select(plan, batch))
     export: Any = exports[form]
     result: Padded | Csr = export(plan, batch, lists)
@@ -103,7 +107,7 @@ def plan_for(
 ) -> Plan:
     """The plan that :func:`forward` uses for such a batch; limits are rounded up so that plans are few.
 
-    They come from shapes alone, but for ``max_kv_len``, which is taken as it is given.
+    They come from shapes alone, but for ``max_kv_len`` where it is given.
     """
     if isinstance(settings, str):
         settings = Settings.mode(settings)
@@ -111,11 +115,14 @@ def plan_for(
     if [len(shape) for shape in shapes] != _NDIMS:
         raise _wrong_ndim(shapes)
     (total_q, num_q_heads, head_dim), (_, page_size, num_kv_heads, _), (num_reqs, width) = shapes
+    longest = width * page_size if max_kv_len is None else whole("max_kv_len", max_kv_len, 63)
+    if max_kv_len is not None and longest < 1:
+        raise invalid(E_VALUE, "max_kv_len", "at least 1", max_kv_len)
     key = _Key(
         on or batch.home.context(),
         (num_q_heads, num_kv_heads, head_dim, page_size),
         (batch.q.dtype, Dtype.E4M3 if batch.k.dtype is Dtype.E4M3 else None),
-        (_rounded(num_reqs), _rounded(total_q), _rounded(width * page_size) if max_kv_len is None else max_kv_len),
+        (_rounded(num_reqs), _rounded(total_q), _rounded(longest)),
         sm_scale,
         settings,
     )

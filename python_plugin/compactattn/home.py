@@ -66,10 +66,16 @@ class Home:
         with self._beside(stream):
             return torch.empty(shape, dtype=self._dtype(dtype), device=self.device)
 
-    def zeros(self, name: str, shape: tuple[int, ...], dtype: Dtype) -> Any:
-        """Memory for ``name``, all zero."""
-        # Zero bytes are zero in each of our types, and not every torch fills its unsigned ones.
-        return self.empty(name, shape, dtype) if self.on_cpu else self._zero_words(name, shape, dtype)
+    def zeros(self, name: str, shape: tuple[int, ...], dtype: Dtype, stream: int | None = None) -> Any:
+        """Memory for ``name``, all zero, for use on ``stream`` (None = torch's current), which also zeroes it."""
+        if self.on_cpu:
+            return self.empty(name, shape, dtype)
+        torch = self._ask(name)
+        with self._beside(stream):
+            # Zero bytes are zero in each of our types, and not every torch fills its unsigned ones.
+            if dtype is not Dtype.U32:
+                return torch.zeros(shape, dtype=self._dtype(dtype), device=self.device)
+            return torch.zeros(shape, dtype=torch.int32, device=self.device).view(self._dtype(dtype))
 
     def _beside(self, stream: int | None) -> AbstractContextManager[Any]:
         # torch hands freed memory out again in the order of the stream it was made on: no other may use it.
@@ -79,12 +85,6 @@ class Home:
             self.torch.cuda.ExternalStream(stream, device=self.device)
         )
         return made
-
-    def _zero_words(self, name: str, shape: tuple[int, ...], dtype: Dtype) -> Any:
-        torch = self._ask(name)
-        if dtype is not Dtype.U32:
-            return torch.zeros(shape, dtype=self._dtype(dtype), device=self.device)
-        return torch.zeros(shape, dtype=torch.int32, device=self.device).view(self._dtype(dtype))
 
     def _ask(self, name: str) -> Any:
         if self.torch is None:

@@ -21,11 +21,12 @@ class BlockMeans:
         self._plan, self._layer, self._values, self._seals = plan, layer, values, seals
         self.summaries: Summaries | None = None
 
-    def update(self, batch: Batch, *, which: str = "completed") -> Summaries:
+    def update(self, batch: Batch, *, which: str = "completed", stream: int | None = None) -> Summaries:
         """Writes the means of the blocks that the step completes and, with seals, of those whose keys have changed.
 
         ``all``: of all whole blocks, which without seals is due after a prefix hit or a swap-in. The first update
-        always writes all whole blocks of the batch's requests: there was no memory before it.
+        always writes all whole blocks of the batch's requests: there was no memory before it. ``stream``: cudaStream_t
+        that wrote the KV; None = torch's current one.
         """
         fresh = self.summaries is None
         if self.summaries is None:
@@ -37,6 +38,8 @@ class BlockMeans:
                 values=self._values,
                 seals=self._seals,
                 home=batch.home,
+                stream=stream,
             )
-        stages.update_summaries(self._plan, batch, self.summaries, layer=self._layer, which="all" if fresh else which)
+        asked = "all" if fresh else which
+        stages.update_summaries(self._plan, batch, self.summaries, layer=self._layer, which=asked, stream=stream)
         return self.summaries

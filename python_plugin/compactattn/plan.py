@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from ctypes import byref, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -106,8 +107,8 @@ class Plan:
         call("compactattn_plan_create", self.context.handle, byref(desc.to_c()), byref(handle))
         self.handle = handle.value
         self._bytes: dict[tuple[int, Settings | None], int] = {}
-        # CUDA only: one workspace a stream, as calls on two streams may overlap.
-        self._scratch: dict[int | None, Borrowed] = {}
+        # CUDA only: by thread and stream. Streams overlap; threads launch without the GIL, so kernels may alternate.
+        self._scratch: dict[tuple[int, int | None], Borrowed] = {}
         context.free_with(self, "compactattn_plan_destroy", self.handle)
 
     @staticmethod
@@ -159,8 +160,8 @@ class Plan:
         """select, union, table, attend, combine of one layer into ``out`` (as q) and ``lse [num_q_heads, total_q]``.
 
         ``lse`` is f32, natural logarithm. ``scratch``: workspace of this call alone; None = this thread's, on CUDA the
-        plan's own for that stream. ``stream``: cudaStream_t; None = torch's current one. On any exception nothing was
-        written.
+        plan's own for it and that stream. ``stream``: cudaStream_t; None = torch's current one. On any exception
+        nothing was written.
         """
         args = self.arguments(
             batch,
@@ -192,7 +193,7 @@ class Plan:
         scratch: Scratch | None = None,
         stream: int | None = None,
     ) -> _abi_step.ForwardArgs:
-        """The C struct of a :meth:`forward`; the caller keeps every tensor alive for as long as it runs it."""
+        """The C struct of a :meth:`forward`; the caller keeps tensors and ``scratch`` alive as long as it runs it."""
         args = _abi_step.ForwardArgs()
         args.layer, args.batch = int32("layer", layer), ctypes.pointer(batch.struct)
         args.out = view("out", out, writable=True).tensor
@@ -211,17 +212,18 @@ class Plan:
         return args
 
     def workspace(self, batch: Batch, stream: int | None, layer: int = 0, settings: Settings | None = None) -> Scratch:
-        """Scratch memory where the batch lives: this thread's, on CUDA the plan's own for ``stream``.
+        """Scratch memory where the batch lives: this thread's, on CUDA the plan's own for this thread and ``stream``.
 
         On CUDA it is allocated once, and stays alive with the plan; a graph captured on a stream goes on using it.
         """
         num_bytes = self._workspace_bytes(layer, settings)
         if batch.home.on_cpu:
             return workspace.of_thread(num_bytes)
-        found = self._scratch.get(stream)
+        key = threading.get_ident(), stream
+        found = self._scratch.get(key)
         if found is None or found.num_bytes < num_bytes:
             words = batch.home.empty("workspace", (-(-num_bytes // 4),), _abi.Dtype.I32, stream)
-            found = self._scratch[stream] = Borrowed(words)
+            found = self._scratch[key] = Borrowed(words)
         return found
 
     def _workspace_bytes(self, layer: int, settings: Settings | None) -> int:

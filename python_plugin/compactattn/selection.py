@@ -60,13 +60,17 @@ class Summaries(Tensors):
         values: bool = False,
         seals: bool = True,
         home: Home = CPU,
+        stream: int | None = None,
     ) -> Summaries:
-        """Zeroed memory for one layer of a pool of ``num_pages``; ``home``: a batch's, for memory beside its pool."""
+        """Zeroed memory for one layer of a pool of ``num_pages``; ``home``: a batch's, for memory beside its pool.
+
+        ``stream``: the one it is zeroed and used on; None = torch's current one.
+        """
         desc, slots = plan.desc, plan.sizes(layer).summary_slots_per_page
         heads = (num_pages, slots, desc.num_kv_heads)
 
         def zeros(name: str, last: int, dtype: Dtype) -> Any:
-            return home.zeros(f"summaries.{name}", (*heads, last), dtype)
+            return home.zeros(f"summaries.{name}", (*heads, last), dtype, stream)
 
         return cls(
             zeros("k_mean", desc.head_dim, Dtype.F32),

@@ -57,8 +57,8 @@ def select(
     """
     if out is None:
         sizes, heads = plan.sizes(layer), plan.desc.num_q_heads
-        scores = batch.home.zeros("selection.scores", (sizes.select_rows, heads, sizes.max_blocks), Dtype.F32)
-        masks = batch.home.zeros("selection.masks", (sizes.select_rows, heads, sizes.mask_words), Dtype.U32)
+        scores = batch.home.zeros("selection.scores", (sizes.select_rows, heads, sizes.max_blocks), Dtype.F32, stream)
+        masks = batch.home.zeros("selection.masks", (sizes.select_rows, heads, sizes.mask_words), Dtype.U32, stream)
         out = Selection(scores, masks)
     means = _means(plan, batch, (layer, stream), summaries)
     struct, _memory = _placed(plan, batch, stream, layer)
@@ -81,7 +81,7 @@ def union(
     On CUDA, where lengths are on the device, ``rows`` is the most that such a batch can have.
     """
     sizes = plan.sizes(layer)
-    bits = batch.home.zeros("lists", (sizes.list_rows, sizes.mask_words), Dtype.U32) if out is None else out
+    bits = batch.home.zeros("lists", (sizes.list_rows, sizes.mask_words), Dtype.U32, stream) if out is None else out
     # The library takes one of the two; from scores it goes the layer's own way.
     one = selection if selection.scores is None else Selection(scores=selection.scores)
     tensor, rows = view("lists", bits, writable=True).tensor, c_int64()
@@ -102,7 +102,7 @@ def table(
 ) -> Table:
     """Turns lists into rows of physical boxes, past boxes ascending, the open region last."""
     if out is None:
-        ints, rows = _ints_of(batch), lists.rows
+        ints, rows = _ints_of(batch, stream), lists.rows
         out = Table(ints(rows), ints(rows), ints(rows, plan.sizes(layer).max_boxes))
     _on_lists("compactattn_table_build", plan, batch, lists, (layer, stream), out.for_writing())
     return out
@@ -122,7 +122,7 @@ def export_padded(
     On CUDA nothing is read back: rows that the batch could have had but has not are empty.
     """
     if out is None:
-        ints, rows = _ints_of(batch), lists.rows
+        ints, rows = _ints_of(batch, stream), lists.rows
         out = Padded(ints(rows), ints(rows), ints(rows, batch.block_table.shape[1]))
     _on_lists("compactattn_table_export_padded", plan, batch, lists, (layer, stream), out.for_writing())
     return out
@@ -143,7 +143,7 @@ def export_csr(
     """
     entries, given = c_int64(), out
     if out is None:
-        ints, rows = _ints_of(batch), lists.rows
+        ints, rows = _ints_of(batch, stream), lists.rows
         out = Csr(ints(rows + 1), ints(rows * batch.block_table.shape[1]), ints(rows))
     _on_lists(
         "compactattn_table_export_csr",
@@ -232,13 +232,13 @@ def _means(plan: Plan, batch: Batch, at: tuple[int, int | None], given: Summarie
     settings = plan.settings(layer)
     if given or settings.selector not in READS_MEANS:
         return given
-    made = Summaries.empty(plan, batch.k.shape[0], layer=layer, seals=False, home=batch.home)
+    made = Summaries.empty(plan, batch.k.shape[0], layer=layer, seals=False, home=batch.home, stream=stream)
     update_summaries(plan, batch, made, layer=layer, which="all", stream=stream)
     return made
 
 
-def _ints_of(batch: Batch) -> Callable[..., Any]:
-    return lambda *shape: batch.home.zeros("out", shape, Dtype.I32)
+def _ints_of(batch: Batch, stream: int | None) -> Callable[..., Any]:
+    return lambda *shape: batch.home.zeros("out", shape, Dtype.I32, stream)
 
 
 def _head(rows: Any, count: int) -> Any:

@@ -10,6 +10,7 @@ import ctypes
 import itertools
 import math
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -36,6 +37,9 @@ class Tensor:
 
     def view(self, dtype: str) -> Tensor:
         self.dtype = dtype
+        return self
+
+    def __getitem__(self, rows: slice) -> Tensor:
         return self
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -122,7 +126,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
         monkeypatch.setattr(module, "call", stand_in.call)
         monkeypatch.setattr(module, "load", lambda: pytest.fail("asked the real library"), raising=False)
     # Handles of a stand-in are nobody's to destroy.
-    monkeypatch.setattr(context, "destroy", lambda *_: None)
+    monkeypatch.setattr(context, "_destroy", lambda *_: None)
     monkeypatch.setattr(context, "_contexts", {})
     monkeypatch.setattr(api, "_plans", api._Plans())
     return stand_in
@@ -180,6 +184,20 @@ def test_context_plan_and_workspace_are_made_once(library: Library, torch: Torch
     assert len(torch.made) == 2 and given(library).workspace == torch.made[-1].address
 
 
+def test_threads_on_one_stream_have_memory_of_their_own(library: Library, torch: Torch) -> None:
+    out, addresses = TorchTensor(SHAPES["q"], "bfloat16"), []
+
+    def forward() -> None:
+        compactattn.forward(*step(), settings=settings(), out=out)
+        addresses.append(given(library).workspace)
+
+    other = threading.Thread(target=forward)
+    for run in (forward, other.start, other.join, forward):
+        run()
+    assert library.count("plan_create") == 1
+    assert addresses[0] == addresses[2] != addresses[1]
+
+
 def test_a_given_stream_is_used_and_zero_is_the_default_stream(library: Library, torch: Torch) -> None:
     for stream, handle in ((0x99, 0x99), (0, None)):
         compactattn.forward(*step(), settings=settings(), stream=stream)
@@ -193,8 +211,14 @@ def test_limits_are_shapes_or_the_callers_word(library: Library, torch: Torch) -
     compactattn.forward(*step(), settings=settings())
     desc = library.last("plan_create")
     assert (desc.max_num_reqs, desc.max_total_q, desc.max_kv_len) == (2, 64, 64)
-    compactattn.forward(*step(), settings=settings(), max_kv_len=50)
-    assert library.last("plan_create").max_kv_len == 50
+    # A word for each step's length would be a plan, and a workspace, for each.
+    for length in (17, 32, 25):
+        compactattn.forward(*step(), settings=settings(), max_kv_len=length)
+        assert library.last("plan_create").max_kv_len == 32
+    assert (library.count("plan_create"), len(torch.made)) == (2, 4 + 2)
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(compactattn.InvalidArgument, match="E_VALUE: max_kv_len"):
+            compactattn.forward(*step(), settings=settings(), max_kv_len=wrong)
 
 
 def test_without_torch_the_caller_names_stream_and_memory(library: Library, no_torch: None) -> None:
@@ -250,6 +274,24 @@ def test_stages_write_beside_the_batch(library: Library, torch: Torch) -> None:
     compactattn.attend(made, batch, rows, TorchTensor(SHAPES["q"], "bfloat16"))
     args = library.last("attend")[1]._obj
     assert args.stream == 0x51 and args.workspace in {made.address for made in torch.made}
+
+
+def test_what_stages_make_for_a_given_stream_is_made_on_it(
+    library: Library, torch: Torch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = compactattn.Batch.of(*step())
+    made, lists = compactattn.plan_for(batch, settings=settings()), compactattn.Lists(Lists(), 8)
+    compactattn.BlockMeans(made, values=True).update(batch, stream=0x99)
+    assert library.last("summaries_update")[2]._obj.stream == 0x99
+    # Block means of one call alone are made for it too.
+    monkeypatch.setattr(stages, "READS_MEANS", {"dense"})
+    selection = compactattn.select(made, batch, stream=0x99)
+    compactattn.union(made, batch, selection, stream=0x99)
+    for stage in (compactattn.table, compactattn.export_padded, compactattn.export_csr):
+        stage(made, batch, lists, stream=0x99)
+    assert len(torch.made) >= 3 + 3 + 1 + 3 * 3
+    assert {tensor.made_on for tensor in torch.made} == {0x99}
+    assert torch.handle == 0x51
 
 
 def Lists() -> TorchTensor:  # noqa: N802

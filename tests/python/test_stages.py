@@ -139,6 +139,28 @@ def test_tables_is_the_short_way_to_both_forms() -> None:
     assert np.diff(np.asarray(csr.indptr)).tolist() == padded.counts.tolist()
 
 
+def test_tables_select_by_the_same_numbers_as_forward() -> None:
+    case, settings = Case(LENS, seed=13), sparse(heads_per_list=0, keep="mass", keep_value=0.5, min_density=0.0)
+    inputs = case.inputs()
+    rng = np.random.default_rng(5)
+    codes = [rng.integers(0, 0x40, case.k.shape, np.uint8) | (rng.integers(0, 2, case.k.shape, np.uint8) << 7)] * 2
+    narrow = (inputs[0], *(compactattn.e4m3(one) for one in codes), *inputs[3:])
+
+    def pages(tensors: Any, **numbers: Any) -> list[Any]:
+        return np.asarray(compactattn.tables(*tensors, settings=settings, **numbers).pages).tolist()
+
+    batch = compactattn.Batch.of(*inputs)
+    plan = compactattn.plan_for(batch, settings=settings, sm_scale=1.0, max_kv_len=400)
+    lists = compactattn.union(plan, batch, compactattn.select(plan, batch))
+    wanted = np.asarray(compactattn.export_padded(plan, batch, lists).pages).tolist()
+    assert pages(inputs, sm_scale=1.0, max_kv_len=400) == wanted != pages(inputs)
+    # A scale of keys is one of the product; one of values moves no table.
+    ones, eights = np.ones(1, np.float32), np.full(1, 8, np.float32)
+    assert pages(narrow, k_scale=eights, v_scale=ones) == pages(narrow, sm_scale=1.0) != pages(narrow)
+    with pytest.raises(compactattn.InvalidArgument, match="max_kv_len"):
+        pages(inputs, max_kv_len=0)
+
+
 @pytest.mark.parametrize("seals", [True, False])
 def test_means_kept_while_pages_get_other_data_are_stale_without_seals_only(seals: bool) -> None:
     old, new = Case(LENS, seed=10), Case(LENS, seed=11)

@@ -188,7 +188,7 @@ def test_fields_come_from_preset_file_and_config_in_that_order(tmp_path: Path) -
         {"COMPACTATTN_CONFIG": str(path)},
     )
     assert (found.settings.keep, found.settings.keep_value, found.settings.block_size) == ("density", 0.2, 32)
-    assert (found.layers[3].max_density, found.layers[3].block_size) == (0.5, 64)
+    assert (found.layers[3].max_density, found.layers[3].block_size) == (0.5, 32)
     assert found.policy == Policy(min_chunk_tokens=256, min_kv_tokens=100)
     assert [found.keeps_dense(layer, 4) for layer in range(4)] == [True, False, False, True]
     by_key = Options.read({"compactattn": {"config": str(path)}}, {})

@@ -6,15 +6,20 @@ behind the same code.
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from compactattn.sglang import counters, facts
+from compactattn.serving import service
+from compactattn.serving.report import REPORT
+from compactattn.sglang import counters, facts, split
 from compactattn.sglang.backend import CompactAttentionBackend
 from sglang.srt.layers.attention import flashattention_backend
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 HEADS, KV_HEADS, DIM, PAGE, PAGES = 4, 2, 64, 16, 400
@@ -44,7 +49,7 @@ class Pool:
 class Engine:
     """The backend as the engine makes it, but for its constructor, which wants a GPU."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, asked: str = '"min_kv_tokens": 500') -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, asked: str = '"min_kv_tokens": 500', model: Any = None) -> None:
         monkeypatch.delenv("COMPACTATTN_MODE", raising=False)
         monkeypatch.setenv(facts.VARIABLE, LONG % asked)
         monkeypatch.setattr(facts, "_options", None)
@@ -59,8 +64,8 @@ class Engine:
         slots = (pages[:, :, None] * PAGE + torch.arange(PAGE, dtype=torch.int32)).flatten(1)
         self.slots = torch.cat([torch.zeros_like(slots[:1]), slots])
         req_to_token = SimpleNamespace(req_to_token=self.slots, size=4)
-        model = SimpleNamespace(context_len=1440, num_hidden_layers=2)
-        runner = SimpleNamespace(page_size=PAGE, dtype=torch.float32, device="cpu", model_config=model)
+        config = SimpleNamespace(context_len=1440, num_hidden_layers=2)
+        runner = SimpleNamespace(page_size=PAGE, dtype=torch.float32, device="cpu", model_config=config, model=model)
         runner.token_to_kv_pool, runner.req_to_token_pool = self.pool, req_to_token
         backend = CompactAttentionBackend.__new__(CompactAttentionBackend)
         # What the constructor of either version sets and prefill without extras reads.
@@ -210,6 +215,64 @@ def test_a_layer_that_is_not_offered_is_the_engines(monkeypatch: pytest.MonkeyPa
     engine = Engine(monkeypatch)
     engine.step([(100, 1100)], **layer)
     assert engine.engine_rows == [(100, 1100)]
+
+
+@pytest.mark.parametrize("strict", ["false", "true"])
+def test_a_layer_that_is_not_offered_is_a_fallback_once(monkeypatch: pytest.MonkeyPatch, strict: str) -> None:
+    engine = Engine(monkeypatch, f'"min_kv_tokens": 500, "strict": {strict}')
+    before = counters()["fallbacks"].get("layer: logits softcap", 0)
+    if strict == "true":
+        with pytest.raises(RuntimeError, match="strict: layer: logits softcap"):
+            engine.step([(100, 1100)], logit_cap=30.0)
+    for _ in range(3):
+        engine.step([(100, 1100)], logit_cap=30.0)
+    assert counters()["fallbacks"]["layer: logits softcap"] - before == 1
+
+
+def model(**changes: Any) -> Any:
+    """A loaded model of two layers; the changes are of the second."""
+    layers = [RadixAttention(HEADS, DIM, DIM**-0.5, KV_HEADS, layer_id=number) for number in range(2)]
+    layers[1].__dict__.update(changes)
+    return torch.nn.ModuleList(layers)
+
+
+def test_a_loaded_models_layers_are_looked_at_before_it_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(split, "reserve", lambda shape, options, page_size: made.append((shape, page_size)))
+    backend = Engine(monkeypatch, '"min_kv_tokens": 500, "dense_layers": [7]', model=model()).backend
+    (served,) = set(backend._bound.values())
+    assert set(made) == {(served.shape, PAGE)}
+    assert "layers [7]; the model has 2" in caplog.text
+    before = dict(backend._bound)
+    assert backend._bind(radix_layer(layer_id=1)) is served
+    assert backend._bound == before
+
+
+def test_strict_is_an_error_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="strict: layer: logits softcap"):
+        Engine(monkeypatch, '"min_kv_tokens": 500, "strict": true', model=model(logit_cap=30.0))
+
+
+def test_one_layers_settings_that_are_not_offered_leave_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    supports = service.Plan.supports
+
+    def refused(desc: Any, on: Any = None) -> Any:
+        return "E_UNSUPPORTED: not here" if on and desc.settings.block_size == 64 else supports(desc, on)
+
+    monkeypatch.setattr(service.Plan, "supports", staticmethod(refused))
+    asked = '"min_kv_tokens": 501, "layers": {"1": {"block_size": 64}}'
+    backend = Engine(monkeypatch, asked, model=model()).backend
+    assert [found is None for found in backend._bound.values()] == [False, True]
+
+
+def test_a_step_is_in_the_counters_file_when_it_is_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine = Engine(monkeypatch, f'"min_kv_tokens": 500, "counters_file": "{tmp_path / "c.json"}"')
+    monkeypatch.setattr(REPORT, "_written", 0.0)
+    before = counters()["our_tokens"]
+    engine.step([(100, 1100)])
+    assert json.loads((tmp_path / "c.json").read_text())["our_tokens"] - before == 100
 
 
 def test_layers_named_dense_are_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:

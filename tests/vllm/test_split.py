@@ -5,14 +5,22 @@ Runs on the CPU, where the library's CPU backend stands behind the same code.
 
 from __future__ import annotations
 
+import json
+import logging
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from compactattn.serving.report import REPORT
 from compactattn.vllm import counters, current, split
-from compactattn.vllm.backend import CompactAttentionBackend, CompactAttentionImpl
+from compactattn.vllm.backend import (
+    CompactAttentionBackend,
+    CompactAttentionImpl,
+    CompactAttentionMetadataBuilder,
+)
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -21,6 +29,9 @@ HEADS, KV_HEADS, DIM, PAGE, PAGES = 4, 2, 64, 16, 400
 NAME = "model.layers.1.self_attn.attn"
 KEEP_ALL = {"keep_density": 1.0, "min_density": 1.0, "max_density": 1.0, "dense_below_kv_len": 0}
 LONG = KEEP_ALL | {"min_chunk_tokens": 64, "min_kv_tokens": 500}
+
+# Enough for any step; who reads it says so.
+TABLE = torch.zeros(64, 78, dtype=torch.int32)
 
 # 1200 keys at most, a rounding each in either sum, of averages of numbers below 5.
 TOLERANCE = 2 * 5 * 1200 * 2**-24
@@ -45,8 +56,7 @@ class Layer:
         self.impl.forward(None, torch.zeros(1, HEADS, DIM), None, None, torch.zeros(0), None, torch.zeros(1))
         config.compilation_config.static_forward_context = {NAME: SimpleNamespace(impl=self.impl)}
         spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=torch.float32)
-        builder = CompactAttentionBackend.get_builder_cls()
-        self.builder = builder(spec, [NAME], config, torch.device("cpu"))
+        self.builder = CompactAttentionMetadataBuilder(spec, [NAME], config, torch.device("cpu"))
         self.cache = torch.randn(PAGES, PAGE, KV_HEADS, 2 * DIM, generator=seeded(1)).transpose(1, 2)
         one = torch.ones(1)
         self.layer = SimpleNamespace(_q_scale=one, _k_scale=one, _v_scale=one)
@@ -198,6 +208,71 @@ def test_an_fp8_cache_is_read_with_the_layers_scales(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(out, wanted, rtol=0, atol=TOLERANCE)
 
 
+def test_on_a_gpu_room_is_made_for_requests_that_can_be_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(current, "_latest", None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    found = []
+    for on_cpu in (True, False):
+        monkeypatch.setattr(current, "_on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        found.append(current.limits(vllm_config(LONG)).max_num_reqs)
+    # 512 tokens, chunks of 64 of them; on a CPU all of the step is the library's.
+    assert found == [16, 8]
+
+
+def test_a_part_that_is_ours_has_no_more_requests_than_room_is_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer(monkeypatch, LONG)
+    most = layer.builder._policy.most_of_ours(512)
+    full = [(64, 600, True)] * most
+    between = [
+        *[(1, 600, False)] * 20,
+        *[(80, 700, True)] * 3,
+        (1, 600, False),
+        (20, 600, True),
+        *[(64, 700, True)] * 3,
+    ]
+    for requests in (full, between):
+        pieces = layer.builder.build(0, common_metadata(requests, block_table_tensor=TABLE)).compact_pieces
+        assert max(len(piece.metadata.seq_lens) for piece in pieces if piece.part.ours) <= most
+
+
+def test_a_step_is_in_the_counters_file_when_it_is_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    layer = Layer(monkeypatch, LONG | {"counters_file": str(tmp_path / "c.json")})
+    monkeypatch.setattr(REPORT, "_written", 0.0)
+    before = counters()["our_tokens"]
+    layer.builder.build(0, common_metadata(MIXED))
+    assert json.loads((tmp_path / "c.json").read_text())["our_tokens"] - before == 160
+
+
+def test_layers_that_the_model_has_not_are_told_and_others_are_served(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer = Layer(monkeypatch, LONG | {"dense_layers": [3]})
+    assert layer.impl._service is not None
+    assert "layers [3]; the model has 3" in caplog.text
+
+
+def test_a_wrong_setting_stops_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="max_density"):
+        Layer(monkeypatch, LONG | {"layers": {"2": {"max_density": 3}}})
+
+
+def test_in_mode_dense_by_option_the_engines_own_classes_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("COMPACTATTN_MODE", raising=False)
+    monkeypatch.setattr(REPORT, "_said", set())
+    caplog.set_level(logging.INFO, "vllm.compactattn")
+    monkeypatch.setattr(current, "_latest", None)
+    ours, own = CompactAttentionBackend, flash_attn.FlashAttentionBackend
+    # Two engines of one process, one after the other; each knows its own configuration.
+    for mode in ("dense", "compactattn", "dense"):
+        monkeypatch.setattr(current, "config", lambda mode=mode: vllm_config({"mode": mode}))
+        assert (ours.get_impl_cls() is own.get_impl_cls()) == (mode == "dense")
+        monkeypatch.setattr(current, "config", lambda: None)
+        assert (ours.get_builder_cls() is own.get_builder_cls()) == (mode == "dense")
+    assert "mode dense, all by the engine's own backend" in caplog.text
+
+
 def test_the_mixins_stand_before_the_engines_classes() -> None:
     assert CompactAttentionImpl.__mro__[1] is split.SplitImpl
 
@@ -214,7 +289,9 @@ def plain(q: Any, keys: Any, values: Any, pages: Any, kv_len: int) -> Any:
 def common_metadata(requests: list[tuple[int, int, bool]], **changes: Any) -> Any:
     q_lens, kv_lens, prefilling = (torch.tensor(column) for column in zip(*requests, strict=True))
     starts = torch.cat([torch.zeros(1), q_lens.cumsum(0)]).int()
-    pages = torch.randperm(PAGES - 1, generator=seeded(3))[: len(requests) * 78].view(len(requests), 78)
+    pages = changes.pop("block_table_tensor", None)
+    if pages is None:
+        pages = torch.randperm(PAGES - 1, generator=seeded(3))[: len(requests) * 78].view(len(requests), 78)
     fields = {
         "query_start_loc": starts,
         "query_start_loc_cpu": starts,

@@ -25,6 +25,10 @@ class Policy:
             return SHORT_CHUNK
         return SHORT_CONTEXT if kv_len < self.min_kv_tokens else None
 
+    def most_of_ours(self, num_tokens: int) -> int:
+        """How many requests of a step of so many query tokens can be ours; a part that is ours holds no others."""
+        return max(1, num_tokens // max(2, self.min_chunk_tokens))
+
 
 @dataclass(frozen=True)
 class Part:

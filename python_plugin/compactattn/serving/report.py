@@ -36,6 +36,12 @@ class Report:
             self._said.add(line)
             LOG.info("%s", line)
 
+    def warn(self, line: str) -> None:
+        """What an operator should know though all is served as asked; said once."""
+        if line not in self._said:
+            self._said.add(line)
+            LOG.warning("compactattn: %s", line)
+
     def fallback(self, reason: str) -> None:
         """A step or layer that could have been ours; RuntimeError if the operator wants none."""
         self.fallbacks[reason] += 1

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from .. import context
+from .. import context, workspace
 from ..batch import Batch
 from ..errors import CompactAttnError
 from ..plan import Plan, PlanDesc
 from ..settings import Settings
 from ..tensors import none, view
-from ..workspace import Borrowed
+from ..workspace import Borrowed, Scratch
 from .policy import PAGE_SIZES
 from .report import REPORT
 from .settings import Options
@@ -40,10 +40,10 @@ class Shape:
     # Under the engine's batch invariance 1: results then depend on no neighbour, by no bit.
     num_splits: int = 0
 
-    def desc(self, page_size: int, options: Options) -> PlanDesc:
+    def desc(self, page_size: int, settings: Settings) -> PlanDesc:
         """The plan's description for pages of this size."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "device"}
-        return PlanDesc(**fields, page_size=page_size, settings=options.settings)
+        return PlanDesc(**fields, page_size=page_size, settings=settings)
 
 
 class Service:
@@ -53,8 +53,11 @@ class Service:
         self.shape, self.page_size = shape, page_size
         # As the library wants them, for layers that differ from the plan's.
         self._own = {layer: ctypes.pointer(settings.to_c()) for layer, settings in options.layers.items()}
-        self._plan = Plan(shape.desc(page_size, options), context.of(shape.device))
-        reserve(shape, options, page_size)
+        self._plan = Plan(shape.desc(page_size, options.settings), context.of(shape.device))
+        # Any layer's settings: a call is made once for all of them.
+        self._num_bytes = _workspace_bytes(shape, page_size, options)
+        if reserve(shape, options, page_size):
+            REPORT.warn("workspace made after the engine had measured its memory, which did not count it")
         REPORT.selected.append(self._selected)
 
     def attend(self, query: Any, kv: tuple[Any, Any], part: Any, out: Any, settings: Settings | None) -> None:
@@ -65,8 +68,9 @@ class Service:
     def call(self, query: Any, kv: tuple[Any, Any], part: Any, out: Any) -> Call:
         """The same, made to be repeated for other layers of this step by :meth:`Call.run`."""
         batch = Batch.of(query, *kv, part.block_table, part.seq_lens, part.query_start_loc)
-        args = self._plan.arguments(batch, out, scratch=_workspaces.get(self.shape.device))
-        return Call(self._plan, batch, args, (_layout(query), _layout(out)))
+        memory = _workspaces.get(self.shape.device) or workspace.of_thread(self._num_bytes)
+        args = self._plan.arguments(batch, out, scratch=memory)
+        return Call(self._plan, batch, memory, args, (_layout(query), _layout(out)))
 
     def own(self, layer: int) -> Any:
         """Pointer to what the layer uses instead of the plan's settings; None = nothing."""
@@ -81,12 +85,14 @@ class Service:
 class Call:
     """One step's requests as the library wants them: from layer to layer only addresses change.
 
-    What it points to is the engine's, which holds it for as long as the step runs.
+    What else it points to is the engine's, which holds it for as long as the step runs.
     """
 
     _plan: Plan
     # Keeps lengths, tables and the struct alive.
     _batch: Batch
+    # Held, for another call that needs more makes this thread let go of it.
+    _memory: Scratch
     _args: Any
     _layouts: tuple[Any, Any]
 
@@ -113,38 +119,36 @@ def seen(kv: tuple[Any, ...], scales: tuple[Any, ...] = ()) -> tuple[Any, ...]:
     return view("k_cache", kv[0]).tensor, view("v_cache", kv[1]).tensor, *(found or (none(), none()))
 
 
-def refusal(shape: Shape, page_size: int, options: Options) -> str | None:
-    """Why the library cannot serve such layers: its own words; None = it can."""
+def refusal(shape: Shape, page_size: int, options: Options, layer: int | None = None) -> str | None:
+    """Why the library cannot serve the layer (None: those without settings of their own): its own words; None = it can.
+
+    ValueError for what no library could: a mistake, and the engine is not to start.
+    """
     if page_size not in PAGE_SIZES:
         return f"page size {page_size}: wanted one of {PAGE_SIZES}"
-    every = (options.settings, *options.layers.values())
-    descs = [replace(shape.desc(page_size, options), settings=settings) for settings in every]
-    try:
-        on = context.of(shape.device)
-    except CompactAttnError as error:
-        # No kernels in this build, or none for this GPU: dense by the engine, and said so.
-        return str(error)
-    return next((text for text in (Plan.supports(desc, on) for desc in descs) if text), None)
+    # The plan is made with the general ones.
+    needed = [options.settings] if layer is None else [options.settings, options.of_layer(layer)]
+    return next((text for text in (_refused(shape, page_size, one) for one in needed) if text), None)
 
 
-def reserve(shape: Shape, options: Options, page_size: int | None = None) -> None:
-    """Makes the workspace of the largest step, within the engine's profiling run so that its profiler counts it.
+def reserve(shape: Shape, options: Options, page_size: int | None = None) -> bool:
+    """Makes the workspace of the largest step, while the engine measures its memory; whether there was none so large.
 
-    The page size is not settled by then, so without one that of the hungriest is reserved. Called again it keeps what
-    is large enough. One workspace serves all layers, as they follow each other on one stream.
+    In vLLM that is the profiling run, where the page size is not settled: without one that of the hungriest is
+    reserved. One workspace serves all layers of a process: they follow each other on the engine's one stream, launched
+    by its one thread.
     """
     if shape.device == "cpu":
-        return
+        return False
     needed = max(_workspace_bytes(shape, size, options) for size in ((page_size,) if page_size else PAGE_SIZES))
     held = _workspaces.get(shape.device)
     if held is not None and held.num_bytes >= needed:
-        return
-    if page_size is not None:
-        REPORT.fallback("workspace made after the profiling run, which did not count it")
+        return False
     import torch
 
     words = torch.empty(-(-needed // 4), dtype=torch.int32, device=shape.device)
     _workspaces[shape.device] = Borrowed(words)
+    return True
 
 
 def kv_views(kv_cache: Any, head_dim: int, kv_axis: int | None = None) -> tuple[Any, Any]:
@@ -198,15 +202,32 @@ def _canonical(cache: Any) -> Any:
 
 
 @cache
-def _sizes(desc: PlanDesc, device: str) -> int:
-    found: int = Plan(desc, context.of(device)).sizes().workspace_bytes
+def _refused(shape: Shape, page_size: int, settings: Settings) -> str | None:
+    try:
+        on = context.of(shape.device)
+    except CompactAttnError as error:
+        # No kernels in this build, or none for this GPU: dense by the engine, and said so.
+        return str(error)
+    text = Plan.supports(shape.desc(page_size, settings), on)
+    if text and not text.startswith(_NOT_OFFERED):
+        raise ValueError(f"compactattn: {text}")
+    return text
+
+
+@cache
+def _sizes(shape: Shape, page_size: int, settings: Settings) -> int:
+    found: int = Plan(shape.desc(page_size, settings), context.of(shape.device)).sizes().workspace_bytes
     return found
 
 
 def _workspace_bytes(shape: Shape, page_size: int, options: Options) -> int:
+    """For any layer that is served."""
     every = (options.settings, *options.layers.values())
-    descs = [replace(shape.desc(page_size, options), settings=settings) for settings in every]
-    return max(_sizes(desc, shape.device) for desc in descs)
+    return max((_sizes(shape, page_size, one) for one in every if not _refused(shape, page_size, one)), default=0)
 
 
+# What the library says of shapes, builds and GPUs that it has no kernels for; all else is somebody's mistake.
+_NOT_OFFERED = ("E_UNSUPPORTED", "E_NOT_BUILT", "E_ARCH")
+
+# By device, of an engine's one stream and one thread: what two threads launched could alternate on it (see Plan).
 _workspaces: dict[str, Borrowed] = {}

@@ -52,6 +52,14 @@ def of_runner(runner: Any, chosen: Options) -> dict[str, Any]:
     }
 
 
+def layers_of(runner: Any) -> list[Any]:
+    """The attention layers of the runner's model, which the engine loads before it makes backends; [] = not loaded."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    model = getattr(runner, "model", None)
+    return [] if model is None else [layer for layer in model.modules() if isinstance(layer, RadixAttention)]
+
+
 def shape_of(runner: Any, layer: Any, policy: Policy) -> Shape:
     """What the library must know of a layer (the engine's RadixAttention), and the engine's largest step."""
     tokens = max_step_tokens(runner)
@@ -62,8 +70,7 @@ def shape_of(runner: Any, layer: Any, policy: Policy) -> Shape:
         sm_scale=float(layer.scaling),
         dtype={"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[str(runner.dtype).removeprefix("torch.")],
         device=_device(runner),
-        # Each of ours has min_chunk_tokens query tokens at least.
-        max_num_reqs=max(1, tokens // max(1, policy.min_chunk_tokens)),
+        max_num_reqs=policy.most_of_ours(tokens),
         max_total_q=tokens,
         max_kv_len=runner.model_config.context_len,
         num_splits=1 if getattr(server_args(), "enable_deterministic_inference", False) else 0,
@@ -89,11 +96,9 @@ def server_args() -> Any:
 
 def start_line(chosen: Options, runner: Any) -> str:
     """What an operator needs to know which path runs."""
-    settings, policy = chosen.settings, chosen.policy
     return (
-        f"compactattn {version()}: mode {chosen.mode}, page size {runner.page_size}; chunks of >= "
-        f"{policy.min_chunk_tokens} tokens over >= {policy.min_kv_tokens} KV tokens by {settings.selector}, keep "
-        f"{settings.keep} {settings.keep_value:g}; all else by the engine's own backend"
+        f"compactattn {version()}: mode {chosen.mode}, page size {runner.page_size}; {chosen.words(chosen.policy)}; "
+        "all else by the engine's own backend"
     )
 
 

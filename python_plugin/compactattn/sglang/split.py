@@ -12,7 +12,7 @@ from typing import Any
 from ..serving import policy as shared
 from ..serving.policy import Part, Policy
 from ..serving.report import REPORT
-from ..serving.service import Service, refusal
+from ..serving.service import Service, Shape, refusal, reserve
 from ..serving.settings import Options
 from . import facts, policy
 
@@ -49,16 +49,27 @@ class SplitBackend:
     _split: Split | None = None
 
     def serve(self, runner: Any, chosen: Options) -> None:
-        """Told once, after construction; without it everything is the engine's."""
+        """Told once, after construction; without it everything is the engine's.
+
+        Layers of a model that is loaded are looked at now: refusals are said, and the workspace made, before it serves.
+        """
         self._runner, self._options = runner, chosen
-        self._services: dict[Any, Service | None] = {}
+        self._services: dict[Shape, Service] = {}
+        self._bound: dict[Any, Service | None] = {}
+        self._refused: set[tuple[int, str]] = set()
         self._max_tokens = facts.max_step_tokens(runner)
+        unknown = chosen.unknown_layers(runner.model_config.num_hidden_layers)
+        if unknown:
+            REPORT.warn(unknown)
+        for layer in facts.layers_of(runner):
+            self._bind(layer, at_start=True)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """The engine's, and the split of this step."""
         super().init_forward_metadata(forward_batch)  # type: ignore[misc]
-        REPORT.write()
         self._split = self._split_of(forward_batch)
+        # This step counted: behind the last one of a burst there may come no other for long.
+        REPORT.write()
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
         """The engine's: what a graph holds is its work alone."""
@@ -124,23 +135,38 @@ class SplitBackend:
         if unknown:
             REPORT.fallback(f"layer called with {', '.join(unknown)}")
             return None
+        return self._bind(layer)
+
+    def _bind(self, layer: Any, *, at_start: bool = False) -> Service | None:
+        """Who serves the layer, in any step; None = the engine."""
         if self._options.keeps_dense(layer.layer_id, self._runner.model_config.num_hidden_layers):
             return None
         refused = policy.layer_refusal(layer)
         if refused:
-            REPORT.fallback(f"layer: {refused}")
+            self._refuse(layer, refused)
             return None
-        return self._plan(layer)
+        key = (layer.layer_id, layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim, layer.scaling)
+        if key not in self._bound:
+            self._bound[key] = self._plan(layer, at_start)
+        return self._bound[key]
 
-    def _plan(self, layer: Any) -> Service | None:
-        key = (layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim, layer.scaling)
-        if key not in self._services:
-            shape = facts.shape_of(self._runner, layer, self._options.policy)
-            refused = refusal(shape, self._runner.page_size, self._options)
-            if refused:
-                REPORT.fallback(f"layer: {refused}")
-            self._services[key] = None if refused else Service(shape, self._runner.page_size, self._options)
-        return self._services[key]
+    def _plan(self, layer: Any, at_start: bool) -> Service | None:
+        shape, page_size = facts.shape_of(self._runner, layer, self._options.policy), self._runner.page_size
+        refused = refusal(shape, page_size, self._options, layer.layer_id)
+        if refused:
+            self._refuse(layer, refused)
+            return None
+        if at_start:
+            reserve(shape, self._options, page_size)
+        if shape not in self._services:
+            self._services[shape] = Service(shape, page_size, self._options)
+        return self._services[shape]
+
+    def _refuse(self, layer: Any, reason: str) -> None:
+        """Counts a layer that is the engine's, once and not at every step."""
+        if (layer.layer_id, reason) not in self._refused:
+            self._refused.add((layer.layer_id, reason))
+            REPORT.fallback(f"layer: {reason}")
 
     def _split_of(self, forward_batch: Any) -> Split | None:
         step, metadata = policy.step_of(forward_batch), self.forward_metadata

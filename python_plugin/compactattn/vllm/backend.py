@@ -11,6 +11,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from ..serving import hooks, policy
+from ..serving.report import REPORT
 from ..serving.service import kv_axis_of
 from . import current
 from .split import BACKEND_HOOKS, BUILDER_HOOKS, IMPL_HOOKS, SplitBuilder, SplitImpl
@@ -49,14 +50,17 @@ class CompactAttentionBackend(FlashAttentionBackend):  # type: ignore[misc]
         return "CUSTOM"
 
     @staticmethod
-    def get_impl_cls() -> type[CompactAttentionImpl]:
-        """Of each layer."""
-        return CompactAttentionImpl
+    def get_impl_cls() -> Any:
+        """Of each layer; in mode dense, whoever asked for it, the engine's own."""
+        return FlashAttentionBackend.get_impl_cls() if current.is_dense() else CompactAttentionImpl
 
     @staticmethod
-    def get_builder_cls() -> type[CompactAttentionMetadataBuilder]:
-        """Of each KV group."""
-        return CompactAttentionMetadataBuilder
+    def get_builder_cls() -> Any:
+        """Of each KV group; as the layers'."""
+        if not current.is_dense():
+            return CompactAttentionMetadataBuilder
+        REPORT.start(current.dense_line())
+        return FlashAttentionBackend.get_builder_cls()
 
     @staticmethod
     def get_supported_kernel_block_sizes(*args: Any, **kwargs: Any) -> list[Any]:
@@ -73,12 +77,13 @@ class CompactAttentionBackend(FlashAttentionBackend):  # type: ignore[misc]
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         """Reasons against this model, machine and configuration, for the engine to print at start."""
-        found: list[str] = list(super().validate_configuration(*args, **kwargs))
         vllm_config = current.config()
+        # Read first, as what the engine asks of this class for its own reasons differs by mode.
         try:
             options = current.options(vllm_config)
         except ValueError as error:
-            return [*found, str(error)]
+            return [str(error)]
+        found: list[str] = list(super().validate_configuration(*args, **kwargs))
         if options.is_dense:
             return found
         own = {"needs_means": options.needs_means, "build": current.build()}

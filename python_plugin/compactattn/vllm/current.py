@@ -17,6 +17,7 @@ class Limits:
     """The largest step of the engine, and where it runs."""
 
     device: str
+    # That one call of the library is given at most.
     max_num_reqs: int
     max_total_q: int
     max_kv_len: int
@@ -48,20 +49,34 @@ def known_dense() -> bool:
     return _latest is not None and _latest[1].is_dense
 
 
+def is_dense() -> bool:
+    """Whether the options of the engine at hand say dense: outside of its configuration, those read last."""
+    vllm_config = config()
+    return known_dense() if vllm_config is None else options(vllm_config).is_dense
+
+
 def limits(vllm_config: Any) -> Limits:
     """From the engine's configuration."""
     import torch
     import vllm.envs as envs
 
     scheduler, model, on_cpu = vllm_config.scheduler_config, vllm_config.model_config, _on_cpu()
+    tokens, reqs = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+    # On a CPU the library serves the rest of a step as well, and then a step may have all of its requests.
+    ours = reqs if on_cpu else min(reqs, options(vllm_config).policy.most_of_ours(tokens))
     return Limits(
         device="cpu" if on_cpu else f"cuda:{torch.cuda.current_device()}",
-        max_num_reqs=scheduler.max_num_seqs,
-        max_total_q=scheduler.max_num_batched_tokens,
+        max_num_reqs=ours,
+        max_total_q=tokens,
         max_kv_len=model.max_model_len,
-        num_layers=model.get_total_num_hidden_layers(),
+        num_layers=num_layers(vllm_config),
         num_splits=1 if on_cpu or envs.VLLM_BATCH_INVARIANT else 0,
     )
+
+
+def num_layers(vllm_config: Any) -> int:
+    """Of the whole model, whatever share of them is this rank's."""
+    return int(vllm_config.model_config.get_total_num_hidden_layers())
 
 
 def build() -> str:
@@ -127,16 +142,19 @@ def dtype_name(dtype: Any) -> str:
 def start_line(chosen: Options, policy: Policy, layers: str, spec: Any) -> str:
     """What an operator needs to know which path runs."""
     if chosen.is_dense:
-        return f"compactattn {version()}: mode dense, all by the engine's own backend"
-    settings, device = chosen.settings, _device_name()
+        return dense_line()
+    device = _device_name()
     # On a CPU the library serves the rest as well, densely.
     rest = "dense" if device == "cpu" else "by the engine's own backend"
     return (
-        f"compactattn {version()}: mode {chosen.mode}, {layers} layers on {device}, page size "
-        f"{spec.block_size}; "
-        f"chunks of >= {policy.min_chunk_tokens} tokens over >= {policy.min_kv_tokens} KV tokens by "
-        f"{settings.selector}, keep {settings.keep} {settings.keep_value:g}; all else {rest}"
+        f"compactattn {version()}: mode {chosen.mode}, {layers} layers on {device}, page size {spec.block_size}; "
+        f"{chosen.words(policy)}; all else {rest}"
     )
+
+
+def dense_line() -> str:
+    """The same in mode dense."""
+    return f"compactattn {version()}: mode dense, all by the engine's own backend"
 
 
 def _device_name() -> str:

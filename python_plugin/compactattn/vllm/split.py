@@ -37,6 +37,9 @@ class SplitBuilder:
             options.policy, min_chunk_tokens=max(options.policy.min_chunk_tokens, _longest_decode(vllm_config) + 1)
         )
         context = vllm_config.compilation_config.static_forward_context
+        unknown = options.unknown_layers(current.num_layers(vllm_config))
+        if unknown:
+            REPORT.warn(unknown)
         served = [] if options.is_dense else [n for n in layer_names if context[n].impl.bind(n, kv_cache_spec)]
         self._serves = bool(served)
         if self._serves:
@@ -53,11 +56,12 @@ class SplitBuilder:
         """The engine's metadata; ``compact_pieces`` of it are set where some request is ours."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
         metadata.compact_pieces = None
-        REPORT.write()
         # Most steps are all decode, and leave here; captured graphs and drafts hold the engine's work alone.
         long = common_attn_metadata.max_query_len >= self._policy.min_chunk_tokens
         if self._serves and long and not self._capturing and not fast_build:
             metadata.compact_pieces = self._pieces(metadata, common_attn_metadata, common_prefix_len > 0)
+        # This step counted: behind the last one of a burst there may come no other for long.
+        REPORT.write()
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
@@ -123,7 +127,7 @@ class SplitImpl:
             return False
         # A cache of fp8 is one of bytes, to the engine.
         shape = self._shape(self._dtype if self._is_fp8 else current.dtype_name(spec.dtype))
-        self._off = self._off or refusal(shape, spec.block_size, self._options)
+        self._off = self._off or refusal(shape, spec.block_size, self._options, self._layer)
         if self._off is not None:
             REPORT.fallback(f"layer: {self._off}")
             return False
