@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from compactattn.eval import layers, plot, words
-from compactattn.eval.report import rows
+from compactattn.eval.folder import Folder
+from compactattn.eval.report import BY_PAIRS, rows, write
 from compactattn.eval.statistics import mcnemar, paired_interval
 from compactattn.eval.tasks import SEVERAL, TASKS, Context, make
 from eval_models import Bytes, codec
@@ -160,6 +161,20 @@ def test_a_row_pairs_with_dense_and_names_its_worst_task() -> None:
     row = next(r for r in rows(fewer) if (r.scope, r.method) == ("all tasks", "ours"))
     # Dense is 50 % on all it has, and here stands for what both have.
     assert (row.items, row.accuracy, row.dense_accuracy) == (4, 0.75, 1.0)
+
+
+def test_a_report_says_which_runs_pooled_the_questions(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, {"model": "tiny"})
+    # A line and a run of before: they are read as they stand.
+    answers = [[0, "own", 1.0, True, 1.0, 0.0, 0.0]]
+    line = {"length": 100, "task": "easy", "index": 0, "method": "dense", "density": None, "executed": 0.7}
+    folder.add([line | {"keep_value": 0.9, "seconds": 1.0, "answers": answers}])
+    folder.begin({"command": "compactattn eval"})
+    again = Folder(tmp_path, None)
+    text = write(again, tmp_path / "report")[1].read_text()
+    assert "pooled the questions' own chunks" in text and "| dense | 0.700 |" in text
+    folder.runs[:] = [{"command": "compactattn eval", "density": BY_PAIRS}]
+    assert "pooled" not in write(folder, tmp_path / "report")[1].read_text()
 
 
 def probed(method: str, density: float, error: float) -> dict[str, object]:

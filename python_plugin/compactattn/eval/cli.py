@@ -142,14 +142,16 @@ def _study(asked: argparse.Namespace, device: str) -> Any:
 
 
 def _place(arguments: list[str], device: str) -> dict[str, object]:
-    """What measures: the command, and on what."""
+    """What measures: the command, on what, and what it takes density for."""
     import torch  # type: ignore[import-not-found, unused-ignore]
     import transformers  # type: ignore[import-not-found, unused-ignore]
+
+    from .report import BY_PAIRS
 
     own = [one for i, one in enumerate(arguments) if not {one, *arguments[max(0, i - 1) : i]} & _PLACES]
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"command": shlex.join(["compactattn", "eval", *own]), "device": name, **versions}
+    return {"command": shlex.join(["compactattn", "eval", *own]), "device": name, "density": BY_PAIRS, **versions}
 
 
 def _names(text: str, known: list[str]) -> list[str]:
