@@ -29,12 +29,13 @@ from compactattn.eval import (  # noqa: E402
     protocol,
     report,
 )
+from compactattn.eval.bench import Bench  # noqa: E402
 from compactattn.eval.clock import Clock  # noqa: E402
 from compactattn.eval.engine import Refused  # noqa: E402
 from compactattn.eval.folder import Folder  # noqa: E402
 from compactattn.eval.methods import find_keep_value, methods  # noqa: E402
 from compactattn.eval.prefill import Limits, Work  # noqa: E402
-from compactattn.eval.protocol import Bench, Rows, Run, Study, facts, measure  # noqa: E402
+from compactattn.eval.protocol import Rows, Run, Study, facts, measure  # noqa: E402
 from compactattn.eval.tasks import make  # noqa: E402
 from eval_models import checkpoint, codec, subject  # noqa: E402
 

@@ -76,8 +76,9 @@ def _report(folder: Any, record: Path | None) -> int:
 
 def _rows(asked: argparse.Namespace, study: Any, subject: Any, length: int, folder: Any) -> Any:
     """The methods as they come, then those that are asked for at a density; what their lists miss is probed here."""
+    from .bench import Bench
     from .methods import methods
-    from .protocol import Bench, Rows
+    from .protocol import Rows
 
     table, bench = methods(asked.methods.split(",")), Bench(study, subject, length, folder)
     names = [name for name in _names(asked.methods, list(table)) if name != "dense"]

@@ -7,16 +7,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, islice
 from multiprocessing import get_context
 from typing import Any
 
-from . import layers, prefill, probe, words
+from . import prefill, words
 from .clock import Clock
 from .codec import Codec
 from .folder import FIELDS, Folder, rounded
-from .methods import Method, find_keep_value
+from .methods import Method
 from .model import Subject
 from .pool import PAGE
 from .prefill import NO_ROW, Limits, Result
@@ -135,61 +134,6 @@ def batch(run: Run, rows: list[Method], group: Group, contexts: list[Context]) -
         seconds = time.monotonic() - start
         run.clock.note(group.length, row.name, seconds)
         yield _lines(group, row, result, seconds)
-
-
-class Bench:
-    """Where rows of one length are set to densities, and probed: contexts that are no items, prefilled once."""
-
-    def __init__(self, study: Study, subject: Subject, length: int, folder: Folder) -> None:
-        self._study, self._subject, self._length, self._folder = study, subject, length, folder
-        self._limits = study.limits(length)
-
-    def at_density(self, method: Method, target: float) -> Method | None:
-        """``method`` with the number that gives ``target``; None if refused.
-
-        The number is noted in the folder and found there again.
-        """
-        folder, name = self._folder, f"{method.name}@{target:g}:{self._length}"
-        if {name, method.name} & folder.gaps.keys():
-            return None
-        if name not in folder.keep:
-            try:
-                value, density = self._search(method, target)
-            except NO_ROW as reason:
-                folder.note("gaps", method.name, str(reason))
-                return None
-            if abs(density - target) > 0.1 * target:
-                folder.note("gaps", name, f"{density:.3f} is the nearest density that it comes to")
-                return None
-            folder.note("keep", name, value)
-        return method.at(folder.keep[name], target)
-
-    def look(self, rows: list[Method]) -> None:
-        """Probes what is not probed yet: all rows, and the curves of OURS and FAITHFUL where they are among them."""
-        curves = [one for row in rows if row.name in (layers.OURS, layers.FAITHFUL) for one in probe.rungs(row)]
-        known = {line["method"] for line in self._folder.probes if line["length"] == self._length}
-        for row in [*rows, *curves]:
-            torch_only = self._subject.engine.stands_in(row.settings)
-            if row.name in known or row.name in self._folder.gaps or row.missing or torch_only:
-                continue
-            try:
-                self._folder.add_probes([{"length": self._length} | self._sample.line(row)])
-            except NO_ROW as reason:
-                self._folder.note("gaps", row.name, str(reason))
-
-    def _search(self, method: Method, target: float) -> tuple[float, float]:
-        if method.settings.keep == "density":
-            # The number itself.
-            return target, target
-        return find_keep_value(method, target, lambda value: self._sample.density(method.at(value, target).settings))
-
-    @cached_property
-    def _sample(self) -> probe.Sample:
-        # Of up to four of the study's tasks.
-        some = self._study.tasks[:: -(-len(self._study.tasks) // 4)]
-        codec = self._subject.codec
-        contexts = [make(task, codec, self._length, "apart", self._study.items_of(task)) for task in some]
-        return probe.Sample(self._subject, contexts, self._limits)
 
 
 def facts(study: Study, subject: Subject, dtype: str) -> dict[str, Any]:
