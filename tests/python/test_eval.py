@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from compactattn.eval import layers, plot, words
+from compactattn.eval import cli, layers, plot, words
 from compactattn.eval.folder import Folder
 from compactattn.eval.report import BY_PAIRS, rows, write
 from compactattn.eval.statistics import mcnemar, paired_interval
@@ -175,6 +175,15 @@ def test_a_report_says_which_runs_pooled_the_questions(tmp_path: Path) -> None:
     assert "pooled the questions' own chunks" in text and "| dense | 0.700 |" in text
     folder.runs[:] = [{"command": "compactattn eval", "density": BY_PAIRS}]
     assert "pooled" not in write(folder, tmp_path / "report")[1].read_text()
+
+
+def test_a_report_of_no_study_makes_nothing(tmp_path: Path, capsys: Any) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for path in (tmp_path / "typo", empty):
+        assert cli.main(["--out", str(path), "--report"]) == 2
+        assert f"{path}: wanted the --out of a study" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [empty] and not list(empty.iterdir())
 
 
 def probed(method: str, density: float, error: float) -> dict[str, object]:

@@ -17,17 +17,23 @@ class Folder:
     """A study's records and what was noted beside them; a second run goes on with them."""
 
     def __init__(self, path: Path, facts: Record | None) -> None:
-        """``facts``: None = those it holds. Raises ValueError if it holds records of another model or other rules."""
+        """``facts``: None = those it holds, and nothing is made.
+
+        Raises ValueError if it holds no study though it should, or records of another model or other rules.
+        """
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
         study = path / "study.json"
+        if facts is None and not study.exists():
+            raise ValueError(f"{path}: wanted the --out of a study, it holds no {study.name}")
         if facts is None:
             facts = json.loads(study.read_text())
         elif study.exists() and (old := json.loads(study.read_text())) != json.loads(json.dumps(facts)):
             changed = [name for name in facts if old.get(name) != json.loads(json.dumps(facts[name]))]
             raise ValueError(f"{path} holds another study's records (other {', '.join(changed)}); name another folder")
         self.facts: Record = facts
-        _write(study, facts)
+        if not study.exists():
+            path.mkdir(parents=True, exist_ok=True)
+            _write(study, facts)
         notes = path / "notes.json"
         self._notes: Record = json.loads(notes.read_text()) if notes.exists() else {"keep": {}, "gaps": {}, "runs": []}
         self.lines = self._read("items.jsonl")
