@@ -177,6 +177,30 @@ def test_a_report_says_which_runs_pooled_the_questions(tmp_path: Path) -> None:
     assert "pooled" not in write(folder, tmp_path / "report")[1].read_text()
 
 
+def test_a_torn_line_goes_and_the_others_stay_where_they_are(tmp_path: Path, monkeypatch: Any) -> None:
+    folder, path = Folder(tmp_path, {"model": "tiny"}), tmp_path / "items.jsonl"
+    lines = [{"length": 100, "task": "easy", "index": i, "method": "dense", "answers": []} for i in range(3)]
+    folder.add(lines[:2])
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"length":100,"ta')
+    again = Folder(tmp_path, None)
+    assert again.lines == lines[:2]
+
+    def never(*_: Any) -> None:
+        raise AssertionError("written anew: a kill here would lose every line")
+
+    monkeypatch.setattr(Path, "write_text", never)
+    monkeypatch.setattr(Path, "write_bytes", never)
+    again.add(lines[2:])
+    assert path.read_bytes().startswith(whole)
+    assert Folder(tmp_path, None).lines == lines
+    # The first line of all may be the torn one.
+    with path.open("wb") as file:
+        file.write(b"{")
+    again.add(lines[:1])
+    assert Folder(tmp_path, None).lines == lines[:1]
+
+
 def test_a_report_of_no_study_makes_nothing(tmp_path: Path, capsys: Any) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()

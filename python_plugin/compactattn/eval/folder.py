@@ -104,8 +104,9 @@ class Folder:
 
     def _append(self, name: str, lines: list[Record]) -> None:
         path = self.path / name
-        if path.exists() and not path.read_bytes().endswith(b"\n"):
-            path.write_text("".join(path.read_text().splitlines(True)[:-1]))
+        if path.exists() and not (held := path.read_bytes()).endswith(b"\n"):
+            # What a kill has cut off goes, in place: the lines before it are never written again.
+            os.truncate(path, held.rfind(b"\n") + 1)
         with path.open("a") as file:
             file.write("".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines))
 

@@ -148,7 +148,9 @@ def _due(group: Group, rows: Rows, folder: Folder, clock: Clock) -> list[Method]
     """The rows that the batch has not been through, behind dense: its logits are not kept, it runs again for them."""
 
     def has(row: Method) -> bool:
-        return folder.has(group.length, group.task, group.first, row.name)
+        # A kill may have left some of a batch.
+        indices = range(group.first, group.first + group.count)
+        return all(folder.has(group.length, group.task, index, row.name) for index in indices)
 
     wanted = [
         row
