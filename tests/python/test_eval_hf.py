@@ -240,10 +240,10 @@ def test_who_is_not_served_has_no_row_and_a_reason(tiny: Any, tmp_path: Path) ->
         one(tiny, make("single-noise", tiny.codec, 600, "0:0"), table["attn_gate"])
     folder = Folder(tmp_path, facts(STUDY, tiny, "f32"))
     measure(Run(STUDY, tiny, folder, Clock(0)), {LENGTH: Rows(table["dense"], [table["attn_gate"]], [])})
-    assert "gates" in folder.gaps["attn_gate"]
+    assert "gates" in folder.gaps[f"attn_gate:{LENGTH}"]
     assert {r["method"] for r in folder.records} == {"dense"}
     report.write(folder, tmp_path / "other")
-    assert "`attn_gate`: its gates" in (tmp_path / "other.md").read_text()
+    assert f"`attn_gate:{LENGTH}`: its gates" in (tmp_path / "other.md").read_text()
 
 
 def test_a_row_can_be_another_with_settings_changed() -> None:

@@ -8,7 +8,7 @@ from . import layers, probe
 from .folder import Folder
 from .methods import Method, find_keep_value
 from .model import Subject
-from .prefill import NO_ROW
+from .prefill import FOR_GOOD, NO_ROW
 from .protocol import Study
 from .tasks import make
 
@@ -25,20 +25,21 @@ class Bench:
 
         The number is noted in the folder and found there again.
         """
-        folder, name = self._folder, f"{method.name}@{target:g}:{self._length}"
-        if {name, method.name} & folder.gaps.keys():
+        folder, name = self._folder, f"{method.name}@{target:g}"
+        key = f"{name}:{self._length}"
+        if any(folder.refused(one, self._length) for one in (name, method.name)):
             return None
-        if name not in folder.keep:
+        if key not in folder.keep:
             try:
                 value, density = self._search(method, target)
             except NO_ROW as reason:
-                folder.note("gaps", method.name, str(reason))
+                folder.refuse(name, self._length, reason, isinstance(reason, FOR_GOOD))
                 return None
             if abs(density - target) > 0.1 * target:
-                folder.note("gaps", name, f"{density:.3f} is the nearest density that it comes to")
+                folder.note("gaps", key, f"{density:.3f} is the nearest density that it comes to")
                 return None
-            folder.note("keep", name, value)
-        return method.at(folder.keep[name], target)
+            folder.note("keep", key, value)
+        return method.at(folder.keep[key], target)
 
     def look(self, rows: list[Method]) -> None:
         """Probes what is not probed yet: all rows, and the curves of OURS and FAITHFUL where they are among them."""
@@ -46,12 +47,15 @@ class Bench:
         known = {line["method"] for line in self._folder.probes if line["length"] == self._length}
         for row in [*rows, *curves]:
             torch_only = self._subject.engine.stands_in(row.settings)
-            if row.name in known or row.name in self._folder.gaps or row.missing or torch_only:
+            # A name of its own: a row that cannot be probed may well be run.
+            name = f"probe of {row.name}"
+            if row.name in known or self._folder.refused(name, self._length) or row.missing or torch_only:
                 continue
             try:
                 self._folder.add_probes([{"length": self._length} | self._sample.line(row)])
+                self._folder.leave({f"{name}:{self._length}": None})
             except NO_ROW as reason:
-                self._folder.note("gaps", row.name, str(reason))
+                self._folder.refuse(name, self._length, reason, isinstance(reason, FOR_GOOD))
 
     def _search(self, method: Method, target: float) -> tuple[float, float]:
         if method.settings.keep == "density":

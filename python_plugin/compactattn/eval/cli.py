@@ -22,7 +22,7 @@ _ROWS = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: every row that was asked for is there; 3: some are not, and the report says why; 2: wrong arguments."""
+    """0: every row that was asked for is there, with all its items; 3: not so: the report says why; 2: wrong call."""
     parser = _parser()
     asked = parser.parse_args(arguments)
     try:
@@ -71,7 +71,7 @@ def _report(folder: Any, record: Path | None) -> int:
     paths = report.write(folder, record or folder.path / "report")
     print(paths[1].read_text())
     print(*paths, sep="\n", file=sys.stderr)
-    return 3 if folder.gaps else 0
+    return 3 if folder.absent else 0
 
 
 def _rows(asked: argparse.Namespace, study: Any, subject: Any, length: int, folder: Any) -> Any:

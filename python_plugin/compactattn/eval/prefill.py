@@ -23,6 +23,8 @@ from .tasks import Context, Question
 
 # What takes a method's row away, and not the study; RuntimeError is torch's, for want of memory say.
 NO_ROW = (Refused, InvalidArgument, DeviceError, RuntimeError)
+# Of these, what comes again with every run: memory that ran out, say, is another run's to find.
+FOR_GOOD = (Refused, InvalidArgument)
 
 
 @dataclass(frozen=True)

@@ -173,8 +173,9 @@ def _markdown(table: list[Row], folder: Folder) -> str:
         lines += layers.tables(folder.probes, length)
     if any(row.method.startswith("quoka") for row in table):
         lines += ["On a GPU `quoka` is torch code (eval/quoka.py): the library has it on the CPU alone.", ""]
-    if folder.gaps:
-        lines += ["## Not run", "", *(f"- `{name}`: {reason}" for name, reason in sorted(folder.gaps.items())), ""]
+    if folder.absent:
+        told = (f"- `{name}`: {reason}" for name, reason in sorted(folder.absent.items()))
+        lines += ["## Not run, or not in full", "", *told, ""]
     if folder.runs:
         lines += ["## How", ""]
         if any(run.get("density") != BY_PAIRS for run in folder.runs):
