@@ -10,8 +10,9 @@ from random import Random
 from typing import Any
 
 import pytest
-from compactattn.eval import layers, plot, words
-from compactattn.eval.report import rows
+from compactattn.eval import cli, layers, plot, words
+from compactattn.eval.folder import Folder
+from compactattn.eval.report import BY_PAIRS, rows, write
 from compactattn.eval.statistics import mcnemar, paired_interval
 from compactattn.eval.tasks import SEVERAL, TASKS, Context, make
 from eval_models import Bytes, codec
@@ -160,6 +161,53 @@ def test_a_row_pairs_with_dense_and_names_its_worst_task() -> None:
     row = next(r for r in rows(fewer) if (r.scope, r.method) == ("all tasks", "ours"))
     # Dense is 50 % on all it has, and here stands for what both have.
     assert (row.items, row.accuracy, row.dense_accuracy) == (4, 0.75, 1.0)
+
+
+def test_a_report_says_which_runs_pooled_the_questions(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, {"model": "tiny"})
+    # A line and a run of before: they are read as they stand.
+    answers = [[0, "own", 1.0, True, 1.0, 0.0, 0.0]]
+    line = {"length": 100, "task": "easy", "index": 0, "method": "dense", "density": None, "executed": 0.7}
+    folder.add([line | {"keep_value": 0.9, "seconds": 1.0, "answers": answers}])
+    folder.begin({"command": "compactattn eval"})
+    again = Folder(tmp_path, None)
+    text = write(again, tmp_path / "report")[1].read_text()
+    assert "pooled the questions' own chunks" in text and "| dense | 0.700 |" in text
+    folder.runs[:] = [{"command": "compactattn eval", "density": BY_PAIRS}]
+    assert "pooled" not in write(folder, tmp_path / "report")[1].read_text()
+
+
+def test_a_torn_line_goes_and_the_others_stay_where_they_are(tmp_path: Path, monkeypatch: Any) -> None:
+    folder, path = Folder(tmp_path, {"model": "tiny"}), tmp_path / "items.jsonl"
+    lines = [{"length": 100, "task": "easy", "index": i, "method": "dense", "answers": []} for i in range(3)]
+    folder.add(lines[:2])
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"length":100,"ta')
+    again = Folder(tmp_path, None)
+    assert again.lines == lines[:2]
+
+    def never(*_: Any) -> None:
+        raise AssertionError("written anew: a kill here would lose every line")
+
+    monkeypatch.setattr(Path, "write_text", never)
+    monkeypatch.setattr(Path, "write_bytes", never)
+    again.add(lines[2:])
+    assert path.read_bytes().startswith(whole)
+    assert Folder(tmp_path, None).lines == lines
+    # The first line of all may be the torn one.
+    with path.open("wb") as file:
+        file.write(b"{")
+    again.add(lines[:1])
+    assert Folder(tmp_path, None).lines == lines[:1]
+
+
+def test_a_report_of_no_study_makes_nothing(tmp_path: Path, capsys: Any) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for path in (tmp_path / "typo", empty):
+        assert cli.main(["--out", str(path), "--report"]) == 2
+        assert f"{path}: wanted the --out of a study" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [empty] and not list(empty.iterdir())
 
 
 def probed(method: str, density: float, error: float) -> dict[str, object]:

@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs torch and transformers: make test-hf")
 pytest.importorskip("transformers", reason="needs torch and transformers: make test-hf")
 
+from compactattn._stats import Stats  # noqa: E402
 from compactattn.batch import Batch  # noqa: E402
 from compactattn.eval import (  # noqa: E402
     cli,
@@ -28,12 +29,13 @@ from compactattn.eval import (  # noqa: E402
     protocol,
     report,
 )
+from compactattn.eval.bench import Bench  # noqa: E402
 from compactattn.eval.clock import Clock  # noqa: E402
 from compactattn.eval.engine import Refused  # noqa: E402
 from compactattn.eval.folder import Folder  # noqa: E402
 from compactattn.eval.methods import find_keep_value, methods  # noqa: E402
-from compactattn.eval.prefill import Limits  # noqa: E402
-from compactattn.eval.protocol import Bench, Rows, Run, Study, facts, measure  # noqa: E402
+from compactattn.eval.prefill import Limits, Work  # noqa: E402
+from compactattn.eval.protocol import Rows, Run, Study, facts, measure  # noqa: E402
 from compactattn.eval.tasks import make  # noqa: E402
 from eval_models import checkpoint, codec, subject  # noqa: E402
 
@@ -71,6 +73,42 @@ def test_keeping_everything_is_dense_and_reads_everything(tiny: Any) -> None:
         assert all(outcome.kl < 1e-6 and outcome.flips == 0 for outcome in outcomes)
 
 
+def test_a_question_weighs_by_its_pairs() -> None:
+    # A context of two spans of 1,024 behind 16 blocks of 64, of which .85 is read; a question of 30, of which .35 is.
+    context, question = Work(past_pairs=2048 * 1024.0, other_pairs=2e6), Work(past_pairs=30 * 3072.0, other_pairs=500.0)
+    context.read(Stats(candidates=7, selected=7), Stats(candidates=7 + 320, selected=7 + 272))
+    question.read(Stats(), Stats(candidates=480, selected=168))
+    both = context.plus(question, 1.0)
+    read = 0.85 * 2048 * 1024 + 0.35 * 30 * 3072
+    assert both.density == pytest.approx(read / (2048 * 1024 + 30 * 3072))
+    assert both.executed == pytest.approx((read + 2e6 + 500) / (2048 * 1024 + 30 * 3072 + 2e6 + 500))
+    # What no selection was asked for is read whole.
+    context.read(Stats(), Stats())
+    assert context.density == 1.0
+
+
+def test_every_chunk_is_weighed_by_its_pairs(tiny: Any, monkeypatch: Any) -> None:
+    context, shares, steps = make("multikey-essay", tiny.codec, LENGTH, "0:0", 2), (1.0, 0.9, 0.8, 0.7, 0.6, 0.1), []
+    run = tiny.engine.run
+
+    def stats(_: Any) -> Stats:
+        # As much to choose from in every step, whatever its size.
+        return Stats(candidates=1000 * len(steps), selected=round(1000 * sum(shares[: len(steps)])))
+
+    monkeypatch.setattr(tiny.engine, "stats", stats)
+    monkeypatch.setattr(tiny.engine, "run", lambda step, *told: steps.append(step) or run(step, *told))
+    found = one(tiny, context, changed("default", **FREE)).work
+    chunks = list(zip(range(256, LENGTH, 256), shares[1:5], strict=True))
+    pairs = [(first * min(256, len(context.ids) - first), share) for first, share in chunks]
+    # Half of both questions, as each is a prompt of its own.
+    pairs += [(len(context.ids) // 32 * 32 * len(q.tail) / 2, shares[5]) for q in context.questions]
+    assert found.density == pytest.approx(sum(x * share for x, share in pairs) / sum(x for x, _ in pairs))
+    n, tails = len(context.ids), [len(q.tail) for q in context.questions]
+    every = n * (n + 1) / 2 + sum(tail * n + tail * (tail + 1) / 2 for tail in tails) / 2
+    assert found.past_pairs + found.other_pairs == every
+    assert found.executed == pytest.approx(1 - sum(x * (1 - share) for x, share in pairs) / every)
+
+
 def test_answers_behind_a_shared_prefix_are_those_of_whole_prompts(tiny: Any) -> None:
     contexts = [make("multikey-essay", tiny.codec, LENGTH, f"0:{i}", 1 + i) for i in range(2)]
     dense = prefill.run(tiny, contexts, methods()["dense"], LIMITS)
@@ -95,14 +133,14 @@ def test_neighbours_in_a_step_change_nothing(tiny: Any) -> None:
     sparse = changed("default", keep="density", keep_value=0.2, **FREE)
     together = prefill.run(tiny, contexts, sparse, LIMITS)
     engine, found = tiny.engine, together.logits
-    selected = 0
+    read = 0.0
     for i, context in enumerate(contexts):
         alone = one(tiny, context, sparse)
         own, found = found[: len(alone.logits)], found[len(alone.logits) :]
         assert (own - alone.logits).abs().max() <= 1.5e-4 * own.abs().max()
         assert [o.recall for q in alone.outcomes[0] for o in q] == [o.recall for q in together.outcomes[i] for o in q]
-        selected += alone.work.selected
-    assert together.work.selected == pytest.approx(selected, rel=0.02)
+        read += alone.work.read_pairs
+    assert together.work.read_pairs == pytest.approx(read, rel=0.02)
     # One layer, from the same numbers: three requests in a step, and each by itself.
     engine.reserve(3 * LENGTH + 3 * pool.PAGE)
     torch.manual_seed(0)
@@ -202,10 +240,10 @@ def test_who_is_not_served_has_no_row_and_a_reason(tiny: Any, tmp_path: Path) ->
         one(tiny, make("single-noise", tiny.codec, 600, "0:0"), table["attn_gate"])
     folder = Folder(tmp_path, facts(STUDY, tiny, "f32"))
     measure(Run(STUDY, tiny, folder, Clock(0)), {LENGTH: Rows(table["dense"], [table["attn_gate"]], [])})
-    assert "gates" in folder.gaps["attn_gate"]
+    assert "gates" in folder.gaps[f"attn_gate:{LENGTH}"]
     assert {r["method"] for r in folder.records} == {"dense"}
     report.write(folder, tmp_path / "other")
-    assert "`attn_gate`: its gates" in (tmp_path / "other.md").read_text()
+    assert f"`attn_gate:{LENGTH}`: its gates" in (tmp_path / "other.md").read_text()
 
 
 def test_a_row_can_be_another_with_settings_changed() -> None:

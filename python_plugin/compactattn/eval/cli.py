@@ -22,7 +22,7 @@ _ROWS = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: every row that was asked for is there; 3: some are not, and the report says why; 2: wrong arguments."""
+    """0: every row that was asked for is there, with all its items; 3: not so: the report says why; 2: wrong call."""
     parser = _parser()
     asked = parser.parse_args(arguments)
     try:
@@ -71,13 +71,14 @@ def _report(folder: Any, record: Path | None) -> int:
     paths = report.write(folder, record or folder.path / "report")
     print(paths[1].read_text())
     print(*paths, sep="\n", file=sys.stderr)
-    return 3 if folder.gaps else 0
+    return 3 if folder.absent else 0
 
 
 def _rows(asked: argparse.Namespace, study: Any, subject: Any, length: int, folder: Any) -> Any:
     """The methods as they come, then those that are asked for at a density; what their lists miss is probed here."""
+    from .bench import Bench
     from .methods import methods
-    from .protocol import Bench, Rows
+    from .protocol import Rows
 
     table, bench = methods(asked.methods.split(",")), Bench(study, subject, length, folder)
     names = [name for name in _names(asked.methods, list(table)) if name != "dense"]
@@ -142,14 +143,16 @@ def _study(asked: argparse.Namespace, device: str) -> Any:
 
 
 def _place(arguments: list[str], device: str) -> dict[str, object]:
-    """What measures: the command, and on what."""
+    """What measures: the command, on what, and what it takes density for."""
     import torch  # type: ignore[import-not-found, unused-ignore]
     import transformers  # type: ignore[import-not-found, unused-ignore]
+
+    from .report import BY_PAIRS
 
     own = [one for i, one in enumerate(arguments) if not {one, *arguments[max(0, i - 1) : i]} & _PLACES]
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"command": shlex.join(["compactattn", "eval", *own]), "device": name, **versions}
+    return {"command": shlex.join(["compactattn", "eval", *own]), "device": name, "density": BY_PAIRS, **versions}
 
 
 def _names(text: str, known: list[str]) -> list[str]:

@@ -17,19 +17,28 @@ class Folder:
     """A study's records and what was noted beside them; a second run goes on with them."""
 
     def __init__(self, path: Path, facts: Record | None) -> None:
-        """``facts``: None = those it holds. Raises ValueError if it holds records of another model or other rules."""
+        """``facts``: None = those it holds, and nothing is made.
+
+        Raises ValueError if it holds no study though it should, or records of another model or other rules.
+        """
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
         study = path / "study.json"
+        if facts is None and not study.exists():
+            raise ValueError(f"{path}: wanted the --out of a study, it holds no {study.name}")
         if facts is None:
             facts = json.loads(study.read_text())
         elif study.exists() and (old := json.loads(study.read_text())) != json.loads(json.dumps(facts)):
             changed = [name for name in facts if old.get(name) != json.loads(json.dumps(facts[name]))]
             raise ValueError(f"{path} holds another study's records (other {', '.join(changed)}); name another folder")
         self.facts: Record = facts
-        _write(study, facts)
+        if not study.exists():
+            path.mkdir(parents=True, exist_ok=True)
+            _write(study, facts)
         notes = path / "notes.json"
-        self._notes: Record = json.loads(notes.read_text()) if notes.exists() else {"keep": {}, "gaps": {}, "runs": []}
+        self._notes: Record = {"keep": {}, "gaps": {}, "left": {}, "runs": []}
+        self._notes |= json.loads(notes.read_text()) if notes.exists() else {}
+        # What this run does not try again, though the next one does.
+        self.failed: dict[str, str] = {}
         self.lines = self._read("items.jsonl")
         self.probes = self._read("probes.jsonl")
         self._done = {_key(line) for line in self.lines}
@@ -51,9 +60,14 @@ class Folder:
 
     @property
     def gaps(self) -> dict[str, str]:
-        """Why methods have no row."""
+        """Why methods have no row, for good, by ``row:length``; of old folders by ``row``, which keeps no row away."""
         found: dict[str, str] = self._notes["gaps"]
         return found
+
+    @property
+    def absent(self) -> dict[str, str]:
+        """Why rows are not there, or not with all items, by ``row:length``: for good, or until a run brings them."""
+        return {**self._notes["left"], **self.gaps}
 
     @property
     def runs(self) -> list[Record]:
@@ -77,8 +91,30 @@ class Folder:
         self.probes += lines
 
     def note(self, kind: str, name: str, value: Any) -> None:
-        """Notes a number that was searched for (``keep``), or why there is no row (``gaps``)."""
+        """Notes a number that was searched for (``keep``), or why there is no row (``gaps``); ``name``: row:length."""
         self._notes[kind][name] = value
+        _write(self.path / "notes.json", self._notes)
+
+    def refuse(self, name: str, length: int, reason: Exception, for_good: bool) -> None:
+        """A row of one length cannot be run: for good, or until the next run (see :meth:`leave`)."""
+        text = str(reason).partition("\n")[0]
+        if for_good:
+            self.note("gaps", f"{name}:{length}", text)
+        else:
+            self.failed[f"{name}:{length}"] = text
+
+    def refused(self, name: str, length: int) -> str | None:
+        """Why a row of one length is not tried, or not again in this run; None if it is."""
+        key = f"{name}:{length}"
+        return self.gaps.get(key) or self.failed.get(key)
+
+    def leave(self, reasons: dict[str, str | None]) -> None:
+        """Notes what the next run has to bring and why, by ``row:length``; None: nothing. Others stay as they are."""
+        left = {**self._notes["left"], **reasons}
+        self._notes["left"] = {key: reason for key, reason in left.items() if reason is not None}
+        for key in reasons:
+            # Old notes name no length, so each was tried again.
+            self.gaps.pop(key.rpartition(":")[0], None)
         _write(self.path / "notes.json", self._notes)
 
     def begin(self, run: Record) -> None:
@@ -98,8 +134,9 @@ class Folder:
 
     def _append(self, name: str, lines: list[Record]) -> None:
         path = self.path / name
-        if path.exists() and not path.read_bytes().endswith(b"\n"):
-            path.write_text("".join(path.read_text().splitlines(True)[:-1]))
+        if path.exists() and not (held := path.read_bytes()).endswith(b"\n"):
+            # What a kill has cut off goes, in place: the lines before it are never written again.
+            os.truncate(path, held.rfind(b"\n") + 1)
         with path.open("a") as file:
             file.write("".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines))
 

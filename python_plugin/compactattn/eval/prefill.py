@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch  # type: ignore[import-not-found, unused-ignore]
 
+from .._stats import Stats
 from ..errors import DeviceError, InvalidArgument
 from ..settings import Settings
 from . import scores
@@ -22,6 +23,8 @@ from .tasks import Context, Question
 
 # What takes a method's row away, and not the study; RuntimeError is torch's, for want of memory say.
 NO_ROW = (Refused, InvalidArgument, DeviceError, RuntimeError)
+# Of these, what comes again with every run: memory that ran out, say, is another run's to find.
+FOR_GOOD = (Refused, InvalidArgument)
 
 
 @dataclass(frozen=True)
@@ -43,24 +46,29 @@ class Outcome:
 
 @dataclass
 class Work:
-    """What prefills have read. Pairs are (query, key) of one head under the causal mask."""
+    """What prefills have read. Pairs are (query, key) of one head under the causal mask; all fields add up."""
 
-    # Of sparse chunks with their past blocks; of everything else; past blocks read and past blocks there are.
+    # Of sparse chunks with their past blocks, and how many of these were read; of everything else.
     past_pairs: float = 0.0
+    read_pairs: float = 0.0
     other_pairs: float = 0.0
-    selected: float = 0.0
-    candidates: float = 0.0
 
     @property
     def density(self) -> float | None:
-        """Share of past blocks that sparse chunks read; None if no chunk was sparse."""
-        return self.selected / self.candidates if self.candidates else None
+        """Share of the pairs with past blocks that sparse chunks read; None if no chunk was sparse."""
+        # Of pairs, not of what selection had to choose from: there a question of 30 tokens counts as a span of 1,024.
+        return self.read_pairs / self.past_pairs if self.past_pairs else None
 
     @property
     def executed(self) -> float:
         """Share of the prompts' causal pairs that were computed: chunks that are dense by rule and open regions too."""
-        read = self.other_pairs + self.past_pairs * (1.0 if self.density is None else self.density)
-        return read / (self.other_pairs + self.past_pairs)
+        return (self.other_pairs + self.read_pairs) / (self.other_pairs + self.past_pairs)
+
+    def read(self, before: Stats, after: Stats) -> None:
+        """Of the past pairs the share that selection kept between the two, all if it was not asked."""
+        candidates = after.candidates - before.candidates
+        share = (after.selected - before.selected) / candidates if candidates else 1.0
+        self.read_pairs = share * self.past_pairs
 
     def plus(self, other: Work, share: float) -> Work:
         """Both, but only a share of the other."""
@@ -118,7 +126,7 @@ def run(
 
 
 def work_of(contexts: list[Context], settings: Settings, limits: Limits) -> Work:
-    """The pairs of the contexts' prefill; what was selected is for the caller to say."""
+    """The pairs of the contexts' prefill; how many were read is for the caller to say."""
     work = Work()
     for size in (len(context.ids) for context in contexts):
         for first in range(0, size, limits.chunk):
@@ -159,21 +167,17 @@ class Prefill:
         ``probe`` is asked for each chunk by its first token.
         """
         chunk, work = self._limits.chunk, Work()
-        before = self._engine.stats(self._settings)
         ids = [np.array(one.ids) for one in self._batch]
         for first in range(0, max(map(len, ids)), chunk):
             pieces = [(one, its[first : first + chunk]) for one, its in zip(self._sequences, ids, strict=True)]
             self._step([piece for piece in pieces if len(piece[1])], self._settings, work, probe(first))
-        return self._took(work, before)
+        return work
 
     def questions(self, final: str) -> Any:
         """The logits at every expected answer, one question after the other; the questions' own chunks as told."""
         asked = self._fork(final)
-        settings, work = self._dense if final == DENSE else self._settings, Work()
-        before = self._engine.stats(self._settings)
+        settings, work = (self._dense, None) if final == DENSE else (self._settings, self.question_work)
         first = self._step([(one.sequence, one.question.tail) for one in asked], settings, work)
-        if final == OWN:
-            self.question_work = self._took(work, before)
         for one in asked:
             one.prompt = one.sequence.length
         longer = [one for one in asked if len(one.question.answer) > 1]
@@ -243,16 +247,18 @@ class Prefill:
         *,
         every: bool = False,
     ) -> Any:
-        if work is not None:
-            for sequence, ids in requests:
-                _count(work, settings, sequence.length, len(ids))
-        return self._engine.run(Step.of(requests, self._engine.device, every), settings, probe)
-
-    def _took(self, work: Work, before: Any) -> Work:
-        stats = self._engine.stats(self._settings)
-        work.selected = float(stats.selected - before.selected)
-        work.candidates = float(stats.candidates - before.candidates)
-        return work
+        step = Step.of(requests, self._engine.device, every)
+        if work is None:
+            return self._engine.run(step, settings, probe)
+        before = self._engine.stats(settings)
+        logits = self._engine.run(step, settings, probe)
+        fresh = Work()
+        for length, count in step.spans:
+            _count(fresh, settings, length - count, count)
+        # Step by step: chunks of one step are of about one size, those of several are not.
+        fresh.read(before, self._engine.stats(settings))
+        vars(work).update(vars(work.plus(fresh, 1.0)))
+        return logits
 
 
 class _Room:

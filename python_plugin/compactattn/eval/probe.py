@@ -85,8 +85,9 @@ class Sample:
         settings = self._limited(settings)
         before = self._engine.stats(settings)
         look()
-        stats, work = self._engine.stats(settings), work_of(self._contexts, settings, self._limits)
-        work.selected, work.candidates = stats.selected - before.selected, stats.candidates - before.candidates
+        work = work_of(self._contexts, settings, self._limits)
+        # The chunks kept are whole ones: what they have to choose from is as their pairs.
+        work.read(before, self._engine.stats(settings))
         return work
 
     def _add(self, sums: Any, call: _Call, settings: Settings) -> None:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from multiprocessing import get_context
 from typing import Any
 
-from . import layers, prefill, probe, words
+from . import prefill, words
 from .clock import Clock
 from .codec import Codec
 from .folder import FIELDS, Folder, rounded
-from .methods import Method, find_keep_value
+from .methods import Method
 from .model import Subject
 from .pool import PAGE
-from .prefill import NO_ROW, Limits, Result
+from .prefill import FOR_GOOD, NO_ROW, Limits, Result
 from .progress import Progress
 from .tasks import SEVERAL, Context, make
 
@@ -101,8 +101,16 @@ class Run:
 def measure(run: Run, rows: dict[int, Rows]) -> None:
     """Main rows first, then the others: batches of all lengths, each as far along as the others, until time is up.
 
-    A batch is begun only if all its rows are likely to end in time: rows have the same items.
+    A batch is begun only if all its rows are likely to end in time: rows have the same items. The folder is told which
+    rows lack some in the end.
     """
+    # Said before, as a kill says nothing.
+    _leave(run, rows, "the run was cut off")
+    _measure(run, rows)
+    _leave(run, rows, "time was up")
+
+
+def _measure(run: Run, rows: dict[int, Rows]) -> None:
     folder, progress = run.folder, Progress(run.folder, run.clock)
     processes = MAKERS if run.subject.engine.device.type == "cuda" else 0
     for group, contexts in _made(run.study, run.subject.codec, processes):
@@ -118,7 +126,7 @@ def measure(run: Run, rows: dict[int, Rows]) -> None:
 
 
 def batch(run: Run, rows: list[Method], group: Group, contexts: list[Context]) -> Iterator[list[dict[str, Any]]]:
-    """The lines of one batch, row by row; ``rows[0]`` is dense. What cannot be run becomes a gap of the folder."""
+    """The lines of one batch, row by row; ``rows[0]`` is dense. What cannot be run the folder is told."""
     dense, limits = None, run.study.limits(group.length, group.main)
     for row in rows:
         start = time.monotonic()
@@ -126,7 +134,7 @@ def batch(run: Run, rows: list[Method], group: Group, contexts: list[Context]) -
             result = prefill.run(run.subject, contexts, row, limits, dense)
         except NO_ROW as reason:
             print(f"{row.name}: not run: {reason}", file=sys.stderr)
-            run.folder.note("gaps", row.name, str(reason).partition("\n")[0])
+            run.folder.refuse(row.name, group.length, reason, isinstance(reason, FOR_GOOD))
             if row is rows[0]:
                 # Nothing to compare with.
                 return
@@ -135,61 +143,6 @@ def batch(run: Run, rows: list[Method], group: Group, contexts: list[Context]) -
         seconds = time.monotonic() - start
         run.clock.note(group.length, row.name, seconds)
         yield _lines(group, row, result, seconds)
-
-
-class Bench:
-    """Where rows of one length are set to densities, and probed: contexts that are no items, prefilled once."""
-
-    def __init__(self, study: Study, subject: Subject, length: int, folder: Folder) -> None:
-        self._study, self._subject, self._length, self._folder = study, subject, length, folder
-        self._limits = study.limits(length)
-
-    def at_density(self, method: Method, target: float) -> Method | None:
-        """``method`` with the number that gives ``target``; None if refused.
-
-        The number is noted in the folder and found there again.
-        """
-        folder, name = self._folder, f"{method.name}@{target:g}:{self._length}"
-        if {name, method.name} & folder.gaps.keys():
-            return None
-        if name not in folder.keep:
-            try:
-                value, density = self._search(method, target)
-            except NO_ROW as reason:
-                folder.note("gaps", method.name, str(reason))
-                return None
-            if abs(density - target) > 0.1 * target:
-                folder.note("gaps", name, f"{density:.3f} is the nearest density that it comes to")
-                return None
-            folder.note("keep", name, value)
-        return method.at(folder.keep[name], target)
-
-    def look(self, rows: list[Method]) -> None:
-        """Probes what is not probed yet: all rows, and the curves of OURS and FAITHFUL where they are among them."""
-        curves = [one for row in rows if row.name in (layers.OURS, layers.FAITHFUL) for one in probe.rungs(row)]
-        known = {line["method"] for line in self._folder.probes if line["length"] == self._length}
-        for row in [*rows, *curves]:
-            torch_only = self._subject.engine.stands_in(row.settings)
-            if row.name in known or row.name in self._folder.gaps or row.missing or torch_only:
-                continue
-            try:
-                self._folder.add_probes([{"length": self._length} | self._sample.line(row)])
-            except NO_ROW as reason:
-                self._folder.note("gaps", row.name, str(reason))
-
-    def _search(self, method: Method, target: float) -> tuple[float, float]:
-        if method.settings.keep == "density":
-            # The number itself.
-            return target, target
-        return find_keep_value(method, target, lambda value: self._sample.density(method.at(value, target).settings))
-
-    @cached_property
-    def _sample(self) -> probe.Sample:
-        # Of up to four of the study's tasks.
-        some = self._study.tasks[:: -(-len(self._study.tasks) // 4)]
-        codec = self._subject.codec
-        contexts = [make(task, codec, self._length, "apart", self._study.items_of(task)) for task in some]
-        return probe.Sample(self._subject, contexts, self._limits)
 
 
 def facts(study: Study, subject: Subject, dtype: str) -> dict[str, Any]:
@@ -204,15 +157,54 @@ def _due(group: Group, rows: Rows, folder: Folder, clock: Clock) -> list[Method]
     """The rows that the batch has not been through, behind dense: its logits are not kept, it runs again for them."""
 
     def has(row: Method) -> bool:
-        return folder.has(group.length, group.task, group.first, row.name)
+        # A kill may have left some of a batch.
+        indices = range(group.first, group.first + group.count)
+        return all(folder.has(group.length, group.task, index, row.name) for index in indices)
 
+    if folder.refused(rows.dense.name, group.length):
+        # Nothing to compare with.
+        return []
     wanted = [
         row
         for row in (rows.main if group.main else rows.few)
-        if row.name not in folder.gaps and clock.may(group.length, row.name)
+        if not folder.refused(row.name, group.length) and clock.may(group.length, row.name)
     ]
     due = [row for row in wanted if not has(row)]
     return [rows.dense, *due] if due or not has(rows.dense) else []
+
+
+def _leave(run: Run, rows: dict[int, Rows], why: str) -> None:
+    """Tells the folder which rows lack items that were asked for; ``why``, if nothing else is known of one."""
+    folder, reasons = run.folder, dict[str, str | None](run.folder.failed)
+    for (length, name), places in _asked(run.study, rows).items():
+        key, reason = f"{name}:{length}", None
+        lacking = {place for place in places if not folder.has(length, *place, name)}
+        # Without a number of items a row is there if it has any.
+        there = not lacking if run.study.items else lacking < places
+        if not there and key not in folder.gaps:
+            have, want = (sum(run.study.items_of(task) for task, _ in of) for of in (places - lacking, places))
+            reason = f"{have} of {want} items: " if run.study.items else "no items: "
+            reason += _why(run, rows[length].dense.name, length, name) or why
+        reasons[key] = reason
+    folder.leave(reasons)
+
+
+def _why(run: Run, dense: str, length: int, name: str) -> str | None:
+    if refused := run.folder.refused(name, length):
+        return refused
+    if run.folder.refused(dense, length):
+        return "no dense row to compare with"
+    return None if run.clock.may(length, name) else "its --row-seconds were up"
+
+
+def _asked(study: Study, rows: dict[int, Rows]) -> dict[tuple[int, str], set[tuple[str, int]]]:
+    """By length and row the contexts, by task and index, that are asked for; without a number of items those of one."""
+    found = defaultdict[tuple[int, str], set[tuple[str, int]]](set)
+    for group in _order(study if study.items else replace(study, items=1, few=0)):
+        own = rows[group.length]
+        for row in (own.dense, *(own.main if group.main else own.few)):
+            found[group.length, row.name] |= {(group.task, group.first + i) for i in range(group.count)}
+    return found
 
 
 def _lines(group: Group, row: Method, result: Result, seconds: float) -> list[dict[str, Any]]:

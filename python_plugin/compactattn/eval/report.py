@@ -16,6 +16,8 @@ from .statistics import Interval, mcnemar, paired_interval
 
 # Who attends in the question's own chunk: the method, or dense attention.
 OWN, DENSE = "own", "dense"
+# What a run takes density for; runs that do not say so are from before.
+BY_PAIRS = "by pairs"
 # Where dense attention finds less, a task says nothing about a method: it is left out of "able" rows.
 ABLE = 0.8
 ALL_TASKS, ABLE_TASKS = "all tasks", "able tasks"
@@ -171,10 +173,13 @@ def _markdown(table: list[Row], folder: Folder) -> str:
         lines += layers.tables(folder.probes, length)
     if any(row.method.startswith("quoka") for row in table):
         lines += ["On a GPU `quoka` is torch code (eval/quoka.py): the library has it on the CPU alone.", ""]
-    if folder.gaps:
-        lines += ["## Not run", "", *(f"- `{name}`: {reason}" for name, reason in sorted(folder.gaps.items())), ""]
+    if folder.absent:
+        told = (f"- `{name}`: {reason}" for name, reason in sorted(folder.absent.items()))
+        lines += ["## Not run, or not in full", "", *told, ""]
     if folder.runs:
         lines += ["## How", ""]
+        if any(run.get("density") != BY_PAIRS for run in folder.runs):
+            lines += [_POOLED, ""]
         lines += [f"    {run['command']}\n\n{_told({**run, 'command': None})}\n" for run in folder.runs]
     return "\n".join(lines)
 
@@ -210,6 +215,10 @@ def _tasks(table: list[Row], length: int) -> list[str]:
     return head + [f"| {task} | {' | '.join(cells.get((task, m), '') for m in methods)} |" for task in tasks]
 
 
+_POOLED = (
+    f"Runs that do not say `density {BY_PAIRS}` pooled the questions' own chunks with the contexts: "
+    "their density and executed share are too low where much is read."
+)
 _HEAD = (
     "| method | items (contexts) | accuracy % | dense on these % | vs dense, points [95 %] | lost/won, McNemar p "
     "| answer NLL vs dense [95 %] | KL | flips % | density | executed | dense question % | worst task, points |",
