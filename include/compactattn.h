@@ -437,7 +437,7 @@ typedef struct compactattn_stats {
   uint32_t struct_size;
   // 0.
   uint32_t reserved;
-  // Calls of compactattn_forward.
+  // Calls of compactattn_forward; on CUDA this and what follows count compactattn_union too.
   int64_t calls;
   // Lists.
   int64_t lists;
@@ -526,8 +526,9 @@ typedef struct compactattn_summaries {
   struct compactattn_tensor v_mean;
   // [num_pages, summary_slots_per_page, num_kv_heads, 2] u32, contiguous, zeros at first: of which keys each summary
   // is. With it, every call that reads summaries first writes those anew whose keys have changed, so none is ever
-  // stale, whoever wrote the pages; k_mean, v_mean and seals are outputs of such a call then. None = the caller sees
-  // to it that compactattn_summaries_update follows every KV write.
+  // stale, whoever wrote the pages; k_mean, v_mean and seals are outputs of such a call then. Scales are not keys: where
+  // k_scale or v_scale changes, update COMPACTATTN_WHICH_ALL. None = the caller sees to it that
+  // compactattn_summaries_update follows every KV write.
   struct compactattn_tensor seals;
 } compactattn_summaries;
 
@@ -738,7 +739,8 @@ compactattn_status compactattn_plan_create(const struct compactattn_context *con
                                            struct compactattn_plan **out_plan);
 
 // Destroys a plan; calls that are running on it end as if it were alive. NULL is fine. COMPACTATTN_E_HANDLE for one
-// that is not alive.
+// that is not alive. On CUDA a graph captured with the plan must not be replayed after, and no stream of the process
+// may be capturing in global mode meanwhile, nor while contexts and plans are made: the driver forbids both.
 compactattn_status compactattn_plan_destroy(struct compactattn_plan *plan);
 
 // The status compactattn_plan_create would end in, with the reason in words (empty on COMPACTATTN_OK), so that an

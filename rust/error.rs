@@ -153,6 +153,11 @@ impl Error {
         Self { status, text }
     }
 
+    /// The same, about one of several.
+    pub(crate) fn of(self, which: &str) -> Self {
+        Self::plain(self.status, format!("{which}: {}", self.text))
+    }
+
     /// The status this error becomes across the C border.
     #[must_use]
     pub fn status(&self) -> Status {

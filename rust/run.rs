@@ -287,11 +287,7 @@ impl Plan {
         let Some(settings) = step.settings else { return Ok(*planned) };
         let layout = Layout::new(*batch.shape(), settings, planned.limits)?;
         layout.admit(batch)?;
-        let block_size = planned.settings.block_size;
-        if step.summaries.is_some() && reads_summaries(&settings) && settings.block_size != block_size {
-            let wanted = format!("{block_size}, the plan's, whose blocks the summaries are of");
-            return Err(Error::new(Status::Value, "settings.block_size", wanted, settings.block_size));
-        }
+        check_summary_blocks(&planned.settings, &settings, step.summaries.is_some())?;
         Ok(layout)
     }
 
@@ -423,6 +419,16 @@ fn check_summaries(layout: &Layout, batch: &Batch, given: Summaries) -> Result<(
         }
         None => Ok(()),
     }
+}
+
+/// Summaries are of the plan's blocks, whatever a call asks for.
+pub(crate) fn check_summary_blocks(planned: &Settings, asked: &Settings, given: bool) -> Result<()> {
+    let (block_size, asked_size) = (planned.block_size, asked.block_size);
+    if given && reads_summaries(asked) && asked_size != block_size {
+        let wanted = format!("{block_size}, the plan's, whose blocks the summaries are of");
+        return Err(Error::new(Status::Value, "settings.block_size", wanted, asked_size));
+    }
+    Ok(())
 }
 
 fn check_external(layout: &Layout, batch: &Batch, step: &Step) -> Result<()> {

@@ -144,6 +144,21 @@ fn class_27_inverted_budgets_and_counts_below_zero() {
 }
 
 #[test]
+fn the_layer_whose_settings_are_bad_is_named() {
+    let world = World::random(0);
+    let bad = compactattn_settings { max_density: 3.0, ..*world.settings };
+    let layers: [*const compactattn_settings; 3] =
+        [std::ptr::null(), &raw const *world.settings, &raw const bad];
+    let desc = compactattn_plan_desc { num_layers: 3, layer_settings: layers.as_ptr(), ..world.desc };
+    let mut plan = std::ptr::null_mut();
+    // SAFETY: `desc` and what it points to are live locals.
+    let made = unsafe { compactattn_plan_create(world.context, &raw const desc, &raw mut plan) };
+    assert_eq!(made, status::COMPACTATTN_E_VALUE);
+    check_text(made, "desc.layer_settings[2]: max_density");
+    world.close();
+}
+
+#[test]
 fn class_28_attention_that_is_not_offered() {
     refused_plan(|d, _, rng| {
         let some = rng.range(1, 5000);

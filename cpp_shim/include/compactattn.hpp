@@ -284,6 +284,17 @@ class Summaries {
     return detail::done(std::move(status), std::move(made));
   }
 
+  // What was moved from holds nothing, and calls refuse it.
+  Summaries(Summaries&& from) noexcept
+      : memory_(std::move(from.memory_)), view_(std::exchange(from.view_, {})) {}
+  Summaries& operator=(Summaries&& from) noexcept {
+    if (this != &from) {
+      memory_ = std::move(from.memory_);
+      view_ = std::exchange(from.view_, {});
+    }
+    return *this;
+  }
+
   [[nodiscard]] const compactattn_summaries* get() const noexcept { return &view_; }
 
  private:

@@ -19,9 +19,11 @@ use super::views::{OutputViews, SelectionViews, SummaryViews, check_rows};
 use crate::attend::{self, Correction, Partials};
 use crate::batch::Batch;
 use crate::combine;
+use crate::cuda::check_mean_values;
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
-use crate::run::{External, Output, Step, reads_summaries};
+use crate::run::{External, Output, Step, check_summary_blocks, reads_summaries};
+use crate::settings::{Selector, Settings};
 use crate::stage::Stage;
 use crate::workspace::{Carver, Sizes};
 
@@ -78,6 +80,7 @@ unsafe fn forward_args(plan: &PlanObject, args: &compactattn_forward_args) -> Re
     let layout = own.map_or(Ok(*planned), |own| Layout::new(planned.shape, own, planned.limits))?;
     // SAFETY: this function's contract.
     let step = unsafe { StepViews::read(plan, &layout, args) }?;
+    step.check_complete(&planned.settings, &layout)?;
     let results = OutputViews::check(plan, &layout.shape, step.batch.total_q, (&args.out, &args.lse))?;
     let scratch = if step.batch.is_empty() {
         None
@@ -146,6 +149,23 @@ impl StepViews {
         let summaries = self.summaries.map_or(Vec::new(), |summaries| summaries.views());
         let external = self.external.map_or(Vec::new(), |external| external.views());
         [&self.batch.tensors()[..], &summaries, &external].concat()
+    }
+
+    /// What the layer wants is there and of its blocks: known before summaries are made anew.
+    fn check_complete(&self, planned: &Settings, layout: &Layout) -> Result<()> {
+        let settings = &layout.settings;
+        if self.batch.is_empty() {
+            return Ok(());
+        }
+        check_summary_blocks(planned, settings, self.summaries.is_some())?;
+        if let Some(summaries) = self.summaries {
+            check_mean_values(layout, summaries.v_mean.is_some())?;
+        }
+        if settings.selector == Selector::External && self.external.is_none() {
+            let wanted = "scores or masks, for selector external";
+            return Err(Error::new(Status::Null, "external", wanted, "none"));
+        }
+        Ok(())
     }
 
     /// What this call writes of its summaries.

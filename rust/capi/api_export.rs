@@ -1,6 +1,6 @@
 //! Exported: lists as tables for other paged kernels.
 
-use super::api_stages::{on_plan, open_lists, read_lists, write_count};
+use super::api_stages::{check_count, on_plan, open_lists, read_lists, write_count};
 use super::batch::BatchViews;
 use super::compactattn_status;
 use super::device::Place;
@@ -61,6 +61,7 @@ pub unsafe extern "C" fn compactattn_table_export_csr(
     out_entries: *mut i64,
 ) -> compactattn_status {
     on_plan(plan, layer, |plan, layout| {
+        check_count("out_entries", out_entries)?;
         // SAFETY: this function's contract.
         let out = unsafe { Rows::csr(plan, csr) }?;
         if let Some(cuda) = &plan.cuda {

@@ -41,7 +41,8 @@ pub unsafe extern "C" fn compactattn_plan_create(
 }
 
 /// Destroys a plan; calls that are running on it end as if it were alive. NULL is fine. COMPACTATTN_E_HANDLE for one
-/// that is not alive.
+/// that is not alive. On CUDA a graph captured with the plan must not be replayed after, and no stream of the process
+/// may be capturing in global mode meanwhile, nor while contexts and plans are made: the driver forbids both.
 #[unsafe(no_mangle)]
 pub extern "C" fn compactattn_plan_destroy(plan: *mut compactattn_plan) -> compactattn_status {
     guard(|| if plan.is_null() { Ok(()) } else { handle::remove_plan(plan.cast()) })

@@ -21,7 +21,7 @@ pub unsafe extern "C" fn compactattn_settings_init(
     out: *mut compactattn_settings,
 ) -> compactattn_status {
     // SAFETY: this function's contract.
-    guard(|| unsafe { fill(out, || Ok(Settings::of(settings::selector(selector)?))) })
+    guard(|| unsafe { fill(out, || Ok(Settings::of(settings::selector("selector", selector)?))) })
 }
 
 /// Fills out with the settings of a compactattn_mode. Set out->struct_size before the call.

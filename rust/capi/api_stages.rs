@@ -45,7 +45,7 @@ pub unsafe extern "C" fn compactattn_summaries_update(
         let views = unsafe { BatchViews::read(plan, layout, batch) }?;
         // SAFETY: this function's contract.
         let summaries = unsafe { SummaryViews::read(plan, layout, views.num_pages, summaries) }?;
-        check_apart(&summaries.views(), &views.views)?;
+        check_apart(&summaries.views(), &views.tensors())?;
         if let Some(cuda) = &plan.cuda {
             let place = Place { layer: plan.layer(layer)?, layout, stream: views.place.0, scratch: None };
             return device::update_summaries(cuda, &place, &views, which, &summaries);
@@ -132,6 +132,7 @@ pub unsafe extern "C" fn compactattn_union(
     on_plan(plan, layer, |plan, layout| {
         // SAFETY: this function's contract.
         let views = unsafe { BatchViews::read(plan, layout, batch) }?;
+        check_count("out_rows", out_rows)?;
         let names = ["selection", "selection.scores", "selection.masks"];
         // SAFETY: this function's contract.
         let from = unsafe { SelectionViews::read(plan, layout, names, selection) }?;
@@ -259,15 +260,18 @@ unsafe fn unite(layout: &Layout, batch: &Batch, from: &SelectionViews, lists: &m
     }
 }
 
+/// Before anything is written.
+pub(super) fn check_count(name: &str, to: *mut i64) -> Result<()> {
+    if to.is_null() { Ok(()) } else { check_pointer(name, to) }
+}
+
 /// # Safety
-/// `to`: NULL, or writable.
+/// `to`: NULL, or writable; [`check_count`] has seen it.
 pub(super) unsafe fn write_count(to: *mut i64, count: usize) -> Result<()> {
-    if to.is_null() {
-        return Ok(());
+    if !to.is_null() {
+        // SAFETY: not NULL; aligned and writable by this function's contract.
+        unsafe { to.write(i64::try_from(count).unwrap_or(i64::MAX)) };
     }
-    check_pointer("out count", to)?;
-    // SAFETY: not NULL, aligned, writable by this function's contract.
-    unsafe { to.write(i64::try_from(count).unwrap_or(i64::MAX)) };
     Ok(())
 }
 

@@ -50,17 +50,15 @@ pub(super) fn forward(plan: &Plan, place: &Place, step: &StepViews, results: &Ou
     let selector = place.layout.settings.selector;
     check_summaries(place.layout, step.summaries.is_some())?;
     check_mean_values(place.layout, step.summaries.is_some_and(|summaries| summaries.v_mean.is_some()))?;
-    if selector == Selector::External && step.external.is_none() {
-        return Err(Error::new(Status::Null, "external", "scores or masks, for selector external", "none"));
-    }
     let external = step.external.filter(|_| selector == Selector::External);
     let inputs = step.summaries.map_or(Vec::new(), |summaries| summaries.views());
     with_call(plan, place, &step.batch, &[inputs, results.views()].concat(), |mut call| {
         (call.k_mean, call.v_mean) = means(step.summaries.as_ref());
+        call.external = external.map(|external| external_of(&call, &external)).transpose()?;
+        // Writes: behind every refusal.
         if reads_summaries(&place.layout.settings) {
             refresh(plan, &call, step.summaries.as_ref())?;
         }
-        call.external = external.map(|external| external_of(&call, &external)).transpose()?;
         // SAFETY: as in `update_summaries`.
         unsafe { plan.forward(&call, &output(results)) }
     })

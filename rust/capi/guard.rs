@@ -16,15 +16,16 @@ pub(super) fn guard(body: impl FnOnce() -> Result<()>) -> compactattn_status {
         Ok(()) => compactattn_status::COMPACTATTN_OK,
         Err(error) => {
             let status = error.status();
-            LAST_ERROR.with(|last| *last.borrow_mut() = error.to_string());
+            // A thread that is ending may have none any more: the status says enough.
+            let _ = LAST_ERROR.try_with(|last| *last.borrow_mut() = error.to_string());
             status.into()
         }
     }
 }
 
-/// The text of this thread's last failure; empty before the first.
+/// The text of this thread's last failure; empty before the first, and while the thread ends.
 pub(super) fn last_error() -> String {
-    LAST_ERROR.with(|last| last.borrow().clone())
+    LAST_ERROR.try_with(|last| last.borrow().clone()).unwrap_or_default()
 }
 
 /// Copies `text` and a NUL into `buf`, cut to `cap` bytes; the bytes the whole text needs, without the NUL.
@@ -67,6 +68,31 @@ mod tests {
         assert_eq!(status, compactattn_status::COMPACTATTN_E_PANIC);
         assert!(last_error().starts_with("E_PANIC: ") && !last_error().contains("on purpose"));
         assert_eq!(guard(|| Ok(())), compactattn_status::COMPACTATTN_OK);
+    }
+
+    #[test]
+    fn a_thread_that_ends_may_still_fail_and_ask() {
+        struct Late;
+        impl Drop for Late {
+            fn drop(&mut self) {
+                let status = guard(|| Err(Error::plain(Status::Value, "late")));
+                assert_eq!(status, compactattn_status::COMPACTATTN_E_VALUE);
+                assert_eq!(last_error(), "");
+                DROPPED.store(true, std::sync::atomic::Ordering::Relaxed);
+            }
+        }
+        thread_local!(static LATE: Late = const { Late });
+        static DROPPED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+        // What a thread used first goes last: the text of its last error is gone by then.
+        let late_then_error = || {
+            LATE.with(|_| ());
+            assert_eq!(
+                guard(|| Err(Error::plain(Status::Value, "early"))),
+                compactattn_status::COMPACTATTN_E_VALUE
+            );
+        };
+        std::thread::spawn(late_then_error).join().unwrap();
+        assert!(DROPPED.load(std::sync::atomic::Ordering::Relaxed));
     }
 
     #[test]

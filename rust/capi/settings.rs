@@ -15,7 +15,7 @@ use crate::types::{Dtype, Shape};
 /// Numbers to meaning.
 pub(super) fn from_c(c: &compactattn_settings) -> Result<Settings> {
     let settings = Settings {
-        selector: selector(c.selector)?,
+        selector: selector("settings.selector", c.selector)?,
         block_size: count("settings.block_size", c.block_size)?,
         scope: Scope {
             query_span: count("settings.query_span", c.query_span)?,
@@ -90,12 +90,10 @@ pub(super) fn to_c(settings: &Settings) -> compactattn_settings {
 }
 
 /// The selector of that number.
-pub(super) fn selector(number: i32) -> Result<Selector> {
+pub(super) fn selector(name: &str, number: i32) -> Result<Selector> {
     let found = Selector::ALL.iter().find(|(selector, _)| *selector as i32 == number);
     let wanted = "a compactattn_selector (0..11)";
-    found
-        .map(|(selector, _)| *selector)
-        .ok_or_else(|| Error::new(Status::Value, "settings.selector", wanted, number))
+    found.map(|(selector, _)| *selector).ok_or_else(|| Error::new(Status::Value, name, wanted, number))
 }
 
 /// A plan's description, with everything it points to.
@@ -203,13 +201,16 @@ unsafe fn layers(desc: &compactattn_plan_desc) -> Result<Vec<Settings>> {
     read::check_pointer("desc.layer_settings", desc.layer_settings)?;
     // SAFETY: not NULL, aligned; `num_layers` entries by this function's contract.
     let each = unsafe { tensor::array(desc.layer_settings, num_layers) };
-    each.iter()
-        .map(|&one| {
-            // SAFETY: this function's contract.
-            let own = unsafe { read::optional("desc.layer_settings[]", one) }?;
-            own.map_or(Ok(all), |c| from_c(&c))
-        })
-        .collect()
+    let of_layer = |one| -> Result<Settings> {
+        // SAFETY: this function's contract.
+        let Some(own) = (unsafe { read::optional("struct", one) })? else { return Ok(all) };
+        let settings = from_c(&own)?;
+        settings.check()?;
+        Ok(settings)
+    };
+    let named =
+        |(layer, &one)| of_layer(one).map_err(|error| error.of(&format!("desc.layer_settings[{layer}]")));
+    each.iter().enumerate().map(named).collect()
 }
 
 fn refuse_what_is_not_offered(desc: &compactattn_plan_desc) -> Result<()> {

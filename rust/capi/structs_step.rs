@@ -55,8 +55,9 @@ pub struct compactattn_summaries {
     pub v_mean: compactattn_tensor,
     /// [num_pages, summary_slots_per_page, num_kv_heads, 2] u32, contiguous, zeros at first: of which keys each summary
     /// is. With it, every call that reads summaries first writes those anew whose keys have changed, so none is ever
-    /// stale, whoever wrote the pages; k_mean, v_mean and seals are outputs of such a call then. None = the caller sees
-    /// to it that compactattn_summaries_update follows every KV write.
+    /// stale, whoever wrote the pages; k_mean, v_mean and seals are outputs of such a call then. Scales are not keys: where
+    /// k_scale or v_scale changes, update COMPACTATTN_WHICH_ALL. None = the caller sees to it that
+    /// compactattn_summaries_update follows every KV write.
     pub seals: compactattn_tensor,
 }
 
@@ -245,7 +246,7 @@ pub struct compactattn_stats {
     pub struct_size: u32,
     /// 0.
     pub reserved: u32,
-    /// Calls of compactattn_forward.
+    /// Calls of compactattn_forward; on CUDA this and what follows count compactattn_union too.
     pub calls: i64,
     /// Lists.
     pub lists: i64,

@@ -186,7 +186,7 @@ impl Call<'_> {
             Dim { size: len, stride: shape.head_dim, tile: tile(max_tokens) },
             Dim { size: shape.head_dim / MAP_COLUMNS, stride: MAP_COLUMNS, tile: 1 },
             Dim { size: shape.num_kv_heads, stride: head, tile: 1 },
-            Dim { size: self.batch.num_reqs, stride: shape.num_kv_heads * head, tile: 1 },
+            Dim { size: self.batch.num_reqs.max(1), stride: shape.num_kv_heads * head, tile: 1 },
         ];
         encode(context, shape.dtype, address, &dims)
     }
@@ -210,7 +210,8 @@ pub(crate) fn pool_map(
         Dim { size: shape.page_size, stride: pool.stride_token, tile: rows },
         Dim { size: shape.head_dim / MAP_COLUMNS, stride: MAP_COLUMNS, tile: 1 },
         Dim { size: shape.num_kv_heads, stride: pool.stride_head, tile: 1 },
-        Dim { size: batch.num_pages, stride: pool.stride_page, tile: 1 },
+        // A pool without pages has a map too, by which nothing is read.
+        Dim { size: batch.num_pages.max(1), stride: pool.stride_page, tile: 1 },
     ];
     encode(context, shape.dtype, pool.address, &dims)
 }

@@ -218,10 +218,14 @@ void stages_can_be_called_one_by_one(const ca::Context& context) {
   desc.settings = &settings;
   const ca::Plan plan = take(ca::Plan::create(context, desc));
   const ca::Sizes sizes = take(plan.sizes());
-  const ca::Summaries summaries = take(ca::Summaries::create(plan, 0, kPages));
+  ca::Summaries moved = take(ca::Summaries::create(plan, 0, kPages));
+  const ca::Summaries summaries = std::move(moved);
   Fixture fixture;
   const ca::Batch batch = fixture.batch();
   MUST(plan.update_summaries(0, batch, summaries.get()));
+  const ca::Status refused =
+      status_of([&] { return plan.update_summaries(0, batch, moved.get()); });
+  expect(refused.code() == COMPACTATTN_E_NULL, "moved-from summaries are refused");
 
   std::vector<float> scores(std::size_t(sizes.select_rows * kHeads * sizes.max_blocks));
   std::vector<std::uint32_t> lists(std::size_t(sizes.list_rows * sizes.mask_words));
