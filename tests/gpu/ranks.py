@@ -127,6 +127,8 @@ def watch(given: argparse.Namespace, meeting: str) -> tuple[list[Report], list[s
         time.sleep(0.5)
         late = {rank: heard(child) for rank, child in enumerate(children) if rank not in reports}
         faults += [f"rank {rank}: {report['fault']}" for rank, report in late.items() if report and "fault" in report]
+        # A rank that stops cuts off the other, whose traceback says less, whoever is heard first.
+        faults.sort(key=lambda fault: "Traceback" in fault)
     faults = faults or [f"rank {rank}: HANG: reports, and does not end" for rank in left(children, 60)]
     codes = {rank: child.process.exitcode for rank, child in enumerate(children)}
     faults = faults or [f"rank {rank}: reports, and ends with code {code}" for rank, code in codes.items() if code]
