@@ -1,8 +1,6 @@
 //! What a GPU is not asked to do: refused before anything is launched, with the reason.
 
 use super::context::Context;
-use super::params::TILE_TOKENS;
-use super::scratch::max_items;
 use super::shared::{self, GateShape};
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
@@ -58,19 +56,7 @@ pub(super) fn check_layer(context: &Context, layout: &Layout, gate: Option<GateS
         let wanted = "another selector on CUDA, for a cache of e4m3";
         return Err(Error::new(Status::Unsupported, "selector", wanted, settings.selector.name()));
     }
-    if costs_overflow(layout) {
-        let (tokens, len) = (layout.limits.max_total_q, layout.limits.max_kv_len);
-        let wanted = "chunks: fewer query tokens a step over contexts so long";
-        return Err(Error::new(Status::Unsupported, "max_total_q", wanted, format!("{tokens} over {len}")));
-    }
     shared::check(context, layout, gate)
-}
-
-/// Whether the tiles of the largest step may pass 2^32, by which `plan_work` counts them (cuda/plan/work.cu).
-fn costs_overflow(layout: &Layout) -> bool {
-    let tiles = layout.limits.max_kv_len.div_ceil(TILE_TOKENS).saturating_add(1);
-    let cost = tiles.saturating_mul(2).saturating_add(3);
-    max_items(layout).saturating_mul(cost) > u32::MAX as usize
 }
 
 /// What `compactattn_plan_spans` can take.

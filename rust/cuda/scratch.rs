@@ -114,7 +114,7 @@ fn scores(selector: Selector) -> bool {
 }
 
 /// Query tiles of the largest step, over all lists.
-pub(super) fn max_items(layout: &Layout) -> usize {
+fn max_items(layout: &Layout) -> usize {
     let tokens = TILE_ROWS / layout.heads_per_list();
     let spans = layout.max_list_rows() / layout.lists_per_span();
     (layout.limits.max_total_q / tokens + spans) * layout.lists_per_span()
