@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::super::api_attend::compactattn_forward;
 use super::super::api_plan::compactattn_plan_destroy;
+use super::super::guard::last_error;
 use super::super::handle::{self, Object};
 use super::super::objects::{Context, PlanObject};
 use super::super::structs::{
@@ -25,7 +26,7 @@ use crate::types::Dtype;
 const CUDA: i32 = compactattn_device_kind::COMPACTATTN_DEVICE_CUDA as i32;
 
 #[test]
-fn a_workspace_that_is_too_small_or_misaligned_is_refused_before_anything_runs() {
+fn a_bad_workspace_is_refused_before_anything_runs_and_an_empty_pool_is_served() {
     let fake = Fake::in_mode("");
     let gpu = fake::context(&fake);
     let device = Device { kind: CUDA, ordinal: 0 };
@@ -36,15 +37,15 @@ fn a_workspace_that_is_too_small_or_misaligned_is_refused_before_anything_runs()
     let (memory, workspace) = (gpu.alloc(1 << 20).unwrap(), gpu.alloc(needed + 256).unwrap());
     let at = |offset: u64| std::ptr::without_provenance_mut((memory.address() + offset) as usize);
     let batch = batch(&at);
-    let forward = |skip: u64, bytes: usize| {
+    let forward = |skip: u64, bytes: usize, batch: &compactattn_batch| {
         let args = compactattn_forward_args {
             struct_size: size_of::<compactattn_forward_args>() as u32,
             layer: 0,
-            batch: &raw const batch,
+            batch,
             summaries: std::ptr::null(),
             external: std::ptr::null(),
             settings: std::ptr::null(),
-            out: tensor(at(1 << 19), compactattn_dtype::COMPACTATTN_DTYPE_BF16, &[16, 8, 64]),
+            out: tensor(at(1 << 19), compactattn_dtype::COMPACTATTN_DTYPE_BF16, &[16, 8, 128]),
             lse: NONE,
             workspace: std::ptr::without_provenance_mut((workspace.address() + skip) as usize),
             workspace_bytes: bytes as i64,
@@ -54,17 +55,29 @@ fn a_workspace_that_is_too_small_or_misaligned_is_refused_before_anything_runs()
         unsafe { compactattn_forward(handle, &raw const args) }
     };
     for (skip, bytes) in [(0, needed - 1), (0, 0), (8, needed)] {
-        assert_eq!(forward(skip, bytes), compactattn_status::COMPACTATTN_E_WORKSPACE, "{skip} {bytes}");
+        assert_eq!(
+            forward(skip, bytes, &batch),
+            compactattn_status::COMPACTATTN_E_WORKSPACE,
+            "{skip} {bytes}"
+        );
     }
     assert!(fake.launches().is_empty());
-    assert_eq!(forward(0, needed), compactattn_status::COMPACTATTN_OK);
+    assert_eq!(forward(0, needed, &batch), compactattn_status::COMPACTATTN_OK);
     assert!(!fake.launches().is_empty());
+    // A pool of no pages, which the driver makes no map of: requests may be there before their KV.
+    let [k, v] = [batch.k, batch.v].map(|pool| compactattn_tensor {
+        shape: [0, 16, 2, 128],
+        storage_bytes: 0,
+        ..pool
+    });
+    let without_pages = compactattn_batch { k, v, ..batch };
+    assert_eq!(forward(0, needed, &without_pages), compactattn_status::COMPACTATTN_OK, "{}", last_error());
     assert_eq!(compactattn_plan_destroy(handle), compactattn_status::COMPACTATTN_OK);
 }
 
 fn desc() -> PlanDesc {
     let limits = Limits { max_num_reqs: 1, max_total_q: 64, max_kv_len: 1024 };
-    let shape = fixture::shape(2, 4, 64, 16, Dtype::Bf16);
+    let shape = fixture::shape(2, 4, 128, 16, Dtype::Bf16);
     PlanDesc { shape, limits, layers: vec![Settings::of(Selector::SampledExact)], splits: 0, gate: None }
 }
 
@@ -74,9 +87,9 @@ fn batch(at: &impl Fn(u64) -> *mut std::ffi::c_void) -> compactattn_batch {
     compactattn_batch {
         struct_size: size_of::<compactattn_batch>() as u32,
         reserved: 0,
-        q: tensor(at(0), bf16, &[16, 8, 64]),
-        k: tensor(at(1 << 16), bf16, &[4, 16, 2, 64]),
-        v: tensor(at(1 << 17), bf16, &[4, 16, 2, 64]),
+        q: tensor(at(0), bf16, &[16, 8, 128]),
+        k: tensor(at(1 << 16), bf16, &[4, 16, 2, 128]),
+        v: tensor(at(1 << 17), bf16, &[4, 16, 2, 128]),
         cu_seqlens_q: tensor(at(1 << 18), i32, &[2]),
         seq_lens: tensor(at((1 << 18) + 256), i32, &[1]),
         block_table: tensor(at((1 << 18) + 512), i32, &[1, 4]),

@@ -212,7 +212,7 @@ impl Scoring<'_> {
 
     /// The same by the copy engine; CTAs share the work evenly, whatever their number.
     fn cells_read_sm90(&self, tile: i32, kernel: &Sm90Kernel, map_tokens: usize) -> Result<()> {
-        // A pool without pages has no map.
+        // Without pages there is nothing to read.
         if self.selects() == 0 || self.batch.num_pages == 0 {
             return Ok(());
         }
