@@ -4,6 +4,7 @@ use super::batch::{DeviceBatch, int32};
 use super::params;
 use super::scratch::Scratch;
 use crate::plan::Layout;
+use crate::select::keep::counts_open_region;
 use crate::select::{Merge, merge_of};
 use crate::settings::{Keep, KeepAt, Selector, Settings};
 
@@ -67,7 +68,7 @@ fn settings_params(settings: &Settings) -> params::Settings {
         sink_blocks: int32(settings.sink_blocks),
         local_blocks: int32(settings.local_blocks),
         density_guard: settings.density_guard,
-        mass_counts_open: i32::from(settings.selector == Selector::XAttention),
+        mass_counts_open: i32::from(counts_open_region(settings.selector)),
         min_budget: only(flashprefill, settings.flashprefill.min_budget),
         non_voting_spans: only(flashprefill, settings.flashprefill.non_voting_spans),
         sample_rows: only(settings.selector != Selector::Oracle, settings.sample_rows),

@@ -148,23 +148,22 @@ fn for_mass(settings: &Settings, scores: &[Score], share: f64) -> (usize, usize)
     };
     let (low, high) = (of(|s| s.lo), of(|s| s.hi));
     let total = |xs: &[f64]| xs.iter().sum::<f64>();
-    // XAttention's scores are shares of all that is visible: what they lack to 1 lies in the open region, is read
-    // whatever is kept, and so is held before any past block is.
-    let open = |past: f64| match settings.selector {
-        Selector::XAttention => (1.0 - past).max(0.0),
-        _ => 0.0,
+    // These scores are shares of all that is visible: what they lack to 1 lies in the open region, is read whatever is
+    // kept, and so is held before any past block is.
+    let of_all_visible = match settings.selector {
+        Selector::SampledExact | Selector::Oracle | Selector::XAttention => true,
+        Selector::Dense | Selector::Streaming | Selector::FlashPrefill | Selector::PooledMass => false,
+        Selector::TwoLevel | Selector::Quoka | Selector::AttnGate | Selector::External => false,
     };
-    // With an open share the same numbers can be added in two orders, which differ by f64's rounding.
-    let rounding = match settings.selector {
-        Selector::XAttention => (n + 1) as f64 * f64::EPSILON,
-        _ => 0.0,
-    };
+    let open = |past: f64| if of_all_visible { (1.0 - past).max(0.0) } else { 0.0 };
     let prefix = |held: &[f64], open: f64, wanted: f64| {
         let sum = |i: usize| open + held[..i].iter().sum::<f64>();
         (0..n).find(|&i| sum(i) >= wanted).unwrap_or(n)
     };
     let (few, many) = (total(&low), total(&high));
     let (open_low, open_high) = (open(many), open(few));
+    // With an open share the same numbers can be added in two orders, which differ by f64's rounding.
+    let rounding = if open_high > 0.0 { (n + 1) as f64 * f64::EPSILON } else { 0.0 };
     let fewest = prefix(&high, open_high, share * (few + open_low) - rounding);
     let most = prefix(&low, open_low, share * (many + open_high) + rounding);
     // A running sum may reach all of it before masses that f64 loses beside the rest; sums that lose nothing go on to
@@ -222,9 +221,17 @@ mod tests {
 
     #[test]
     fn a_mass_that_f64_loses_beside_the_rest_may_stay_or_go() {
-        let scores = [0.5, 1e-30, 0.25, 0.0].map(Score::exact);
+        let scores = [0.5, 1e-30, 0.5, 0.0].map(Score::exact);
         assert_eq!(bits(Keep::Mass(1.0), &scores), ("1010".into(), "1110".into()));
         assert_eq!(bits(Keep::Mass(0.9), &scores), ("1010".into(), "1010".into()));
+    }
+
+    #[test]
+    fn what_shares_lack_to_one_is_held_before_any_block() {
+        let scores = [0.0, 0.25, 0.125, 0.0].map(Score::exact);
+        for (share, want) in [(0.5, "1000"), (0.75, "1100"), (0.9, "1110")] {
+            assert_eq!(bits(Keep::Mass(share), &scores), (want.into(), want.into()), "{share}");
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ pub(crate) fn settings(selector: Selector, block_size: usize) -> Settings {
         block_size,
         dense: DenseRules { below_kv_len: 0, max_q_len: 0, prefix_tokens: 0 },
         keep: match published.keep {
-            // Small contexts spread their mass; 0.97 of it would keep all there is.
+            // Small contexts spread their mass; 0.95 of it would keep all there is.
             Keep::Mass(_) => Keep::Mass(0.6),
             keep => keep,
         },

@@ -250,7 +250,7 @@ def test_a_row_can_be_another_with_settings_changed() -> None:
     name = "default:query_span=512+keep_value=0.9+mean_correction=true"
     changed = methods([name])[name].settings
     assert (changed.query_span, changed.keep_value, changed.mean_correction) == (512, 0.9, True)
-    assert changed.replace(query_span=1024, keep_value=0.97, mean_correction=False) == methods()["default"].settings
+    assert changed.replace(query_span=1024, keep_value=0.95, mean_correction=False) == methods()["default"].settings
     for wrong in ("default:span=512", "default:mean_correction=1", "default:query_span=half"):
         with pytest.raises(ValueError):
             methods([wrong])

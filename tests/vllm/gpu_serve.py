@@ -76,7 +76,7 @@ class Server:
         elif not given.stock:
             command += ["--attention-backend", "CUSTOM"]
         if not given.stock:
-            asked = {"keep_mass": 0.97, "strict": True, "counters_file": str(self.counters)}
+            asked = {"keep_mass": 0.95, "strict": True, "counters_file": str(self.counters)}
             command += ["--additional-config", json.dumps({"compactattn": asked | given.asked})]
         return command + given.more
 

@@ -45,7 +45,7 @@ struct Options {
 };
 
 // Presets are made for long contexts. These prompts are short, so blocks are smaller, sparsity
-// starts sooner, and no cap on density keeps a list from its 0.97.
+// starts sooner, and no cap on density keeps a list from its 0.95.
 ca::Settings settings_for(const Options& options) {
   auto settings = options.streaming ? ca::Settings::of(COMPACTATTN_SELECTOR_STREAMING)
                                     : ca::Settings::of_mode(COMPACTATTN_MODE_COMPACTATTN);
