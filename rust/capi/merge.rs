@@ -42,6 +42,10 @@ pub(super) fn merge(
 
 /// Each side's share of the weight, and the log of their sum.
 fn shares(a: f32, b: f32) -> (f32, f32, f32) {
+    // Of a row that went wrong on one side nothing is right, though `max` would prefer the other side.
+    if a.is_nan() || b.is_nan() {
+        return (f32::NAN, f32::NAN, f32::NAN);
+    }
     let most = a.max(b);
     if most == f32::NEG_INFINITY {
         return (0.0, 0.0, most);
@@ -72,5 +76,13 @@ mod tests {
         assert_eq!(shares(f32::NEG_INFINITY, 0.5), (0.0, 1.0, 0.5));
         assert_eq!(shares(f32::NEG_INFINITY, f32::NEG_INFINITY), (0.0, 0.0, f32::NEG_INFINITY));
         assert_eq!(weighed(0.0, f32::NAN), 0.0);
+    }
+
+    #[test]
+    fn a_side_that_went_wrong_is_seen() {
+        for (a, b) in [(f32::NAN, f32::NEG_INFINITY), (0.5, f32::NAN), (f32::NAN, f32::NAN)] {
+            let (share_a, share_b, both) = shares(a, b);
+            assert!(share_a.is_nan() && share_b.is_nan() && both.is_nan());
+        }
     }
 }

@@ -1,4 +1,5 @@
-//! Two results over disjoint KV merged: against f64, bit for bit where one side is empty, eager and replayed.
+//! Two results over disjoint KV merged: against f64, bit for bit where one side is empty, NaN where one is, eager and
+//! replayed.
 
 use compactattn::capi::*;
 use compactattn::settings::Selector;
@@ -87,6 +88,9 @@ struct Sides {
 /// Every so many rows, a side saw nothing.
 const EMPTY: usize = 5;
 
+/// Every so many of the others, it went wrong.
+const WRONG: usize = 40;
+
 impl Sides {
     fn random(rng: &mut Rng) -> Self {
         let heads = rng.pick(&[[1, 1], [4, 2], [7, 1], [32, 8]]);
@@ -102,12 +106,15 @@ impl Sides {
         let mut out = [0, 1].map(|_| Packed::poisoned(rng, &shape, total_q));
         for (token, head) in (0..total_q).flat_map(|t| (0..heads[0]).map(move |h| (t, h))) {
             for side in 0..2 {
-                if rng.once_in(EMPTY) {
-                    lse[side][head * lse_stride + token] = f32::NEG_INFINITY;
-                } else {
-                    let row: Vec<f32> = (0..shape.head_dim).map(|_| rng.normal()).collect();
-                    out[side].write(token, head, &row);
+                let lse = &mut lse[side][head * lse_stride + token];
+                let (empty, wrong) = (rng.once_in(EMPTY), rng.once_in(WRONG));
+                if empty {
+                    *lse = f32::NEG_INFINITY;
+                    continue;
                 }
+                *lse = if wrong { f32::NAN } else { *lse };
+                let row: Vec<f32> = (0..shape.head_dim).map(|_| rng.normal()).collect();
+                out[side].write(token, head, &row);
             }
         }
         Self { case, total_q, out, lse, lse_stride }
@@ -175,6 +182,10 @@ impl Sides {
     fn row(&self, token: usize, head: usize, (got, got_lse): (&[f32], f32)) -> Done {
         let lse = [0, 1].map(|side| self.lse[side][head * self.lse_stride + token]);
         let rows = [0, 1].map(|side| self.out[side].read(token, head, got.len()));
+        if lse.iter().any(|x| x.is_nan()) {
+            let all_nan = got_lse.is_nan() && got.iter().all(|x| x.is_nan());
+            return if all_nan { Ok(()) } else { Err("a side that went wrong is not seen".into()) };
+        }
         let seen = lse.map(|x| x > f32::NEG_INFINITY);
         let bits = |xs: &[f32]| xs.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         if seen != [true, true] {
