@@ -148,8 +148,8 @@ impl Geometry {
 
     /// What a mean weighs for each token that is left out of it. exp is convex, so tokens weigh more than so many of
     /// their mean: 3 to 11 times on a trace, where outputs are nearest to dense ones with 1.5 to 2, as values have a mean
-    /// of their own. CUDA has it as a power of two (cuda/common/means.cuh).
-    pub const MEAN_WEIGHT: usize = 2;
+    /// of their own; on another model with 1 to 1.5 (tests/bench/record/cpu/2026-11-23-keep-rules.txt).
+    pub const MEAN_WEIGHT: f32 = 1.5;
 
     /// Tokens one table entry names: `min(page_size, block_size)`.
     #[must_use]

@@ -1,5 +1,5 @@
 // Mean correction: what a list leaves out of a run of past blocks still takes part, as one key with
-// twice the weight of so many tokens (rust/attend/mod.rs).
+// one and a half times the weight of so many tokens (rust/attend/mod.rs).
 //
 // A request's means lie in a row, of runs that are read and others, in the type that is multiplied:
 // one such row serves every list of its KV head. What a list leaves out of each is counted beside
@@ -56,9 +56,9 @@ struct Skipped {
 
 __device__ __forceinline__ Skipped skipped_by(const Means& means, const WorkItem& item) {
   const Span& span = means.spans[item.list_row / means.lists_per_span];
-  // A list of a dense request that was emptied because it was damaged has no means.
-  const bool has_means = !span.dense || means.every_span;
-  return {span.req, has_means && item.stream_len < span.kv_end ? means_of(means, span.past) : 0};
+  // An empty list is one that was found damaged: its queries see nothing, means neither.
+  const bool skips = item.stream_len > 0 && item.stream_len < span.kv_end;
+  return {span.req, skips ? means_of(means, span.past) : 0};
 }
 
 // Counts of the thread's columns of tile `tile` of `tokens`, a byte each.
@@ -82,7 +82,7 @@ __device__ __forceinline__ void load_skipped(const uint2* from, uint32_t (&count
 }
 
 // Tokens weigh more than so many of their mean, as exp is convex: by how much, rust/types.rs says.
-constexpr int kLog2MeanWeight = 1;
+constexpr float kLog2MeanWeight = 0.5849625f;  // of 1.5
 
 // Scores of means, in units that `scale` takes to powers of two: each weighs by the tokens that are
 // left out of it.
@@ -90,7 +90,7 @@ template <int N>
 __device__ __forceinline__ void weigh_means(float (&s)[N], const uint32_t (&counts)[N / 8],
                                             int log2_block_tokens, float scale) {
   const float unit = __fdividef(1.0f, scale);
-  const float block = static_cast<float>(log2_block_tokens + kLog2MeanWeight) * unit;
+  const float block = (static_cast<float>(log2_block_tokens) + kLog2MeanWeight) * unit;
 #pragma unroll
   for (int i = 0; i < N / 8; ++i) {
 #pragma unroll

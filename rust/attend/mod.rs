@@ -37,8 +37,8 @@ pub struct Partials<'a> {
 }
 
 /// The zeroth-order stand-in for blocks that a list skips (FlashPrefill V2, arXiv 2608.19758): the mean of each run of
-/// past blocks, [`Geometry::MEAN_TOKENS`] in all, adds `2 n * exp(q . k_mean * sm_scale)` of weight with value `v_mean`,
-/// where the list skips `n` tokens of the run; the 2 is [`Geometry::MEAN_WEIGHT`].
+/// past blocks, [`Geometry::MEAN_TOKENS`] in all, adds `1.5 n * exp(q . k_mean * sm_scale)` of weight with value `v_mean`,
+/// where the list skips `n` tokens of the run; the 1.5 is [`Geometry::MEAN_WEIGHT`].
 ///
 /// Means are over all of a run, read or not, so they are the same for every list.
 #[derive(Clone, Copy, Debug)]
@@ -83,7 +83,8 @@ pub fn attend(
             stream.load(first..end.min(first + STREAM_TILE), &mut kv);
             rows.absorb(&kv, first);
         }
-        if let Some(correction) = correction.filter(|_| item.split == 0) {
+        // An empty list is one that was found damaged: its queries see nothing, means neither.
+        if let Some(correction) = correction.filter(|_| item.split == 0 && stream.len > 0) {
             correction.absorb(layout, batch, &item, (&mut rows, &mut kv));
         }
         rows.write(item.out, item.lse);
@@ -161,7 +162,7 @@ impl Correction<'_> {
             }
             let tokens: Vec<f32> = runs
                 .iter()
-                .map(|(blocks, _)| (blocks * geometry.block_size * Geometry::MEAN_WEIGHT) as f32)
+                .map(|(blocks, _)| (blocks * geometry.block_size) as f32 * Geometry::MEAN_WEIGHT)
                 .collect();
             rows.absorb_means(kv, &tokens);
         }

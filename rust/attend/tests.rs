@@ -112,7 +112,7 @@ fn skipped(layout: &Layout, request: &Request, kv_head: usize, (bits, past): (&[
     let left_out = |tokens: &Range<usize>| tokens.clone().filter(|t| !mask::get(bits, t / size)).count();
     let runs = (0..end).step_by(512).map(|first| first..end.min(first + 512));
     let skipped = runs.filter(|run| left_out(run) > 0);
-    skipped.map(|run| (2.0 * left_out(&run) as f64, mean(&request.k, &run), mean(&request.v, &run))).collect()
+    skipped.map(|run| (1.5 * left_out(&run) as f64, mean(&request.k, &run), mean(&request.v, &run))).collect()
 }
 
 /// One vector of `data [tokens, heads, head_dim]`.

@@ -36,7 +36,7 @@ pub struct MeanPart {
 /// Rows `[num_q_heads][total_q]` of the batch, each attending to `lists [list spans * lists per span][blocks]`.
 ///
 /// With mean correction, each run of 512 past tokens of which a list skips `n` adds
-/// `2 n exp(q . k_mean * sm_scale)` of weight with value `v_mean`, means over all of the run.
+/// `1.5 n exp(q . k_mean * sm_scale)` of weight with value `v_mean`, means over all of the run.
 #[must_use]
 pub fn attend(layout: &Layout, requests: &[Request], lists: &[Vec<bool>]) -> Vec<Vec<Row>> {
     let shape = &layout.shape;
@@ -102,7 +102,7 @@ impl At<'_> {
             let tokens = g * STAND_IN..((g + 1) * STAND_IN).min(self.means.past);
             tokens.filter(|t| !list[t / block_size]).count() as f64
         };
-        let all = (0..self.means.k.len()).map(|g| (2.0 * skipped(g), &self.means.k[g], &self.means.v[g]));
+        let all = (0..self.means.k.len()).map(|g| (1.5 * skipped(g), &self.means.k[g], &self.means.v[g]));
         let stands = all.filter(|(n, _, _)| *n > 0.0);
         let terms: Vec<(f64, &Vec<f64>, &Vec<f64>)> = tokens.chain(stands).collect();
         let scale = f64::from(self.layout.shape.sm_scale);

@@ -119,7 +119,7 @@ class Corrected:
             is_out = (self.bits[row].to(torch.int64)[block // 32] >> block % 32 & 1) == 0
             left_out = torch.stack([run.sum() for run in is_out.split(self.run)])
             k, v = (self._of_runs(mean[:, kv_head])[left_out > 0] for mean in self.means[request])
-            weight = (2.0 * left_out[left_out > 0].double() * s.block_size).log()
+            weight = (1.5 * left_out[left_out > 0].double() * s.block_size).log()
             logits = case.q[tokens, head].double() @ k.T * case.scale + weight
             both = torch.cat([lse[:, None], logits], 1)
             total = torch.logsumexp(both, 1)
