@@ -197,7 +197,8 @@ enum compactattn_keep
  {
   // Scores of at least keep_value.
   COMPACTATTN_KEEP_THRESHOLD = 1,
-  // The fewest best blocks that hold the share keep_value of the row's total score.
+  // The fewest best blocks that hold the share keep_value: of all that is attended for sampled_exact, oracle and
+  // xattention, where what scores lack to 1 lies in the open region and counts as held; else of the total score.
   COMPACTATTN_KEEP_MASS = 2,
   // The best ceil(keep_value * candidates) blocks.
   COMPACTATTN_KEEP_DENSITY = 3,

@@ -92,8 +92,8 @@ impl Scope {
 pub enum Keep {
     /// Scores of at least this, in (0, 1]. What a score means is the selector's.
     Threshold(f32),
-    /// The fewest best blocks that hold this share, in (0, 1], of the row's total score; for `xattention` of all it
-    /// attends to, what the open region holds included.
+    /// The fewest best blocks that hold this share, in (0, 1]: of all that is attended for `sampled_exact`, `oracle` and
+    /// `xattention`, where what scores lack to 1 lies in the open region and counts as held; else of the total score.
     Mass(f32),
     /// The best `ceil(share * candidates)` blocks, share in (0, 1].
     Density(f32),
@@ -156,7 +156,7 @@ pub struct Settings {
     pub local_blocks: usize,
     /// A list that keeps more than this share of its past blocks becomes dense; 1 = never.
     pub density_guard: f32,
-    /// Skipped blocks take part by means: of each 512 past tokens, `2 n * exp(q . k_mean)` of weight
+    /// Skipped blocks take part by means: of each 512 past tokens, `1.5 n * exp(q . k_mean)` of weight
     /// with `v_mean`, where `n` tokens are skipped.
     pub mean_correction: bool,
     /// When not to be sparse.
@@ -205,8 +205,8 @@ impl Settings {
         match selector {
             // Blocks of 32 need .54 of the union's pages where blocks of 128 need .67 (the record of pages for error),
             // and exact scores cost the same for either. Pooled means would cost four times as much.
-            // A share of all that is attended: 0.95 of it needs .53, .52, .51 of the union's pages at 8K, 16K, 32K and
-            // loses no answer that 0.97 keeps (the record of shares of mass).
+            // 0.95 of all that is attended needs .53, .52, .51 of the union's pages at 8K, 16K, 32K; beside 0.97, which
+            // needs .57, .55, .54, it loses half a point at 8K and none that can be told at 16K and 32K (keep-mass.txt).
             Selector::SampledExact => {
                 Self { block_size: 32, scope: Scope::HEAD_1024, keep: Keep::Mass(0.95), ..self }
             }

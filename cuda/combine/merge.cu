@@ -20,7 +20,7 @@ struct Shares {
 
 // Whole-precision exponentials: an empty side must leave the other as it is, bit for bit.
 __device__ Shares shares_of(float a, float b) {
-  // Of a row that went wrong on one side nothing is right, though fmaxf would prefer the other side.
+  // A row that went wrong on one side is wrong, though fmaxf would prefer the other side.
   if (isnan(a) || isnan(b)) return {a + b, a + b, a + b};
   const float most = fmaxf(a, b);
   if (most == -INFINITY) return {0.0f, 0.0f, most};

@@ -9,7 +9,7 @@ import pytest
 from compactattn import Settings
 from compactattn.serving.settings import Options
 
-FILE = Path(__file__).parents[1] / "bench/record/cpu/2026-11-22-calibrated.json"
+FILE = Path(__file__).parents[1] / "bench/record/cpu/2026-11-23-calibrated.json"
 LAYERS = (2, 14, 26)
 
 

@@ -153,7 +153,7 @@ def test_a_rest_below_zero_is_told_and_the_row_still_adds_up(tmp_path: Path) -> 
     assert 'width="-' not in bar and ">rest -12.80<" in bar and ">40<" in bar
 
 
-@pytest.mark.parametrize("record", ["h100/2026-11-22-prefill-sweep", "h200/2026-11-22-prefill-tp2"])
+@pytest.mark.parametrize("record", ["h100/2026-11-23-prefill-sweep", "h200/2026-11-22-prefill-tp2"])
 def test_recorded_rows_add_up_to_their_module(record: str) -> None:
     import prefill_report
     from prefill_report import Measured
@@ -170,7 +170,7 @@ def test_recorded_rows_add_up_to_their_module(record: str) -> None:
 def test_records_of_before_the_median_are_read(tmp_path: Path) -> None:
     from prefill_report import Book, Measured
 
-    for name in ("prefill", "prefill-b1", "prefill-sweep"):
+    for name in ("prefill", "prefill-b1"):
         with (BENCH / f"record/h100/2026-11-22-{name}.csv").open(newline="") as file:
             lines = list(csv.DictReader(file))
         rows = [Measured.parse(line) for line in lines]
