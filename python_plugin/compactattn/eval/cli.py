@@ -51,7 +51,7 @@ def _run(asked: argparse.Namespace, arguments: list[str]) -> int:
 
     device = asked.device or ("cuda" if _sees_gpu() else "cpu")
     dtype = asked.dtype or ("f16" if device == "cuda" else "f32")
-    subject = model.load(asked.model or model.cached_smollm2(), device, dtype, asked.adapter)
+    subject = model.load(asked.model or model.cached_smollm2(), device, dtype, asked.adapter, asked.gates)
     study = _study(asked, device)
     folder = Folder(asked.out, protocol.facts(study, subject, dtype))
     if asked.repro:
@@ -80,7 +80,8 @@ def _rows(asked: argparse.Namespace, study: Any, subject: Any, length: int, fold
     from .methods import methods
     from .protocol import Rows
 
-    table, bench = methods(asked.methods.split(",")), Bench(study, subject, length, folder)
+    table = methods(asked.methods.split(","), gates=bool(asked.gates))
+    bench = Bench(study, subject, length, folder)
     names = [name for name in _names(asked.methods, list(table)) if name != "dense"]
     at_names = names if asked.at_density == "all" else _names(asked.at_density, list(table))
     at_names = [name for name in at_names if name != "dense" and not table[name].missing]
@@ -104,7 +105,7 @@ def _repro(asked: argparse.Namespace, study: Any, subject: Any, folder: Any) -> 
 
     task, length, index, name = asked.repro.split(",")
     base, _, target = name.partition("@")
-    table = methods([base, *asked.main.split(",")])
+    table = methods([base, *asked.main.split(",")], gates=bool(asked.gates))
     row = table[_names(base, list(table))[0]]
     if target:
         key = f"{name}:{length}"
@@ -190,6 +191,7 @@ def _add_what(add: Any) -> None:
     add("--out", type=Path, required=True, help="folder of the records; one that is there is gone on with")
     add("--model", type=Path, help="checkpoint folder, or SmolLM2's GGUF (default: the one `make` has cached)")
     add("--adapter", type=Path, help="safetensors of compactattn.eval.finetune")
+    add("--gates", type=Path, help="safetensors of compactattn.eval.gates, for the row attn_gate")
     add("--device", choices=["cpu", "cuda"], help="default: the GPU if torch sees one")
     add("--dtype", choices=["f32", "f16", "bf16"], help="default: f16 on a GPU, f32 elsewhere")
     add("--library", type=Path, help="the native library, instead of the package's own")
@@ -222,4 +224,4 @@ def _add_how(add: Any) -> None:
 
 
 # Options whose values are places of one machine.
-_PLACES = frozenset({"--out", "--model", "--adapter", "--library", "--record"})
+_PLACES = frozenset({"--out", "--model", "--adapter", "--gates", "--library", "--record"})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch  # type: ignore[import-not-found, unused-ignore]
@@ -35,11 +36,12 @@ class Refused(Exception):
 class Engine:
     """One model, its pool, and a plan for each settings and size of step."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, gates: Path | None = None) -> None:
+        """``gates``: weights of selector attn_gate, of :mod:`compactattn.eval.gates`."""
         config = model.config
         if sliding := set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
             raise Refused(f"layers of kind {', '.join(sorted(sliding))}: only full attention is evaluated")
-        self.model, self.device = model, model.device
+        self.model, self.device, self._gates = model, model.device, gates
         self.pool = Pool(config, model.device, model.dtype, 0)
         # What was captured over this pool: dropped with it.
         self.loops: dict[tuple[int, ...], Any] = {}
@@ -88,15 +90,20 @@ class Engine:
         batch = Batch.of(q, *pools, step.table, step.seq_lens, step.cu_seqlens_q)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device) if probe else None
-        self.forward(batch, settings, scaling, out, lse)
+        self.forward(batch, settings, scaling, out, lse, layer=layer)
         if probe:
             probe(layer, batch, scaling, out, lse)
         return out
 
-    def forward(self, batch: Batch, settings: Settings, scaling: float, out: Any, lse: Any = None) -> None:
+    def forward(
+        self, batch: Batch, settings: Settings, scaling: float, out: Any, lse: Any = None, *, layer: int = 0
+    ) -> None:
         """The library's forward, in memory that all plans share: one step runs at a time."""
         plan = self._plan(batch, settings, scaling)
-        plan.forward(batch, out, lse, summaries=self._summaries(plan, batch, settings), scratch=self._memory(plan))
+        means, scratch = self._summaries(plan, batch, settings), self._memory(plan)
+        # Layers differ by their gates alone.
+        at = layer if plan.desc.num_layers > 1 else 0
+        plan.forward(batch, out, lse, layer=at, summaries=means, scratch=scratch)
 
     def stands_in(self, settings: Settings) -> bool:
         """Whether torch attends, as the library does not serve the selector on this device."""
@@ -123,10 +130,21 @@ class Engine:
         plan = self._plans.get(key)
         if plan is None:
             shape = heads, kv_heads, dim, PAGE, batch.q.dtype.name.lower()
-            desc = PlanDesc(*shape, *sizes, sm_scale=scaling, settings=settings)
+            gates = self._gates_of(settings)
+            desc = PlanDesc(*shape, *sizes, sm_scale=scaling, settings=settings, **gates)
             plan = self._plans[key] = Plan(desc, batch.home.context())
             self._bytes[plan] = plan.sizes().workspace_bytes
         return plan
+
+    def _gates_of(self, settings: Settings) -> dict[str, Any]:
+        """What a plan that gates is told beside its shape."""
+        if settings.selector != "attn_gate":
+            return {}
+        if self._gates is None:
+            raise Refused("attn_gate: no gates were given")
+        rates = tuple(self.model.model.rotary_emb.inv_freq.tolist())
+        layers = self.model.config.num_hidden_layers
+        return {"gate_weights_path": str(self._gates), "rope_inv_freq": rates, "num_layers": layers}
 
     def _summaries(self, plan: Plan, batch: Batch, settings: Settings) -> Summaries | None:
         """Means of all whole blocks, where the device cannot make them itself and something reads them."""

@@ -23,8 +23,8 @@ class Method:
         return replace(self, name=f"{self.name}@{target:g}", settings=self.settings.replace(**free))
 
 
-def methods(wanted: Iterable[str] = ()) -> dict[str, Method]:
-    """All of them, each as it is published or, for ours, shipped. Needs the native library.
+def methods(wanted: Iterable[str] = (), gates: bool = False) -> dict[str, Method]:
+    """All of them, each as it is published or, for ours, shipped. Needs the native library. ``gates``: there are some.
 
     And those of ``wanted`` that change another's settings: ``default:query_span=512+sample_rows=64``. ValueError for a
     setting that there is not.
@@ -52,7 +52,7 @@ def methods(wanted: Iterable[str] = ()) -> dict[str, Method]:
                 settings = Settings.of(selector).replace(heads_per_list=heads, mean_correction=correction)
                 table[f"{selector}-{scope}{suffix}"] = settings
     found = {name: Method(name, settings) for name, settings in table.items()}
-    reason = "its gates are weights of a model; the transformers backend takes none"
+    reason = None if gates else "its gates are weights of a model, and --gates named none"
     found["attn_gate"] = Method("attn_gate", Settings.of("attn_gate"), reason)
     for name in wanted:
         base, _, changes = name.partition(":")

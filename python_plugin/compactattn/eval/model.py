@@ -25,15 +25,20 @@ class Subject:
     model: Any
     codec: Codec
     name: str
+    # Weights of selector attn_gate.
+    gates: Path | None = None
 
     @cached_property
     def engine(self) -> Engine:
         """Steps of this model with the library's attention. Raises Refused for a model that is not served."""
-        return Engine(self.model)
+        return Engine(self.model, self.gates)
 
 
-def load(path: Path, device: str, dtype: str, adapter: Path | None = None) -> Subject:
-    """A GGUF file of SmolLM2, or a checkpoint's folder; ``adapter``: a file of :mod:`compactattn.eval.lora`."""
+def load(path: Path, device: str, dtype: str, adapter: Path | None = None, gates: Path | None = None) -> Subject:
+    """A GGUF file of SmolLM2, or a checkpoint's folder; ``adapter``: a file of :mod:`compactattn.eval.lora`.
+
+    ``gates``: weights of selector attn_gate that were made for both, of :mod:`compactattn.eval.gates`.
+    """
     changes = lora.facts(adapter)["config"] if adapter else {}
     name = path.name if adapter is None else f"{path.name}+{adapter.name}"
     if path.suffix == ".gguf":
@@ -45,7 +50,7 @@ def load(path: Path, device: str, dtype: str, adapter: Path | None = None) -> Su
         codec = Codec(transformers.AutoTokenizer.from_pretrained(path))
     if adapter:
         lora.merge(model, adapter)
-    return Subject(model.requires_grad_(False), codec, name)
+    return Subject(model.requires_grad_(False), codec, name, gates)
 
 
 def cached_smollm2() -> Path:

@@ -102,7 +102,7 @@ class Sample:
 
     def _run(self, call: _Call, settings: Settings) -> tuple[Any, Any]:
         out, lse = torch.empty_like(call.out), torch.empty_like(call.lse)
-        self._engine.forward(call.batch, self._limited(settings), call.scaling, out, lse)
+        self._engine.forward(call.batch, self._limited(settings), call.scaling, out, lse, layer=call.layer)
         return out, lse
 
     def _limited(self, settings: Settings) -> Settings:
