@@ -84,7 +84,7 @@ test-hf: $(HF_VENV)/ready toolkit $(SMOLLM2)
 	for version in $(HF_VERSIONS); do \
 	    $(HF_VENV)/bin/pip install -q transformers==$$version && $(HF_VENV)/bin/pytest -q tests/python/test_hf.py || exit 1; \
 	done
-	$(HF_VENV)/bin/pytest -q tests/python/test_eval.py tests/python/test_eval_study.py tests/python/test_eval_hf.py
+	$(HF_VENV)/bin/pytest -q tests/python/test_eval.py tests/python/test_eval_study.py tests/python/test_eval_hf.py tests/python/test_eval_gates.py
 	$(HF_VENV)/bin/pytest -q $(WITH_TORCH)
 	SMOLLM2_GGUF="$(SMOLLM2)" $(HF_VENV)/bin/pytest -q --durations=2 tests/python/test_smollm2.py
 
