@@ -34,7 +34,7 @@ constexpr uint32_t cells_small_bytes() { return 128 * row_bytes(256) + 3 * 64 * 
 // The same on sm_90a: 128 rows of each of one or two spans, and as many tiles of keys as fit beside
 // them.
 constexpr uint32_t cells_sm90_bytes(uint32_t head_dim, uint32_t spans) {
-  return spans == 2 ? 232448 : head_dim == 64 ? 215040 : 231424;
+  return spans == 2 ? 232448 : head_dim == 64 ? 215040 : head_dim == 128 ? 231424 : 198656;
 }
 
 // Cells of a slice, 128 rows of `pitch` floats, at least a tile of 128 keys.

@@ -50,6 +50,21 @@ __device__ __forceinline__ int sampled_token(const Span& span, const int* tokens
   return count == span.len ? i : tokens[i];
 }
 
+// The same without a look at those whose first and last are known: of two or more the span's own
+// (rust/select/sample.rs). So a tile of all samples needs none of them.
+__device__ __forceinline__ int token_of(const Span& span, const int* tokens, int count, int i) {
+  if (i == count - 1) return span.len - 1;
+  return i == 0 ? 0 : sampled_token(span, tokens, count, i);
+}
+
+// Whether spans can be read before the kernel before this one is done: it is sample_rows.cu, which
+// writes tokens alone and lets this one start once it sees what came before it. Those tokens are
+// not needed where one tile holds them all.
+__device__ __forceinline__ bool knows_spans(const Step& step) {
+  const int rows = step.settings.sample_rows;
+  return rows > 0 && rows <= max(1, kMaxRows / step.layout.group_size);
+}
+
 // The span a CTA works on, or null where it has no scores.
 __device__ __forceinline__ const Span* scored_span(const Step& step, int index) {
   if (index >= step.stages.counters->num_select_spans) return nullptr;
@@ -106,8 +121,8 @@ __device__ __forceinline__ bool tile_of(const Step& step, const Span& span, int 
   tile.rows = samples.tokens * step.layout.group_size;
   const int* tokens = samples_at(step, span_index, kv_head);
   tile.least_visible =
-      visible(tile.span, sampled_token(tile.span, tokens, samples.count, samples.first));
-  tile.kv_end = visible(tile.span, sampled_token(tile.span, tokens, samples.count, last));
+      visible(tile.span, token_of(tile.span, tokens, samples.count, samples.first));
+  tile.kv_end = visible(tile.span, token_of(tile.span, tokens, samples.count, last));
   const int block_tokens = 1 << step.layout.log2_block_tokens;
   tile.blocks = (tile.kv_end + block_tokens - 1) >> step.layout.log2_block_tokens;
   tile.cells = cells_of(step, span_index, kv_head);

@@ -219,7 +219,7 @@ impl Scoring<'_> {
         let map = pool_map(self.context, self.layout, self.batch, &self.batch.k, map_tokens)?;
         let ctas = u32::try_from(self.context.num_sms()).unwrap_or(u32::MAX);
         let shared_bytes = shared::cells_sm90(self.head_dim(), kernel.spans);
-        let grid = Grid { blocks: [ctas, 1, 1], threads: kernel.threads, shared_bytes };
+        let grid = Grid { blocks: [ctas, 1, 1], threads: SM90_THREADS, shared_bytes };
         self.launch(kernel.name, grid, &[Arg::of(&map), Arg::of(self.step), Arg::of(&tile)])
     }
 
@@ -367,7 +367,6 @@ pub(crate) struct Sm90Kernel {
     pub(crate) name: &'static str,
     /// Select spans that a key is read once for.
     pub(crate) spans: u32,
-    threads: u32,
 }
 
 impl Sm90 {
@@ -393,9 +392,11 @@ macro_rules! sm90 {
     };
 }
 
-/// Two consumer warpgroups a span; copies by a warp, or by a warpgroup that gives registers away.
+/// Four consumer warpgroups and one that copies.
+const SM90_THREADS: u32 = 640;
+
 const fn by_spans(name: &'static str, spans: u32) -> Sm90Kernel {
-    Sm90Kernel { name, spans, threads: if spans == 1 { 288 } else { 640 } }
+    Sm90Kernel { name, spans }
 }
 
 /// `map_tokens` are those of a tile of cuda/select/sm90/traits.h.

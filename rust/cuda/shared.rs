@@ -45,7 +45,8 @@ pub(crate) const fn cells_sm90(head_dim: u32, spans: u32) -> u32 {
     match (head_dim, spans) {
         (_, 2) => 232_448,
         (64, _) => 215_040,
-        _ => 231_424,
+        (128, _) => 231_424,
+        _ => 198_656,
     }
 }
 

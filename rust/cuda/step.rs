@@ -1,12 +1,13 @@
 //! From a layer's layout and settings to what kernels take.
 
 use super::batch::{DeviceBatch, int32};
+use super::clusters::samples;
 use super::params;
 use super::scratch::Scratch;
 use crate::plan::Layout;
 use crate::select::keep::counts_open_region;
 use crate::select::{Merge, merge_of};
-use crate::settings::{Keep, KeepAt, Selector, Settings};
+use crate::settings::{Keep, KeepAt, Selector};
 
 /// The argument of every stage from batch to plan.
 pub(crate) fn step(layout: &Layout, batch: &DeviceBatch, scratch: &Scratch) -> params::Step {
@@ -18,7 +19,7 @@ pub(crate) fn step(layout: &Layout, batch: &DeviceBatch, scratch: &Scratch) -> p
     params::Step {
         batch: batch.params(),
         layout: layout_params(layout),
-        settings: settings_params(&layout.settings),
+        settings: settings_params(layout),
         stages,
     }
 }
@@ -45,7 +46,8 @@ fn layout_params(layout: &Layout) -> params::Layout {
     }
 }
 
-fn settings_params(settings: &Settings) -> params::Settings {
+fn settings_params(layout: &Layout) -> params::Settings {
+    let settings = &layout.settings;
     let flashprefill = settings.selector == Selector::FlashPrefill;
     let (keep, keep_value) = match settings.keep {
         Keep::Threshold(x) => (0, x),
@@ -71,7 +73,7 @@ fn settings_params(settings: &Settings) -> params::Settings {
         mass_counts_open: i32::from(counts_open_region(settings.selector)),
         min_budget: only(flashprefill, settings.flashprefill.min_budget),
         non_voting_spans: only(flashprefill, settings.flashprefill.non_voting_spans),
-        sample_rows: only(settings.selector != Selector::Oracle, settings.sample_rows),
+        sample_rows: only(samples(layout), settings.sample_rows),
         relative_to_past: i32::from(settings.flashprefill.relative_to_past),
         xattention_stride: int32(settings.xattention_stride),
         candidate_share: (budget * settings.two_level_factor).min(1.0),

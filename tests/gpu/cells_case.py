@@ -21,7 +21,7 @@ CUBINS = {
     "cells_candidates": ("compactattn_two_level_candidates",),
     "summaries": ("compactattn_summaries",),
 }
-SM90 = {64: (128, 215040), 128: (128, 231424), 256: (64, 231424)}  # head_dim: tokens of a key tile, shared memory
+SM90 = {64: (128, 215040), 128: (128, 231424), 256: (64, 198656)}  # head_dim: tokens of a key tile, shared memory
 PAIRS_SHARED = 232448  # for rows of two spans
 # Keys in pieces: cuda/select/small, made for GPUs of little shared memory, here compiled for sm_90a. Shared memory.
 SMALL = {256: 95232}
@@ -278,8 +278,7 @@ class Kernels:
             self.candidates(case)
             return
         if name.endswith("sm90"):
-            threads = 640 if "pairs" in name else 288
-            self.launch(name, (x or 132,), threads, case.key_map(), case.step, index)
+            self.launch(name, (x or 132,), 640, case.key_map(), case.step, index)
             return
         longest = shape.query_span or case.step.batch.total_q
         pools = math.ceil(case.max_blocks / 64)

@@ -76,15 +76,27 @@ struct Producer {
                                       SharedStorage<T>& smem)
       : map(map), step(step), smem(smem), mine{step.layout}, ring{} {}
 
-  // Copies the keys of a segment. Every tile arrives with all its bytes, zeros included.
-  __device__ __forceinline__ void run(const Segment<kListed>& segment) {
+  // Copies the keys of a segment, `ahead` of those who know its rows. Every tile arrives with all
+  // its bytes, zeros included.
+  __device__ __forceinline__ void run(const Segment<kListed>& segment, bool ahead) {
     ptx::PoolBox next{};
 #pragma unroll 1
     for (int tile = segment.begin - 1; tile < segment.end; ++tile) {
       const ptx::PoolBox at = next;
       // A tile's table entry is under way while the tile before it waits for room.
       next = place(step, segment, (tile + 1) * T::kTokens + mine.first());
+      if (ahead && tile == segment.begin + T::kStages) fetch_ahead(segment);
       if (tile >= segment.begin) copy(at);
+    }
+  }
+
+  // Asks the cache for what comes after the first tiles, which nobody takes before.
+  __device__ __forceinline__ void fetch_ahead(const Segment<kListed>& segment) {
+    const int first = segment.begin + T::kStages;
+    for (int tile = first; tile < min(first + T::kAhead, segment.end); ++tile) {
+      ptx::PoolBox at = place(step, segment, tile * T::kTokens + mine.first());
+      at.columns = mine.columns();
+      if (mine.copies() && at.page < step.batch.num_pages) ptx::prefetch(map, at);
     }
   }
 
@@ -123,7 +135,7 @@ struct Partial {
   }
 };
 
-// Named barriers: one a part of the rows each, of which there are up to four.
+// Named barriers: one a part of the rows, and one a part of the consumers, up to four each.
 constexpr int kMeet = 0;
 constexpr int kTurn = 4;
 
@@ -134,8 +146,7 @@ struct Consumer {
 
   const Step& step;
   SharedStorage<T>& smem;
-  int part;  // of the rows of all spans
-  int half;  // of those of its span
+  int part;  // a warpgroup
   int lane;
   ptx::Ring<T::kStages> ring;
   int seen[2];
@@ -148,14 +159,19 @@ struct Consumer {
     lane = threadIdx.x % 32;
     // The compiler learns that operands made of it are the same in all lanes.
     part = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-    half = part % 2;
   }
 
   __device__ __forceinline__ int log2_block() const { return step.layout.log2_block_tokens; }
 
+  // Of the rows of all spans, and of those of its span.
+  __device__ __forceinline__ int row_part() const { return part % T::kRowParts; }
+  __device__ __forceinline__ int half() const { return part % 2; }
+
+  __device__ __forceinline__ int team() const { return part / T::kRowParts; }
+
   // All warps of this part of the rows meet.
   __device__ __forceinline__ void meet() const {
-    cutlass::arch::NamedBarrier::sync(128, kMeet + part);
+    cutlass::arch::NamedBarrier::sync(128 * T::kTeams, kMeet + row_part());
   }
 
   // The tensor cores are one part's at a time, so that its products run beside the exponentials of
@@ -165,42 +181,55 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void pass_turn() const {
-    cutlass::arch::NamedBarrier::arrive(256, kTurn + (part + 1) % T::kParts);
+    cutlass::arch::NamedBarrier::arrive(256, kTurn + (part + 1) % players());
+  }
+
+  // Warpgroups that take tiles. A block of several tiles is one team's, and then all are the first
+  // one's: a stage of the ring may not be another's each time around.
+  __device__ __forceinline__ int players() const {
+    return 1 << log2_block() > T::kTokens ? T::kRowParts : T::kParts;
+  }
+
+  __device__ __forceinline__ bool takes_stage() const {
+    if (T::kTeams == 1) return true;
+    return players() == T::kParts ? ring.stage % T::kTeams == team() : team() == 0;
   }
 
   // This part of the rows to shared memory, swizzled as the products want them; zeros past the
   // tile's.
   __device__ __forceinline__ void load_queries(const Tile& tile) {
-    constexpr int kLoads = 64 * kUnits / 128, kAtOnce = kLoads / T::kSpans;
-    const int thread = ptx::not_before(threadIdx.x) % 128, first = part * 64;
+    constexpr int kLoads = 64 * kUnits / kLoaders, kAtOnce = kLoads / 2;
+    const int thread = ptx::not_before(threadIdx.x) % 128, first = row_part() * 64;
     const int warp_row = thread / 32 * 16;
     meet();  // done with the rows before
-    const Row mine = row_at(step, tile, half * 64 + warp_row + lane % 16);
+    const Row mine = row_at(step, tile, half() * 64 + warp_row + lane % 16);
     if (lane < 16) smem.row_queries[first + warp_row + lane] = mine.query;
 #pragma unroll
     for (int r = 0; r < 2; ++r) seen[r] = __shfl_sync(0xffffffffu, mine.seen, lane / 4 + 8 * r);
     meet();
 #pragma unroll 1
-    for (int i = 0; i < kLoads; i += kAtOnce) copy_queries<kAtOnce>(first, thread + i * 128);
+    for (int i = 0; i < kLoads; i += kAtOnce)
+      copy_queries<kAtOnce>(first, thread + team() * 128 + i * kLoaders);
     cutlass::arch::fence_view_async_shared();
     meet();
   }
 
   static constexpr int kUnits = T::kHeadDim / 8;  // of 16 bytes, of a row
+  static constexpr int kLoaders = 128 * T::kTeams;
 
-  // Every 128th of kLoads units of the rows from `first` on, from unit `at` on.
+  // Every kLoaders'th of kLoads units of the rows from `first` on, from unit `at` on.
   template <int kLoads>
   __device__ __forceinline__ void copy_queries(int first, int at) {
     uint4 loaded[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const char* query = smem.row_queries[first + (at + i * 128) / kUnits];
-      loaded[i] =
-          query ? __ldg(reinterpret_cast<const uint4*>(query) + (at + i * 128) % kUnits) : uint4{};
+      const int unit = at + i * kLoaders;
+      const char* query = smem.row_queries[first + unit / kUnits];
+      loaded[i] = query ? __ldg(reinterpret_cast<const uint4*>(query) + unit % kUnits) : uint4{};
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int to = first + (at + i * 128) / kUnits, unit = (at + i * 128) % kUnits;
+      const int to = first + (at + i * kLoaders) / kUnits, unit = (at + i * kLoaders) % kUnits;
       uint8_t* group = smem.queries + unit / 8 * T::kQueryGroupBytes + to * T::kRowBytes;
       reinterpret_cast<uint4*>(group)[unit % 8 ^ to % 8] = loaded[i];
     }
@@ -208,7 +237,7 @@ struct Consumer {
 
   __device__ __forceinline__ void multiply(Logits& logits) {
     using Element = typename T::Element;
-    const uint64_t left = ptx::swizzled_operand(smem.queries + part * 64 * T::kRowBytes);
+    const uint64_t left = ptx::swizzled_operand(smem.queries + row_part() * 64 * T::kRowBytes);
     const uint64_t right = ptx::swizzled_operand(smem.keys[ring.stage]);
     ptx::fence_registers(logits);
     cute::warpgroup_arrive();
@@ -241,20 +270,21 @@ struct Consumer {
   // The same where a tile has blocks of `kColumns` tokens, or a part of one that is no smaller.
   template <int kColumns>
   __device__ __forceinline__ void run_tiles(const Keys& keys) {
-    const bool works = half * 64 < keys.tile.rows, by_turns = T::kSpans > 1 || keys.tile.rows > 64;
+    const bool works = half() * 64 < keys.tile.rows;
     if (works) load_queries(keys.tile);
-    const int64_t row = half * 64 + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane / 4;
-    cells = keys.tile.cells + row * step.layout.max_blocks;
+    const int64_t row = half() * 64 + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane / 4;
+    cells = cells_of(step, keys.tile.select_span, keys.tile.kv_head) + row * step.layout.max_blocks;
     held = {};
     partial.clear();
 #pragma unroll 1
     for (int t = keys.begin; t < keys.end; ++t, ring.advance()) {
+      if (!takes_stage()) continue;
       const int block = block_of_lane(keys, t);
       Logits logits;
       smem.full[ring.stage].wait(ring.phase);
-      if (by_turns) take_turn();
+      take_turn();
       if (works) multiply(logits);
-      if (by_turns) pass_turn();
+      pass_turn();
       if (lane == 0) smem.empty[ring.stage].arrive();
       if (!works) continue;
       if constexpr (kColumns < T::kTokens) fold_blocks<kColumns>(keys, t, block, logits);
@@ -423,11 +453,13 @@ __device__ __forceinline__ void read_cells(const CUtensorMap& map, const Step& s
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
     for (int i = 0; i < T::kStages; ++i) {
       smem.full[i].init(1);
-      smem.empty[i].init(T::kConsumerWarps);
+      smem.empty[i].init(T::kConsumerWarps / T::kTeams);
     }
     cutlass::arch::fence_barrier_init();
   }
-  ptx::wait_for_earlier();
+  // Keys are on their way before it is known which rows meet them.
+  const bool starts_early = !kListed && knows_spans(step);
+  if (!starts_early) ptx::wait_for_earlier();
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   const bool consumes = warp < T::kConsumerWarps;
   const Units<T, kListed> units{step, index, T::kSpans > 1 && consumes ? warp / 8 : kLast};
@@ -437,17 +469,17 @@ __device__ __forceinline__ void read_cells(const CUtensorMap& map, const Step& s
   __syncwarp();
   Segment<kListed> segment;
   if (consumes) {
-    if constexpr (T::kConsumerRegisters)
-      cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
+    cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
+    if (starts_early) ptx::wait_for_earlier();
     Consumer<T, kListed> consumer(step, smem);
-    if (consumer.part == T::kParts - 1) consumer.pass_turn();
+    if (consumer.part == consumer.players() - 1) consumer.pass_turn();
     while (units.next(left, segment)) consumer.run(segment);
   } else {
-    if constexpr (T::kConsumerRegisters)
-      cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
+    cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     if (warp > T::kConsumerWarps) return;
     Producer<T, kListed> producer(map, step, smem);
-    while (units.next(left, segment)) producer.run(segment);
+    for (bool ahead = starts_early; units.next(left, segment); ahead = false)
+      producer.run(segment, ahead);
   }
 }
 

@@ -11,8 +11,9 @@
 namespace compactattn::select::sm90 {
 
 // 128 sampled rows of each of `kSpans` neighbouring select spans, 64 a consumer warpgroup, meet
-// `kTokens` keys at a time. `kStages` tiles are under way: memory answers after about 1 us, in
-// which one SM's share of its bandwidth is 25 KB.
+// `kTokens` keys at a time. Where there is one span, two teams of warpgroups take tiles in turn.
+// `kStages` tiles are under way: memory answers after about 1 us, in which one SM's share of its
+// bandwidth is 25 KB.
 template <class E, int kDim, int kTokens_, int kSpans_, int kStages_>
 struct KeyTile {
   using Element = E;  // __nv_bfloat16 or __half
@@ -20,9 +21,12 @@ struct KeyTile {
   static constexpr int kHeadDim = kDim;
   static constexpr int kTokens = kTokens_;
   static constexpr int kSpans = kSpans_;
+  static constexpr int kTeams = 2 / kSpans;
   static constexpr int kStages = kStages_;
   static constexpr int kRows = 128 * kSpans;
-  static constexpr int kParts = kRows / 64;    // of the rows, a consumer warpgroup each
+  static constexpr int kRowParts = kRows / 64;       // of the rows
+  static constexpr int kParts = kTeams * kRowParts;  // a consumer warpgroup each
+  static_assert(kTeams == 1 || kStages % kTeams == 0, "a stage is one team's");
   static constexpr int kLogits = kTokens / 2;  // of a thread
   static constexpr int kColumns = 64;          // of 2 bytes = 128 B, the widest swizzle
   static constexpr int kGroups = kDim / kColumns;
@@ -33,11 +37,13 @@ struct KeyTile {
   static constexpr int kQueryBytes = kGroups * kQueryGroupBytes;
   static constexpr int kConsumerWarps = 4 * kParts;
   // Of which the first after the consumers copies; registers change hands by whole warpgroups.
-  static constexpr int kWarps = kConsumerWarps + (kSpans == 1 ? 1 : 4);
+  static constexpr int kWarps = kConsumerWarps + 4;
   static constexpr int kThreads = 32 * kWarps;
-  // Of a thread, once the warps know their roles; 0: as they are launched.
-  static constexpr int kConsumerRegisters = kSpans == 1 ? 0 : 112;
+  // Of a thread, once the warps know their roles.
+  static constexpr int kConsumerRegisters = 112;
   static constexpr int kProducerRegisters = 32;
+  // Tiles that the cache is asked for beside those: 25 MB for 132 SMs, half of what it holds.
+  static constexpr int kAhead = 192 * 1024 / kKeyBytes;
 };
 
 // As many stages as 227 KB hold beside the queries.
@@ -48,7 +54,7 @@ struct KeyTileOf<E, 64> : KeyTile<E, 64, 128, 1, 12> {};
 template <class E>
 struct KeyTileOf<E, 128> : KeyTile<E, 128, 128, 1, 6> {};
 template <class E>
-struct KeyTileOf<E, 256> : KeyTile<E, 256, 64, 1, 5> {};
+struct KeyTileOf<E, 256> : KeyTile<E, 256, 64, 1, 4> {};
 template <class E>
 struct KeyTileOf<E, 64, 2> : KeyTile<E, 64, 128, 2, 12> {};
 template <class E>
