@@ -90,11 +90,10 @@ struct ByMass {
   __device__ uint64_t of(float score) const { return mass.of(score); }
 
   __device__ void set_aside(Histogram& histogram) const {
-    const auto add = [&](int, float score) {
-      add_weight(histogram.aside[0], histogram.aside[1], of(score));
-    };
-    each_score(row.scores, 0, row.first_free, add);
-    each_score(row.scores, row.end_free, row.n, add);
+    for (int i = threadIdx.x; i < row.forced(); i += cta::kThreads) {
+      const int j = i < row.first_free ? i : i + row.free();
+      add_weight(histogram.aside[0], histogram.aside[1], of(row.scores[j]));
+    }
   }
 
   __device__ uint64_t goal(const Histogram& histogram, uint64_t free) const {
