@@ -63,6 +63,10 @@ __device__ __forceinline__ void store_to(int rank, uint32_t* shared, uint32_t va
       : "memory");
 }
 
+__device__ __forceinline__ void store_to(int rank, float* shared, float value) {
+  store_to(rank, reinterpret_cast<uint32_t*>(shared), __float_as_uint(value));
+}
+
 // Writes two words of another CTA's copy of a shared variable, 8-byte aligned.
 __device__ __forceinline__ void store_to(int rank, float2* shared, float2 value) {
   asm volatile(
@@ -102,6 +106,8 @@ __device__ __forceinline__ void store_to_first(int32_t* shared, int32_t value) {
 __device__ __forceinline__ void store_to(int, float2* shared, float2 value) { *shared = value; }
 
 __device__ __forceinline__ void store_to(int, uint32_t* shared, uint32_t value) { *shared = value; }
+
+__device__ __forceinline__ void store_to(int, float* shared, float value) { *shared = value; }
 
 __device__ __forceinline__ int32_t load_from(int, const int32_t* shared) { return *shared; }
 

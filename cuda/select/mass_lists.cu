@@ -151,50 +151,89 @@ __device__ __forceinline__ void load_cells(const Step& step, const Tile& tile, c
   }
 }
 
-// Scores of this CTA's past blocks of a head: the mean over its rows of each block's share.
-__device__ __forceinline__ void score_head(const Step& step, const Tile& tile, int index, int head,
-                                           bool listed) {
+// Scores of this CTA's blocks of a head: the mean over its rows of each block's share.
+__device__ __forceinline__ void score_head(const Step& step, const Tile& tile, const Part& part,
+                                           int head, const uint32_t* candidates,
+                                           float (&masses)[kColumns]) {
   __shared__ HeadExchange shared;
-  const Part part(tile);
   Column cells[kColumns];
   load_cells(step, tile, part, head, cells);
   weigh_rows(tile.samples, part.index, cells, shared);
-  float masses[kColumns] = {};
   each_row(shared.factors, [&](int row, float factor) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) masses[c] = fmaf(cells[c][row], factor, masses[c]);
   });
-  const uint32_t* candidates = listed ? candidates_of(step, index, tile.kv_head) : nullptr;
-  const int64_t row = static_cast<int64_t>(index) * step.layout.num_q_heads + head;
-  float* scores = step.stages.scores + row * step.layout.max_blocks;
+  if (!candidates) return;
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
     const int block = part.block(c);
-    if (block >= min(part.end, past_blocks(step.layout, tile.span))) continue;
-    const bool counts = !candidates || (candidates[block / 32] >> block % 32 & 1);
-    scores[block] = counts || isnan(masses[c]) ? masses[c] : 0.0f;
+    const bool counts = block >= part.end || (candidates[block / 32] >> block % 32 & 1);
+    if (!counts && !isnan(masses[c])) masses[c] = 0.0f;
   }
+}
+
+// visit(block, mass) for this thread's past blocks.
+template <class Visit>
+__device__ __forceinline__ void each_past(const Step& step, const Tile& tile, const Part& part,
+                                          const float (&masses)[kColumns], Visit visit) {
+  const int end = min(part.end, past_blocks(step.layout, tile.span));
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+    if (part.block(c) < end) visit(part.block(c), masses[c]);
+  }
+}
+
+__device__ __forceinline__ void arrive_with_writes() {
+  ptx::fence_cluster();
+  __syncwarp();
+  ptx::arrive_at_cluster();
+}
+
+// Whether a list's merged scores are those of its only row, and the first CTA can be handed them.
+__device__ __forceinline__ bool is_one_row(const Step& step, const Wish& wish, const Span& list) {
+  return wish.then == kLists && step.layout.heads_per_list == 1 && list.num_selects == 1 &&
+         row_is_shared(step.layout);
 }
 
 __device__ __forceinline__ void mass_lists(const Step& step, const Wish& wish, uint32_t* dynamic) {
   const int head = blockIdx.x / kParts, index = blockIdx.y;
-  if (wish.then == kLists && blockIdx.x + blockIdx.y + threadIdx.x == 0) count_call(step.stages);
-  if (index >= step.stages.counters->num_select_spans) return;
+  // Only cells come from the kernel right before this one. As each lets the next start once it has
+  // waited itself, those before it, whose spans and samples these are, are done. Without pages it is
+  // not launched.
+  if (step.batch.num_pages == 0) ptx::wait_for_earlier();
+  const Span list_span = step.stages.list_spans[index];  // of any value, but loaded early
+  const bool is_there = index < step.stages.counters->num_select_spans;
   Tile tile;
   const bool scored = tile_at(step, 0, index, head / step.layout.group_size, tile);
+  ptx::wait_for_earlier();
+  if (wish.then == kLists && blockIdx.x + blockIdx.y + threadIdx.x == 0) count_call(step.stages);
+  if (!is_there) return;
+  const bool handed = scored && is_one_row(step, wish, list_span);
   if (scored) {
     ptx::arrive_at_cluster();  // whose CTAs all run from here on: their shared memory is written
-    score_head(step, tile, index, head, wish.listed);
+    const Part part(tile);
+    float masses[kColumns] = {};
+    score_head(step, tile, part, head,
+               wish.listed ? candidates_of(step, index, tile.kv_head) : nullptr, masses);
+    if (handed) {
+      // Before the row goes to global memory, for which nobody here waits.
+      float* merged = shared_row(step.layout, dynamic);
+      each_past(step, tile, part, masses,
+                [&](int block, float mass) { ptx::store_to(0, merged + block, mass); });
+      arrive_with_writes();
+    }
+    float* scores = step.stages.scores +
+                    (static_cast<int64_t>(index) * step.layout.num_q_heads + head) *
+                        step.layout.max_blocks;
+    each_past(step, tile, part, masses, [&](int block, float mass) { scores[block] = mass; });
   }
   if (wish.then != kLists) return;
   if (scored) {
-    ptx::fence_cluster();
-    __syncwarp();
-    ptx::arrive_at_cluster();
+    if (!handed) arrive_with_writes();
     ptx::wait_for_cluster();
   }
   if (blockIdx.x % kParts != 0) return;
-  write_list(step, index, step.stages.list_spans[index], head, false, dynamic);
+  write_list(step, index, list_span, head, false, dynamic, handed);
 }
 
 }  // namespace
@@ -204,6 +243,5 @@ extern "C" __global__ void COMPACTATTN_CLUSTER_OF_PARTS __launch_bounds__(512, 1
     compactattn_mass_lists(const __grid_constant__ compactattn::Step step,
                            const __grid_constant__ compactattn::select::Wish wish) {
   extern __shared__ uint32_t dynamic_words[];
-  compactattn::ptx::wait_for_earlier();
   compactattn::select::mass_lists(step, wish, dynamic_words);
 }

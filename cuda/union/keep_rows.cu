@@ -21,7 +21,7 @@ __device__ void keep_row(const Step& step, const Span& span, int64_t row, uint32
   const bool asks = !span.dense && span.votes;
   Row scores = row_of(step.settings, step.stages.scores + row * layout.max_blocks, past);
   if (asks) {
-    float* shared = reinterpret_cast<float*>(bits + layout.mask_words);
+    float* shared = shared_row(layout, bits);
     scores.scores = held_row(step, scores.scores, past, shared);
     keep(step.settings, scores, bits);
   }

@@ -31,16 +31,15 @@ __device__ inline void count_call(const Stages& stages) {
 
 // Where a list's merged scores are held while they are ranked.
 __device__ inline float* merged_row(const Step& step, const List& list) {
-  if (row_is_shared(step.layout))
-    return reinterpret_cast<float*>(list.bits + step.layout.mask_words);
+  if (row_is_shared(step.layout)) return shared_row(step.layout, list.bits);
   return step.stages.cells + list.row * step.layout.max_blocks;
 }
 
 __device__ inline void select_past(const Step& step, const List& list, const Members& members,
-                                   bool from_masks) {
+                                   bool from_masks, bool is_merged) {
   if (from_masks) return unite_masks(step, members, list.past, list.bits);
   float* merged = merged_row(step, list);
-  merge_scores(step, members, list.past, merged);
+  if (!is_merged) merge_scores(step, members, list.past, merged);
   keep(step.settings, row_of(step.settings, merged, list.past), list.bits);
 }
 
@@ -87,9 +86,11 @@ __device__ inline void finish(const Step& step, const List& list) {
   __syncthreads();
 }
 
-// List `part` of list span `index`, which is `span`; `dynamic` as union_table.cu has it.
+// List `part` of list span `index`, which is `span`; `dynamic` as union_table.cu has it, with the
+// merged scores where they are there already.
 __device__ inline void write_list(const Step& step, int index, const Span& span, int part,
-                                  bool from_masks, uint32_t* dynamic) {
+                                  bool from_masks, uint32_t* dynamic,
+                                  bool is_merged = false) {
   const int64_t row = static_cast<int64_t>(index) * lists_per_span(step.layout) + part;
   List list{row, span, 0, 0, false, dynamic};
   const Members members = members_of(step, span, part);
@@ -98,7 +99,7 @@ __device__ inline void write_list(const Step& step, int index, const Span& span,
   // Nobody asked for less than everything, as for the last rows of the official block-sparse path.
   list.dense = span.dense || members.spans == 0;
   if (!list.dense) {
-    select_past(step, list, members, from_masks);
+    select_past(step, list, members, from_masks, is_merged);
     force_and_guard(step, list);
   }
   finish(step, list);

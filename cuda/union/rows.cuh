@@ -15,6 +15,10 @@ __host__ __device__ inline bool row_is_shared(const Layout& layout) {
   return layout.max_blocks <= kSharedRowBlocks;
 }
 
+__device__ inline float* shared_row(const Layout& layout, uint32_t* dynamic) {
+  return reinterpret_cast<float*>(dynamic + layout.mask_words);
+}
+
 // The rows of scores or bits under one list: those of `spans` select spans, `heads` query heads of
 // each.
 struct Members {
