@@ -183,6 +183,40 @@ __device__ __forceinline__ void each_past(const Step& step, const Tile& tile, co
   }
 }
 
+// Tells the first CTA's `shared`, one for each warp of the cluster, what this warp has of a row.
+__device__ __forceinline__ void tell(const Survey& warp, int part, Survey* shared) {
+  const Survey seen = join_lanes(warp);
+  if (threadIdx.x % 32 != 0) return;
+  Survey* to = shared + part * cta::kWarps + threadIdx.x / 32;
+  ptx::store_to(0, &to->heaviest, seen.heaviest);
+  ptx::store_to(0, &to->best, seen.best);
+  ptx::store_to(0, &to->worst, seen.worst);
+  ptx::store_to(0, &to->unjudged, seen.unjudged);
+  ptx::store_to(0, &to->at_threshold, seen.at_threshold);
+}
+
+__device__ __forceinline__ Survey join_told(const Survey* shared) {
+  const int lane = threadIdx.x % 32;
+  Survey seen = nothing_seen();
+#pragma unroll
+  for (int i = 0; i < kParts * cta::kWarps; i += 32) seen = join(seen, shared[i + lane]);
+  return join_lanes(seen);
+}
+
+// Hands the first CTA the list's only row.
+__device__ __forceinline__ void hand_over(const Step& step, const Tile& tile, const Part& part,
+                                          const float (&masses)[kColumns], float* merged,
+                                          Survey* surveys) {
+  const auto row = row_of(step.settings, merged, past_blocks(step.layout, tile.span));
+  const uint32_t threshold = rank_of(step.settings.keep_value);
+  Survey seen = nothing_seen();
+  each_past(step, tile, part, masses, [&](int block, float mass) {
+    ptx::store_to(0, merged + block, mass);
+    look(seen, row, threshold, block, mass);
+  });
+  tell(seen, part.index, surveys);
+}
+
 __device__ __forceinline__ void arrive_with_writes() {
   ptx::fence_cluster();
   __syncwarp();
@@ -196,10 +230,11 @@ __device__ __forceinline__ bool is_one_row(const Step& step, const Wish& wish, c
 }
 
 __device__ __forceinline__ void mass_lists(const Step& step, const Wish& wish, uint32_t* dynamic) {
+  __shared__ Survey surveys[kParts * cta::kWarps];
   const int head = blockIdx.x / kParts, index = blockIdx.y;
   // Only cells come from the kernel right before this one. As each lets the next start once it has
-  // waited itself, those before it, whose spans and samples these are, are done. Without pages it is
-  // not launched.
+  // waited itself, those before it, whose spans and samples these are, are done. Without pages that
+  // kernel is not launched.
   if (step.batch.num_pages == 0) ptx::wait_for_earlier();
   const Span list_span = step.stages.list_spans[index];  // of any value, but loaded early
   const bool is_there = index < step.stages.counters->num_select_spans;
@@ -217,9 +252,7 @@ __device__ __forceinline__ void mass_lists(const Step& step, const Wish& wish, u
                wish.listed ? candidates_of(step, index, tile.kv_head) : nullptr, masses);
     if (handed) {
       // Before the row goes to global memory, for which nobody here waits.
-      float* merged = shared_row(step.layout, dynamic);
-      each_past(step, tile, part, masses,
-                [&](int block, float mass) { ptx::store_to(0, merged + block, mass); });
+      hand_over(step, tile, part, masses, shared_row(step.layout, dynamic), surveys);
       arrive_with_writes();
     }
     float* scores = step.stages.scores +
@@ -233,7 +266,8 @@ __device__ __forceinline__ void mass_lists(const Step& step, const Wish& wish, u
     ptx::wait_for_cluster();
   }
   if (blockIdx.x % kParts != 0) return;
-  write_list(step, index, list_span, head, false, dynamic, handed);
+  const Survey seen = handed ? join_told(surveys) : nothing_seen();
+  write_list(step, index, list_span, head, false, dynamic, handed, seen);
 }
 
 }  // namespace

@@ -196,7 +196,7 @@ struct Better {
   }
 };
 
-// Of a quarter of the few keys to all of them, as many threads side by side as there are for each.
+// Of the few blocks, by as many threads side by side as there are for each, four keys at a time.
 template <class Weight>
 __device__ __forceinline__ Better better_than(const Histogram& histogram, uint32_t key, int few) {
   constexpr int kSideBySide = cta::kThreads / kFew;

@@ -53,17 +53,21 @@ __device__ inline Survey join(const Survey& a, const Survey& b) {
           a.unjudged + b.unjudged, a.at_threshold + b.at_threshold};
 }
 
+// Adds block `j`; `threshold`: its rank.
+__device__ __forceinline__ void look(Survey& seen, const Row& row, uint32_t threshold, int j,
+                                     float score) {
+  seen.heaviest = max(seen.heaviest, mass_bits(score));
+  if (j < row.first_free || j >= row.end_free) return;
+  const uint32_t rank = rank_of(score);
+  seen = join(seen, {0, rank, rank, rank == kUnjudged, rank >= threshold});
+}
+
 // Once a CTA: nothing keeps a second call from writing what the first one's threads still read.
 __device__ inline Survey survey(const Row& row, float threshold) {
   __shared__ Survey warps[cta::kWarps];
   const uint32_t at = rank_of(threshold);
   Survey seen = nothing_seen();
-  each_score(row.scores, 0, row.n, [&](int j, float score) {
-    seen.heaviest = max(seen.heaviest, mass_bits(score));
-    if (j < row.first_free || j >= row.end_free) return;
-    const uint32_t rank = rank_of(score);
-    seen = join(seen, {0, rank, rank, rank == kUnjudged, rank >= at});
-  });
+  each_score(row.scores, 0, row.n, [&](int j, float score) { look(seen, row, at, j, score); });
   seen = join_lanes(seen);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = seen;
   __syncthreads();
@@ -150,9 +154,7 @@ __device__ inline Wanted wanted(const Settings& settings, const Row& row, const 
 }
 
 // The cut between floor and cap; neither may drop a block that cannot be judged.
-__device__ inline Best best_of_row(const Settings& settings, const Row& row) {
-  if (row.free() <= 0) return kNothing;
-  const Survey seen = survey(row, settings.keep_value);
+__device__ inline Best best_of_row(const Settings& settings, const Row& row, const Survey& seen) {
   const Wanted rule = wanted(settings, row, seen);
   const int most = share_of(settings.max_density, row.n);
   const int least = max(share_of(settings.min_density, row.n), budget(settings, row));
@@ -162,6 +164,11 @@ __device__ inline Best best_of_row(const Settings& settings, const Row& row) {
   if (count <= 0) return kNothing;
   if (count >= row.free()) return {0, kAllTies, row.free()};
   return best_of(free_blocks(row, seen), ByCount{static_cast<uint64_t>(count)});
+}
+
+__device__ inline Best best_of_row(const Settings& settings, const Row& row) {
+  if (row.free() <= 0) return kNothing;
+  return best_of_row(settings, row, survey(row, settings.keep_value));
 }
 
 // Clears all but the first `count` set bits of a row, counted over its words.

@@ -36,11 +36,16 @@ __device__ inline float* merged_row(const Step& step, const List& list) {
 }
 
 __device__ inline void select_past(const Step& step, const List& list, const Members& members,
-                                   bool from_masks, bool is_merged) {
+                                   bool from_masks, bool is_merged, const Survey& seen) {
   if (from_masks) return unite_masks(step, members, list.past, list.bits);
   float* merged = merged_row(step, list);
-  if (!is_merged) merge_scores(step, members, list.past, merged);
-  keep(step.settings, row_of(step.settings, merged, list.past), list.bits);
+  const Row row = row_of(step.settings, merged, list.past);
+  if (is_merged) {
+    const bool is_free = row.free() > 0;
+    return mark(row, is_free ? best_of_row(step.settings, row, seen) : kNothing, list.bits);
+  }
+  merge_scores(step, members, list.past, merged);
+  keep(step.settings, row, list.bits);
 }
 
 // Forces sink and local, then applies the density guard: a list above it reads everything.
@@ -87,10 +92,10 @@ __device__ inline void finish(const Step& step, const List& list) {
 }
 
 // List `part` of list span `index`, which is `span`; `dynamic` as union_table.cu has it, with the
-// merged scores where they are there already.
+// merged scores in it where `is_merged`, which `seen` surveys.
 __device__ inline void write_list(const Step& step, int index, const Span& span, int part,
                                   bool from_masks, uint32_t* dynamic,
-                                  bool is_merged = false) {
+                                  bool is_merged = false, Survey seen = {}) {
   const int64_t row = static_cast<int64_t>(index) * lists_per_span(step.layout) + part;
   List list{row, span, 0, 0, false, dynamic};
   const Members members = members_of(step, span, part);
@@ -99,7 +104,7 @@ __device__ inline void write_list(const Step& step, int index, const Span& span,
   // Nobody asked for less than everything, as for the last rows of the official block-sparse path.
   list.dense = span.dense || members.spans == 0;
   if (!list.dense) {
-    select_past(step, list, members, from_masks, is_merged);
+    select_past(step, list, members, from_masks, is_merged, seen);
     force_and_guard(step, list);
   }
   finish(step, list);
