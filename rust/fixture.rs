@@ -105,7 +105,8 @@ pub(crate) fn v_scales(shape: &Shape) -> &'static [f32] {
     if shape.kv_dtype == Dtype::E4m3 { &[1.3] } else { &[] }
 }
 
-fn scale_of(scales: &[f32], head: usize) -> f32 {
+/// Of one KV head.
+pub(crate) fn scale_of(scales: &[f32], head: usize) -> f32 {
     scales.get(head).or(scales.first()).copied().unwrap_or(1.0)
 }
 

@@ -10,8 +10,8 @@ namespace compactattn {
 // banks for every head_dim.
 constexpr uint32_t row_bytes(uint32_t head_dim) { return 2 * head_dim + 16; }
 
-// Means of 128 blocks in two parts, two stages of 64 rows.
-constexpr uint32_t flashprefill_bytes(uint32_t head_dim) { return 384 * row_bytes(head_dim); }
+// Means of 128 blocks, two stages of 64 rows.
+constexpr uint32_t flashprefill_bytes(uint32_t head_dim) { return 256 * row_bytes(head_dim); }
 
 // Four stages of 64 rows, swizzled.
 constexpr uint32_t flashprefill_sm90_bytes(uint32_t head_dim) { return 512 * head_dim; }
@@ -42,9 +42,9 @@ constexpr uint32_t pooled_cells_bytes(uint32_t head_dim, uint32_t pitch) {
   return pitch * 512 > 128 * row_bytes(head_dim) ? pitch * 512 : 128 * row_bytes(head_dim);
 }
 
-// The same and a tile of 128 sampled rows, two of 128 means.
+// The same and a tile of 128 sampled rows, one of 128 means.
 constexpr uint32_t pooled_lists_bytes(uint32_t head_dim, uint32_t pitch) {
-  return pooled_cells_bytes(head_dim, pitch) + 384 * row_bytes(head_dim);
+  return pooled_cells_bytes(head_dim, pitch) + 256 * row_bytes(head_dim);
 }
 
 // Features of 16 blocks: maximum, minimum and mean.

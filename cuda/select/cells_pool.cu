@@ -14,8 +14,8 @@ struct Whole {
   template <class Source>
   using Reader = select::Reader<Element, Source, Stored>;
 
-  // Products of this warp's rows with both parts of the means of the blocks from `first` on; called
-  // by the whole CTA.
+  // Products of this warp's rows with the means of the blocks from `first` on; called by the whole
+  // CTA.
   static __device__ __forceinline__ void multiply_means(float (&logits)[2][kPoolBlocks / 8][4],
                                                         const Step& step, const Tile& tile,
                                                         int first, char* shared) {
@@ -27,9 +27,7 @@ struct Whole {
     const int warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;
     if (warp_row >= tile.rows) return;
     const uint32_t rows = queries + warp_row * pitch_of(step.layout);
-    const uint32_t high = queries + stages, rest = high + kPoolBlocks * pitch_of(step.layout);
-    multiply<Element>(logits, rows, high, step.layout);
-    multiply<Element>(logits, rows, rest, step.layout);
+    multiply<Element>(logits, rows, queries + stages, step.layout);
   }
 
   // Two vectors of the tiles give way to one row of cells, 256 bytes, whatever the head_dim.

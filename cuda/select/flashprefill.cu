@@ -14,12 +14,13 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kRows = 64;
 constexpr int kWarpBlocks = 32;
-static_assert(2 * (kBlocks + kRows) * row_bytes(64) == flashprefill_bytes(64), "a launch's");
+static_assert((kBlocks + 2 * kRows) * row_bytes(64) == flashprefill_bytes(64), "a launch's");
 
-// The warp's kWarpBlocks means, zeros past the last block. A lane looks up one block's slot, and
-// eight loads are on their way at a time: their latency is not hidden otherwise.
+// The warp's kWarpBlocks means in the queries' dtype, zeros past the last block. A lane looks up
+// one block's slot, and eight loads are on their way at a time: their latency is not hidden
+// otherwise.
 template <class Element>
-__device__ void load_means(const Step& step, const Tile& tile, uint8_t* high, uint8_t* low) {
+__device__ void load_means(const Step& step, const Tile& tile, uint8_t* to) {
   constexpr int kAtOnce = 8;
   const int first = threadIdx.x / 32 * kWarpBlocks, lane = threadIdx.x % 32;
   const int block = tile.first + first + lane;
@@ -37,13 +38,9 @@ __device__ void load_means(const Step& step, const Tile& tile, uint8_t* high, ui
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        uint2 top, rest;
-        split<Element>(means[i].x, means[i].y, top.x, rest.x);
-        split<Element>(means[i].z, means[i].w, top.y, rest.y);
         if (x >= dim) continue;
-        const int at = (first + row + i) * tile.row_bytes + 2 * x;
-        *reinterpret_cast<uint2*>(high + at) = top;
-        *reinterpret_cast<uint2*>(low + at) = rest;
+        *reinterpret_cast<uint2*>(to + (first + row + i) * tile.row_bytes + 2 * x) = uint2{
+            pack_pair<Element>(means[i].x, means[i].y), pack_pair<Element>(means[i].z, means[i].w)};
       }
     }
   }
@@ -70,8 +67,7 @@ using Logits = float[2][kRows / 8][4];
 // Logits of the warp's blocks and kRows rows, before the scale. Unrolled, so that loads run ahead
 // of the products.
 template <class Element, int kDim>
-__device__ __forceinline__ void multiply_dim(Logits& c, uint32_t high, uint32_t low,
-                                             uint32_t rows) {
+__device__ __forceinline__ void multiply_dim(Logits& c, uint32_t means, uint32_t rows) {
   constexpr int kRowBytes = 2 * kDim + kPadBytes;
   const int lane = threadIdx.x % 32;
   const uint32_t a = offset_a(lane, kRowBytes), b = rows + offset_b(lane, kRowBytes);
@@ -79,22 +75,21 @@ __device__ __forceinline__ void multiply_dim(Logits& c, uint32_t high, uint32_t 
   for (int x = 0; x < kDim; x += 16) {
     uint32_t columns[kRows / 16][4];
     load_b(columns, b + 2 * x, kRowBytes);
-    multiply_32<Element>(c, high + a + 2 * x, kRowBytes, columns);
-    multiply_32<Element>(c, low + a + 2 * x, kRowBytes, columns);
+    multiply_32<Element>(c, means + a + 2 * x, kRowBytes, columns);
   }
 }
 
 template <class Element>
-__device__ void multiply_tile(Logits& c, uint32_t high, uint32_t low, uint32_t rows, int head_dim) {
+__device__ void multiply_tile(Logits& c, uint32_t means, uint32_t rows, int head_dim) {
   switch (head_dim) {
     case 64:
-      return multiply_dim<Element, 64>(c, high, low, rows);
+      return multiply_dim<Element, 64>(c, means, rows);
     case 96:
-      return multiply_dim<Element, 96>(c, high, low, rows);
+      return multiply_dim<Element, 96>(c, means, rows);
     case 128:
-      return multiply_dim<Element, 128>(c, high, low, rows);
+      return multiply_dim<Element, 128>(c, means, rows);
     default:
-      return multiply_dim<Element, 256>(c, high, low, rows);
+      return multiply_dim<Element, 256>(c, means, rows);
   }
 }
 
@@ -175,16 +170,15 @@ __device__ void sum_weights(const Step& step) {
   const int group = layout.group_size;
   if (!step.stages.k_mean) return give_up(step, tile, group);
 
-  uint8_t *high = shared, *low = shared + kBlocks * tile.row_bytes;
-  const uint32_t rows = ptx::shared_address(low + kBlocks * tile.row_bytes);
+  const uint32_t rows = ptx::shared_address(shared) + kBlocks * tile.row_bytes;
   const int warp = threadIdx.x / 32;
-  const uint32_t means = ptx::shared_address(high) + warp * kWarpBlocks * tile.row_bytes;
+  const uint32_t means = ptx::shared_address(shared) + warp * kWarpBlocks * tile.row_bytes;
   const bool all_past = tile.first + kBlocks <= past_blocks_of(step, tile.span);
   const int tiles = (tile.span.len + kRows - 1) / kRows;
   int head = tile.kv_head * group;
   const float scale = layout.sm_scale * kLog2E;
   load_rows<Element>(step, tile, head, 0, rows);
-  load_means<Element>(step, tile, high, low);
+  load_means<Element>(step, tile, shared);
   LogSum sums[4];
   for (int i = 0, n = 0; i < tiles * group; ++i) {
     const int first = n * kRows, next_n = n + 1 < tiles ? n + 1 : 0;
@@ -198,8 +192,7 @@ __device__ void sum_weights(const Step& step) {
     __syncthreads();
     if (tile.first + warp * kWarpBlocks < tile.end) {
       Logits c = {};
-      multiply_tile<Element>(c, means, means + kBlocks * tile.row_bytes,
-                             rows + i % 2 * kRows * tile.row_bytes, layout.head_dim);
+      multiply_tile<Element>(c, means, rows + i % 2 * kRows * tile.row_bytes, layout.head_dim);
       if (!all_past || first + kRows > tile.span.len) hide(step, tile, first, c);
       fold(sums, c, scale);
       if (next_n == 0) finish(step, tile, head, sums);

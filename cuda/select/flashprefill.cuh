@@ -42,14 +42,6 @@ struct Tile {
   int row_bytes;
 };
 
-// Two elements of a mean as a sum of two 16-bit numbers each: off by 2^-16 of themselves at most.
-template <class Element>
-__device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t& low) {
-  high = pack_pair<Element>(x, y);
-  const float2 top = unpack_pair<Element>(high);
-  low = pack_pair<Element>(isfinite(x) ? x - top.x : 0.f, isfinite(y) ? y - top.y : 0.f);
-}
-
 // Without means nothing can be judged.
 __device__ inline void give_up(const Step& step, const Tile& tile, int group) {
   const int past = min(past_blocks_of(step, tile.span), tile.first + kBlocks);

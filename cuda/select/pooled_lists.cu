@@ -2,7 +2,7 @@
 // union_table do where a span has one tile of sampled rows (rust/select/pooled_mass.rs).
 //
 // Dynamic shared memory: cells, 128 rows of `pitch` floats but at least a tile of 128 keys
-// (row_bytes each), then three tiles of 128 rows: queries, means and what 16 bits lack of them.
+// (row_bytes each), then two tiles of 128 rows: queries and means.
 #include "cluster.cuh"
 #include "means.cuh"
 
@@ -26,7 +26,7 @@ struct Pooling {
   const Tile& tile;
   const Slice& slice;
   uint32_t keys;     // shared memory; where cells come later
-  uint32_t queries;  // three tiles from here on
+  uint32_t queries;  // two tiles from here on
   int seen[4];
   Weight weights[4];
 
@@ -117,9 +117,8 @@ struct Pooling {
   // Products of the rows with the means of the pass.
   __device__ __forceinline__ void multiply_means(Logits& logits) const {
     const uint32_t pitch = pitch_of(step.layout), rows = queries + warp_row() * pitch;
-    const uint32_t high = queries + tile_bytes() + warp_column() * pitch;
-    compactattn::select::multiply<Element, 8>(logits, rows, high, step.layout);
-    compactattn::select::multiply<Element, 8>(logits, rows, high + tile_bytes(), step.layout);
+    const uint32_t means = queries + tile_bytes() + warp_column() * pitch;
+    compactattn::select::multiply<Element, 8>(logits, rows, means, step.layout);
   }
 
   // Cells of blocks `at` .. of the slice.

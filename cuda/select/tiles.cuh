@@ -89,20 +89,6 @@ struct LogSum {
   __device__ __forceinline__ float log2() const { return max + log2f(sum); }
 };
 
-// The inverse of pack_pair.
-template <class Element>
-__device__ __forceinline__ float2 unpack_pair(uint32_t pair);
-
-template <>
-__device__ __forceinline__ float2 unpack_pair<__nv_bfloat16>(uint32_t pair) {
-  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-
-template <>
-__device__ __forceinline__ float2 unpack_pair<__half>(uint32_t pair) {
-  return __half22float2(reinterpret_cast<const __half2&>(pair));
-}
-
 template <class Op>
 __device__ __forceinline__ float warp_reduce(float x, Op op) {
 #pragma unroll

@@ -19,7 +19,7 @@ pub(crate) const XATTENTION: u32 = 110_592;
 
 /// Of `compactattn_flashprefill_*`.
 pub(crate) const fn flashprefill(head_dim: u32) -> u32 {
-    384 * row(head_dim)
+    256 * row(head_dim)
 }
 
 /// Of `compactattn_flashprefill_sm90_*`.
@@ -58,7 +58,7 @@ pub(crate) const fn cells_lists(pitch: u32) -> u32 {
 /// Of `compactattn_pooled_lists_*`, likewise.
 pub(crate) const fn pooled_lists(head_dim: u32, pitch: u32) -> u32 {
     let (cells, keys) = (cells_lists(pitch), 128 * row(head_dim));
-    (if cells > keys { cells } else { keys }) + 384 * row(head_dim)
+    (if cells > keys { cells } else { keys }) + 256 * row(head_dim)
 }
 
 /// Of `compactattn_attn_gate_keys_*`.

@@ -1,8 +1,11 @@
 //! Scores of every past block, selector by selector, from the definitions in the selectors' module docs.
 
+use half::{bf16, f16};
+
 use super::{Chunk, Request, block_means, chunks, dot, select_step, softmax};
 use crate::plan::Layout;
 use crate::settings::Selector;
+use crate::types::Dtype;
 
 /// One span's scores, `[num_q_heads][past blocks]`; empty rows for a dense span.
 #[derive(Clone, Debug, PartialEq)]
@@ -99,9 +102,11 @@ impl At<'_> {
         dot(&self.request.q[head][t], key) * f64::from(self.layout.shape.sm_scale)
     }
 
-    /// Mean keys of the request's whole blocks.
+    /// Mean keys of the request's whole blocks: kept as f32, and rounded to the queries' dtype, as FlashPrefill's are.
     pub(super) fn mean_keys(&self) -> Vec<Vec<f64>> {
-        block_means(&self.request.k[self.kv_head], self.layout.settings.block_size)
+        let means = block_means(&self.request.k[self.kv_head], self.layout.settings.block_size);
+        let round = |x: f64| rounded(self.layout.shape.dtype, x);
+        means.into_iter().map(|mean| mean.into_iter().map(round).collect()).collect()
     }
 
     /// `S_j / max S`, where `S_j` sums `exp(q . k_mean_j * sm_scale)` over the rows at or after the block's last token.
@@ -121,6 +126,17 @@ impl At<'_> {
         let relative_to = if self.layout.settings.flashprefill.relative_to_past { past } else { sums.len() };
         let max = sums[..relative_to].iter().copied().fold(f64::NEG_INFINITY, f64::max);
         sums[..past].iter().map(|sum| (sum - max).exp()).collect()
+    }
+}
+
+/// `x` as f32, then as `dtype`, to nearest.
+#[expect(clippy::cast_possible_truncation, reason = "means are stored as f32")]
+fn rounded(dtype: Dtype, x: f64) -> f64 {
+    let stored = x as f32;
+    match dtype {
+        Dtype::Bf16 => bf16::from_f32(stored).to_f64(),
+        Dtype::F16 => f16::from_f32(stored).to_f64(),
+        _ => stored.into(),
     }
 }
 

@@ -4,12 +4,15 @@
 //! block's keys ([`Cells::read`], exact) or from its mean key ([`Cells::pool`]: `block_size * 2^(q . k_mean)`, which
 //! never exceeds the exact weight, by Jensen). Weights divided by a row's total are shares of its attention.
 
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 use multiversion::multiversion;
 
 use super::rows::Rows;
 use super::{Input, Unit};
 use crate::math::{self, Mat};
 use crate::summaries::{BlockAt, Summaries};
+use crate::types::Dtype;
 
 /// Cells of some rows over the first blocks of their request; those never filled weigh nothing.
 pub(super) struct Cells<'a> {
@@ -137,7 +140,8 @@ impl Scratch {
     }
 }
 
-/// Mean keys of `blocks` of a (request, KV head), `[blocks, head_dim]`.
+/// Mean keys of `blocks` of a (request, KV head), `[blocks, head_dim]`, rounded to the queries' dtype: as FlashPrefill
+/// (arXiv 2603.06199) keeps them, and tensor cores multiply them once.
 pub(super) fn mean_keys(
     input: &Input,
     summaries: &Summaries,
@@ -148,7 +152,22 @@ pub(super) fn mean_keys(
     for block in blocks {
         means.extend_from_slice(summaries.k(input.layout, input.batch, BlockAt { req, block, kv_head }));
     }
+    match input.layout.shape.dtype {
+        Dtype::Bf16 => round_to::<bf16>(&mut means),
+        Dtype::F16 => round_to::<f16>(&mut means),
+        _ => (),
+    }
     means
+}
+
+/// To nearest, ties to even; what is too large becomes infinite, and rows that meet it cannot be judged by it.
+fn round_to<T: Copy + Default>(numbers: &mut [f32])
+where
+    [T]: HalfFloatSliceExt,
+{
+    let mut narrow = vec![T::default(); numbers.len()];
+    narrow.convert_from_f32_slice(numbers);
+    narrow.convert_to_f32_slice(numbers);
 }
 
 /// Sets the logits `[range, rows]` of tokens that a row does not see to -inf.
@@ -218,5 +237,21 @@ fn normalise(max: &mut [f32], sum: &[f32], scale: &mut [f32], weight: f32) {
 fn raise(max: &mut [f32], row: &[f32]) {
     for (m, &x) in max.iter_mut().zip(row) {
         *m = if x > *m { x } else { *m };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn means_are_rounded_to_even_and_what_is_too_large_is_infinite() {
+        let mut numbers = [1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, 1e5, -f32::MAX, f32::NAN];
+        let mut narrower = numbers;
+        round_to::<bf16>(&mut numbers);
+        assert_eq!(numbers[..4], [1.0, 1.015_625, 99_840.0, f32::NEG_INFINITY]);
+        round_to::<f16>(&mut narrower);
+        assert_eq!(narrower[..4], [1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, f32::INFINITY, f32::NEG_INFINITY]);
+        assert!(numbers[4].is_nan() && narrower[4].is_nan());
     }
 }

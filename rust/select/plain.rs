@@ -1,7 +1,7 @@
 //! The selectors' formulas in plain f64, one row and one key at a time, for tests to compare with.
 
 use super::{Input, sample, score};
-use crate::fixture::{Paged, over_e4m3, shape};
+use crate::fixture::{Paged, k_scales, over_e4m3, round, scale_of, shape};
 use crate::parallel::Parallel;
 use crate::plan::{Layout, Span};
 use crate::settings::{DenseRules, Selector, Settings};
@@ -68,15 +68,22 @@ impl Row<'_> {
 
     fn key(&self, token: usize) -> Vec<f64> {
         let shape = &self.paged.shape;
-        let at = token * shape.num_kv_heads + self.head / shape.group_size();
+        let kv_head = self.head / shape.group_size();
+        let at = token * shape.num_kv_heads + kv_head;
         let k = &self.paged.requests[self.span.req].k[at * shape.head_dim..][..shape.head_dim];
-        k.iter().map(|&x| f64::from(x)).collect()
+        // What the cache holds times its scale, exactly: rounding decides what a mean is.
+        let scale = scale_of(k_scales(shape), kv_head);
+        let stored = |&x: &f32| f64::from(round(shape.kv_dtype, x / scale));
+        k.iter().map(|x| stored(x) * f64::from(scale)).collect()
     }
 
+    /// As the summaries keep it, rounded to the queries' dtype.
+    #[expect(clippy::cast_possible_truncation, reason = "means are stored as f32")]
     fn mean_key(&self, block: usize) -> Vec<f64> {
         let n = self.block_size();
         let keys: Vec<_> = (block * n..(block + 1) * n).map(|t| self.key(t)).collect();
-        (0..keys[0].len()).map(|x| keys.iter().map(|k| k[x]).sum::<f64>() / n as f64).collect()
+        let mean = |x: usize| keys.iter().map(|k| k[x]).sum::<f64>() / n as f64;
+        (0..keys[0].len()).map(|x| round(self.paged.shape.dtype, mean(x) as f32).into()).collect()
     }
 
     /// `exp(q_i . key * sm_scale)` for the span's token `i`.

@@ -5,7 +5,7 @@ use compactattn::plan::Layout;
 use compactattn::reference::keep::{Kept, Score};
 use compactattn::reference::select::Scored;
 use compactattn::reference::{Request, attend, chunks, select, select_step, table, union};
-use compactattn::select::{Merge, merge_of, needs_summaries};
+use compactattn::select::{Merge, merge_of};
 use compactattn::settings::{KeepAt, Selector};
 use compactattn::types::Dtype;
 
@@ -36,8 +36,6 @@ pub(crate) struct Arithmetic {
     /// Relative error of a softmax weight when it meets its value, and the same in absolute terms for a weight that is
     /// small beside the row's largest.
     weight: (f64, f64),
-    /// Relative error of an element of a mean key as it meets a query.
-    mean_key: f64,
     /// Error of an element of a mean that stands for skipped tokens: relative, and absolute.
     stored_mean: (f64, f64),
 }
@@ -45,26 +43,20 @@ pub(crate) struct Arithmetic {
 impl Arithmetic {
     /// f32 throughout.
     pub(crate) const F32: Self =
-        Self { unit: U, exp: EXP_ERROR, weight: (0.0, 0.0), mean_key: 0.0, stored_mean: (0.0, 0.0) };
+        Self { unit: U, exp: EXP_ERROR, weight: (0.0, 0.0), stored_mean: (0.0, 0.0) };
 
     /// Tensor cores: they cut what f32 cannot hold instead of rounding it; each weight is rescaled at most twice (a new
     /// maximum, a combined split), each time by an exponential; weights are rounded to the values' type, where f16 has
     /// steps of 2^-24 below 2^-14, and the largest weight of a row is at least 1 before it is divided by their sum;
-    /// mean keys are sums of two such numbers, the second rounded to as many bits as the first; means that stand for
-    /// skipped tokens are one, in the units of an e4m3 cache, so that f16's steps grow with its scale.
+    /// means that stand for skipped tokens are such numbers, in the units of an e4m3 cache, so that f16's steps grow
+    /// with its scale.
     pub(crate) fn tensor_cores(case: &Case) -> Self {
-        let (weight, mean_key) = match case.shape.dtype {
-            Dtype::F16 => ((1.0 / 2048.0, 1.0 / (1 << 25) as f64), 1.0 / (1 << 22) as f64),
-            _ => ((1.0 / 256.0, 0.0), 1.0 / (1 << 16) as f64),
+        let weight = match case.shape.dtype {
+            Dtype::F16 => (1.0 / 2048.0, 1.0 / (1 << 25) as f64),
+            _ => (1.0 / 256.0, 0.0),
         };
         let scale = case.pools.scales.iter().flatten().fold(1.0, |most: f64, &x| most.max(x.into()));
-        Self {
-            unit: 2.0 * U,
-            exp: 3.0 * EXP_ERROR,
-            weight,
-            mean_key,
-            stored_mean: (weight.0, weight.1 * scale),
-        }
+        Self { unit: 2.0 * U, exp: 3.0 * EXP_ERROR, weight, stored_mean: (weight.0, weight.1 * scale) }
     }
 }
 
@@ -314,9 +306,7 @@ fn score_error(case: &Case, requests: &[Request], arithmetic: Arithmetic) -> (f6
     }
     // Numerator and denominator each carry the weights' error and a sum's; 1e-37: weights that f32 cannot hold.
     let sums = LAMBDA * ((terms + 8) as f64).sqrt() * arithmetic.unit;
-    // By Cauchy and Schwarz; a mean is no longer than the longest key.
-    let means = if needs_summaries(case.settings.selector) { arithmetic.mean_key * reach } else { 0.0 };
-    let weight = logit_error(case, reach, arithmetic) + means + arithmetic.exp + sums;
+    let weight = logit_error(case, reach, arithmetic) + arithmetic.exp + sums;
     (2.0 * weight, 1e-37)
 }
 

@@ -325,6 +325,7 @@ class Expected:
         padded = torch.nn.functional.pad(logits, (0, self.blocks * block - len(k)), value=-math.inf)
         self.exact = log2_sum(padded.unflatten(-1, (self.blocks, block)))
         means = k[: len(k) // block * block].unflatten(0, (-1, block)).mean(1)
+        means = means.float().to(shape.dtype).double()  # as scoring rounds them
         pooled = torch.nn.functional.pad(q @ means.T * scale, (0, self.blocks - len(means))) + math.log2(block)
         ends = (torch.arange(self.blocks, device="cuda") + 1) * block
         self.pooled = torch.where(ends <= seen, pooled, self.exact)

@@ -4,8 +4,8 @@ A score is a mean of shares 2^(cell - total), so its relative error is ln 2 time
 products of 16-bit elements are exact; a tensor core adds 16 of them to an f32 and may truncate: head_dim / 16 steps of
 2^-22 of sum |q k| at most (`reach`, in units of log2). Scale, maximum and cell are each rounded once (2^-24 of at most
 `reach` + 12, the log2 of a block's or a row's sum). Sums of n positive terms add n 2^-24 at most, here of up to 64
-(lane) + 64 (samples) and what is left of them; ex2 and lg2 add 2^-22 each. A bf16 mean key of two parts is off by 2^-17
-of itself, hence a logit by 2^-17 of `reach`. All of it twice, for cell and total.
+(lane) + 64 (samples) and what is left of them; ex2 and lg2 add 2^-22 each. Mean keys
+are of the queries' dtype, and products with them exact too. All of it twice, for cell and total.
 """
 
 from __future__ import annotations
@@ -63,11 +63,9 @@ def cases_of_spans() -> Iterator[Shape]:
     yield Shape(((1040, 9000),), kv_heads=8, query_span=512, sample_rows=32, block=32)
 
 
-def bound(shape: Shape, pooled: bool, reach: float) -> float:
+def bound(shape: Shape, reach: float) -> float:
     """Largest relative error of a score; the module says why."""
     logit = shape.head_dim / 16 * 2**-22 * reach + 3 * 2**-24 * (reach + 12)
-    if pooled and shape.dtype == torch.bfloat16:
-        logit += 2**-17 * reach
     return 2 * math.log(2) * logit + 2 * (128 * 2**-24 + 2 * 2**-22)
 
 
@@ -113,7 +111,7 @@ def score_faults(case: Case, what: str) -> Iterator[str]:
             want = expected.mass(cells)
             want = torch.where(chosen | want.isnan(), want, 0.0)
             error = (got[:, :past].double() - want).abs() / (want + 1e-30)
-            most = bound(shape, not what.startswith(EXACT), expected.reach)
+            most = bound(shape, expected.reach)
             if not bool((got[:, :past].isnan() == want.isnan()).all()):
                 yield f"span {s} head {kv_head}: NaN {int(got[:, :past].isnan().sum())}, not {int(want.isnan().sum())}"
             worst = float(error.nan_to_num(0.0).max())

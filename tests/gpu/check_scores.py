@@ -53,7 +53,7 @@ def run_flashprefill(kernels: Kernels, case: Case, only: int | None) -> list[int
     capacity = len(case.scores)
     case.cells = torch.empty(capacity * s.heads * 8 * tiles, device="cuda")
     step, spans = case.step(only)
-    shared = 384 * (2 * s.dim + 16)
+    shared = 256 * (2 * s.dim + 16)
     kernels.launch(f"flashprefill/flashprefill_{suffix(s)}", (capacity, s.kv_heads, tiles), 128, shared, step)
     kernels.launch("flashprefill/flashprefill_relate", (capacity, s.heads), 256, 0, step)
     return spans

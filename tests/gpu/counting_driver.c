@@ -153,6 +153,7 @@ static int most_shared_bytes(void) {
 // None in kernels whose dynamic memory is all that some GPUs have.
 static int static_bytes(const struct Function* function) {
   const char* name = function->name;
+  if (strstr(name, "_pooled_lists_")) return 32 << 10;  // what clusters exchange, and rank lists by
   return strstr(name, "_attend_") || strstr(name, "_cells_read_pairs_") ? 0 : 1024;
 }
 

@@ -118,7 +118,7 @@ class Case:
             self.keys.append(keys.double())
             whole = length // s.block
             means = self.keys[-1][: whole * s.block].unflatten(0, (whole, s.block)).mean(1)
-            self.means.append(means)
+            self.means.append(means.float().to(s.dtype).double())  # as scoring rounds them
             blocks = torch.arange(whole, device="cuda")
             last = row[((blocks + 1) * s.block - 1) // s.page]
             self.k_mean[last * slots + blocks % slots] = means.float()

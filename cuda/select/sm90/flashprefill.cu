@@ -1,7 +1,7 @@
 // select, flashprefill, by warpgroup products: the first of the two kernels of ../flashprefill.cu,
 // to the same numbers.
 //
-// A warpgroup keeps the means of 64 blocks in registers, as two 16-bit parts, and multiplies them
+// A warpgroup keeps the means of 64 blocks in registers, in the queries' dtype, and multiplies them
 // with tile after tile of query rows. Two CTAs share an SM: one's products run beside the other's
 // exponentials.
 #include "../../common/shared.h"
@@ -65,10 +65,7 @@ struct Walk {
 
 // A warpgroup's means as left operands.
 template <int kDim>
-struct Means {
-  uint32_t high[kDim / 16][4];
-  uint32_t low[kDim / 16][4];
-};
+using Means = uint32_t[kDim / 16][4];
 
 // Row of the tile of blocks that this thread's `half` of the accumulators belongs to.
 __device__ __forceinline__ int block_row(int half) {
@@ -94,7 +91,7 @@ __device__ __forceinline__ void load_means(const Step& step, const Part& tile, M
       const float* row = rows[i % 2];
       const int column = x * 16 + i / 2 * 8 + threadIdx.x % 4 * 2;
       const float2 pair = row ? __ldg(reinterpret_cast<const float2*>(row + column)) : float2{};
-      split<Element>(pair.x, pair.y, means.high[x][i], means.low[x][i]);
+      means[x][i] = pack_pair<Element>(pair.x, pair.y);
     }
   }
 }
@@ -132,9 +129,8 @@ __device__ __forceinline__ void multiply(Logits& c, const Means<kDim>& means, co
 #pragma unroll
   for (int x = 0; x < kDim / 16; ++x) {
     const uint64_t b = ptx::advanced(right, x / 4 * kGroupBytes + x % 4 * 32);
-    ptx::mma<Element, ptx::Major::K>(c, means.high[x], b,
+    ptx::mma<Element, ptx::Major::K>(c, means[x], b,
                                      x == 0 ? ptx::ScaleOut::Zero : ptx::ScaleOut::One);
-    ptx::mma<Element, ptx::Major::K>(c, means.low[x], b, ptx::ScaleOut::One);
   }
   cute::warpgroup_commit_batch();
   cute::warpgroup_wait<0>();

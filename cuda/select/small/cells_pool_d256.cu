@@ -14,7 +14,7 @@ struct Pieced {
   template <class Source>
   using Reader = PiecedReader<Element, Source>;
 
-  // A quarter of the dims of all means at a time: of their high parts, then of the rest.
+  // A quarter of the dims of all means at a time.
   static __device__ __forceinline__ void multiply_means(float (&logits)[2][kPoolBlocks / 8][4],
                                                         const Step& step, const Tile& tile,
                                                         int first, char* shared) {
@@ -23,16 +23,14 @@ struct Pieced {
     const int warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;
     ptx::wait_copies_but<0>();
 #pragma unroll 1
-    for (int i = 0; i < 2 * kPieces; ++i) {
-      const int dim = i % kPieces * kPieceDims;
+    for (int dim = 0; dim < 256; dim += kPieceDims) {
       __syncthreads();
       load_means<Element, kThreads, kPoolBlocks, kPieceDims>(step, tile, first, tile.blocks,
                                                              shared + kStages, dim);
       __syncthreads();
       if (warp_row >= tile.rows) continue;
       const uint32_t rows = queries + warp_row * row_bytes(256) + 2 * dim;
-      const uint32_t means = queries + kStages + i / kPieces * kPieceBytes;
-      multiply_dim<Element, kPoolBlocks / 8, kPieceDims, 256>(logits, rows, means);
+      multiply_dim<Element, kPoolBlocks / 8, kPieceDims, 256>(logits, rows, queries + kStages);
     }
   }
 
