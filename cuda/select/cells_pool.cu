@@ -21,7 +21,8 @@ struct Whole {
                                                         int first, char* shared) {
     const uint32_t queries = shared_address(shared);
     const uint32_t stages = kMaxRows * pitch_of(step.layout);
-    load_means<Element, kThreads, kPoolBlocks>(step, tile, first, tile.blocks, shared + stages);
+    const Means<kThreads, kPoolBlocks> means(step, tile, first, tile.blocks);
+    means.template load<Element, 2>(shared + stages);
     ptx::wait_copies_but<0>();
     __syncthreads();
     const int warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;

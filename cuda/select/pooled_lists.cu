@@ -22,6 +22,9 @@ __device__ __forceinline__ int logit_row(int r) {
 
 template <class Element>
 struct Pooling {
+  using PassMeans = Means<kWide, kPass>;
+  static constexpr int kVectorStep = kWide / kLanesPerVector, kVectors = kPass / kVectorStep;
+
   const Step& step;
   const Tile& tile;
   const Slice& slice;
@@ -31,46 +34,73 @@ struct Pooling {
   Weight weights[4];
 
   __device__ __forceinline__ int log2_block() const { return step.layout.log2_block_tokens; }
-  __device__ __forceinline__ float scale() const { return step.layout.sm_scale * kLog2E; }
   __device__ __forceinline__ uint32_t tile_bytes() const {
     return kMaxRows * pitch_of(step.layout);
+  }
+
+  // Vector `i` of those of a tile that this thread helps to copy.
+  __device__ __forceinline__ int vector(int i) const {
+    return static_cast<int>(threadIdx.x) / kLanesPerVector + i * kVectorStep;
   }
 
   __device__ __forceinline__ Pooling(const Step& step, const Tile& tile, const Slice& slice,
                                      uint32_t shared, uint32_t cells_bytes)
       : step(step), tile(tile), slice(slice), keys(shared), queries(shared + cells_bytes) {}
 
-  // Starts the copy of the sampled rows, zeros up to 128.
-  __device__ __forceinline__ void load_queries() const {
-#pragma unroll
-    for (int i = threadIdx.x / kLanesPerVector; i < kMaxRows; i += kWide / kLanesPerVector) {
-      const Row row = row_at(step, tile, i);
-      const char* query = row.query ? row.query : static_cast<const char*>(step.batch.q);
-      copy_vector(queries, i, query, row.query != nullptr, step.layout);
-    }
-  }
-
-  // Starts the copy of keys `token` .. of the rows' own blocks.
-  __device__ __forceinline__ void load_keys(uint32_t to, int token) const {
+  // Where keys `token` .. of the rows' own blocks lie; those past the end, where the last one does.
+  __device__ __forceinline__ void find_keys(int token, const char* (&found)[kVectors]) const {
     const PagedKeys paged(step, tile.span.req, tile.kv_head);
 #pragma unroll
-    for (int i = threadIdx.x / kLanesPerVector; i < kPass; i += kWide / kLanesPerVector) {
-      const bool wanted = token + i < tile.kv_end;
-      copy_vector(to, i, wanted ? paged.at(token + i) : paged.base, wanted, step.layout);
+    for (int i = 0; i < kVectors; ++i) {
+      found[i] = paged.at(min(token + vector(i), tile.kv_end - 1));
     }
   }
 
-  // Adds the logits' weights to the rows'; `cell(r, column, logit)` is the logit's, -inf for none.
-  template <class Cell>
-  __device__ __forceinline__ void fold(Logits& logits, Cell cell) {
+  __device__ __forceinline__ void copy_keys(int token, const char* const (&found)[kVectors]) const {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      copy_vector(keys, vector(i), found[i], token + vector(i) < tile.kv_end, step.layout);
+    }
+  }
+
+  // Starts the copy of the sampled rows, zeros up to 128, and of keys `token` ..; all look-ups
+  // before the first copy. Writes what each row sees.
+  __device__ __forceinline__ void load_rows_and_keys(int token, int (&all_seen)[kMaxRows]) const {
+    Row rows[kVectors];
+    const char* found[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) rows[i] = row_at(step, tile, min(vector(i), tile.rows - 1));
+    find_keys(token, found);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const bool wanted = vector(i) < tile.rows;
+      copy_vector(queries, vector(i), rows[i].query, wanted, step.layout);
+      if (threadIdx.x % kLanesPerVector == 0) all_seen[vector(i)] = wanted ? rows[i].seen : 0;
+    }
+    if (token < tile.kv_end) copy_keys(token, found);
+    ptx::commit_copies();
+  }
+
+  __device__ __forceinline__ PassMeans find_means(int at) const {
+    return {step, tile, slice.first + at, slice.first + slice.count};
+  }
+
+  // Logits of columns `low` .. `high` of the pass, one each a row, times the scale and plus `more`;
+  // -inf elsewhere. Adds their weights to the rows'.
+  __device__ __forceinline__ void fold(Logits& logits, const int (&low)[4], const int (&high)[4],
+                                       float more) {
+    const float scale = step.layout.sm_scale * kLog2E;
+    const int first = warp_column() + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       Weight& weight = weights[r];
+      const int from = low[r] - first, to = high[r] - first;
       float top = weight.max;
 #pragma unroll
       for (int n = 0; n < 16; ++n) {
+        const int column = n / 2 * 8 + n % 2;
         float& x = logits[r / 2][n / 2][r % 2 * 2 + n % 2];
-        x = cell(r, warp_column() + n / 2 * 8 + threadIdx.x % 4 * 2 + n % 2, x);
+        x = from <= column && column < to ? fmaf(x, scale, more) : -INFINITY;
         top = fmaxf(top, x);
       }
       weight.sum *= ptx::exp2_approx(weight.max - top);
@@ -95,51 +125,28 @@ struct Pooling {
     return ends;
   }
 
-  // Rows with the keys at `from` of the one block that each sees in part, `token` ..
-  __device__ __forceinline__ void add_keys(uint32_t from, int token) {
-    if (!__any_sync(0xffffffffu, ends_in(token))) return;
-    Logits logits = {};
-    const uint32_t pitch = pitch_of(step.layout);
-    compactattn::select::multiply<Element, 8>(logits, queries + warp_row() * pitch,
-                                              from + warp_column() * pitch, step.layout);
-    fold(logits, [&](int r, int column, float x) {
-      const int at = token + column;
-      return own_block(seen[r]) <= at && at < seen[r] ? x * scale() : -INFINITY;
-    });
-  }
-
-  // Means of blocks `at` .. of the slice.
-  __device__ __forceinline__ void load_pass(int at, char* to) const {
-    const int end = slice.first + slice.count;
-    load_means<Element, kWide, kPass>(step, tile, slice.first + at, end, to);
-  }
-
-  // Products of the rows with the means of the pass.
-  __device__ __forceinline__ void multiply_means(Logits& logits) const {
-    const uint32_t pitch = pitch_of(step.layout), rows = queries + warp_row() * pitch;
-    const uint32_t means = queries + tile_bytes() + warp_column() * pitch;
-    compactattn::select::multiply<Element, 8>(logits, rows, means, step.layout);
-  }
-
-  // Cells of blocks `at` .. of the slice.
-  __device__ __forceinline__ void add_means(Logits& logits, int at) {
-    const int first = slice.first + at, left = slice.count - at;
-    fold(logits, [&](int r, int column, float x) {
-      const bool is_whole = column < left && first + column < seen[r] >> log2_block();
-      return is_whole ? fmaf(x, scale(), log2_block()) : -INFINITY;
-    });
+  // Cells of blocks `at` .. of the slice, whole eights of them: a row's pitch has room.
+  __device__ __forceinline__ void write_cells(const Logits& logits, int at) const {
+    const int left = slice.count - at - warp_column();
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const int64_t row = logit_row(r);
-      float* cells = slice.cells + row * slice.pitch + at;
+      const int row = logit_row(r);
       if (row >= tile.rows) continue;
+      float* cells = slice.cells + row * slice.pitch + at + warp_column() + threadIdx.x % 4 * 2;
 #pragma unroll
-      for (int n = 0; n < 16; ++n) {
-        const int column = warp_column() + n / 2 * 8 + threadIdx.x % 4 * 2 + n % 2;
-        if (column >= left) continue;
-        const float cell = logits[r / 2][n / 2][r % 2 * 2 + n % 2];
-        cells[column] = cell;
-        if (slice.is_kept) tile.cells[row * step.layout.max_blocks + first + column] = cell;
+      for (int n = 0; n < 8; ++n) {
+        if (8 * n >= left) continue;
+        const float* pair = &logits[r / 2][n][r % 2 * 2];
+        *reinterpret_cast<float2*>(cells + 8 * n) = float2{pair[0], pair[1]};
+      }
+    }
+  }
+
+  __device__ __forceinline__ void keep_cells() const {
+    for (int row = threadIdx.x / 32; row < tile.rows; row += kWide / 32) {
+      const int64_t to = static_cast<int64_t>(row) * step.layout.max_blocks + slice.first;
+      for (int j = threadIdx.x % 32; j < slice.count; j += 32) {
+        tile.cells[to + j] = slice.cells[row * slice.pitch + j];
       }
     }
   }
@@ -155,41 +162,74 @@ struct Pooling {
     return min((unit << log2_unit()) + (p & (passes - 1)) * kPass, tile.kv_end);
   }
 
-  __device__ __forceinline__ void run(char* shared_means) {
-    const int first_tail = tail_token(0);
-    load_queries();
-    if (first_tail < tile.kv_end) load_keys(keys, first_tail);
-    ptx::commit_copies();
-    if (slice.count > 0) load_pass(0, shared_means);
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      seen[r] = row_at(step, tile, logit_row(r)).seen;
-      weights[r].clear();
-    }
-    ptx::wait_copies_but<0>();
-    __syncthreads();
-    if (first_tail < tile.kv_end) add_keys(keys, first_tail);
-    __syncthreads();  // cells take the place of these keys
-    for (int at = 0; at < slice.count; at += kPass) {
-      if (at > 0) {
-        load_pass(at, shared_means);
-        __syncthreads();
-      }
-      if (warp_row() < tile.rows && at + warp_column() < slice.count) {
-        Logits logits = {};
-        multiply_means(logits);
-        add_means(logits, at);
-      }
-      __syncthreads();
-    }
-    for (int p = 1, token; (token = tail_token(p)) < tile.kv_end; ++p) {
-      if (!__syncthreads_or(ends_in(token))) continue;
-      load_keys(queries + tile_bytes(), token);
+  __device__ __forceinline__ int tails() const {
+    int passes = 0;
+    while (tail_token(passes) < tile.kv_end) ++passes;
+    return passes;
+  }
+
+  // Loads keys `token` .. if a row ends there, else false; `low` and `high` of fold.
+  __device__ __forceinline__ bool begin_tail(int p, int (&low)[4], int (&high)[4]) const {
+    const int token = tail_token(p);
+    if (p > 0) {
+      if (!__syncthreads_or(ends_in(token))) return false;
+      const char* found[kVectors];
+      find_keys(token, found);
+      copy_keys(token, found);
       ptx::commit_copies();
       ptx::wait_copies_but<0>();
       __syncthreads();
-      add_keys(queries + tile_bytes(), token);
     }
+#pragma unroll
+    for (int r = 0; r < 4; ++r) low[r] = own_block(seen[r]) - token, high[r] = seen[r] - token;
+    return __any_sync(0xffffffffu, ends_in(token));
+  }
+
+  // The same of means of blocks `at` .. of the slice.
+  __device__ __forceinline__ bool begin_means(int at, char* shared_means, int (&low)[4],
+                                              int (&high)[4]) const {
+    __syncthreads();  // what the pass before read gives way
+    if (at > 0) {
+      find_means(at).template load<Element, 4>(shared_means);
+      __syncthreads();
+    }
+    const int first = slice.first + at, left = slice.count - at;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) low[r] = 0, high[r] = min(left, (seen[r] >> log2_block()) - first);
+    return warp_row() < tile.rows && warp_column() < left;
+  }
+
+  // Keys first, then means, by the same code: a launch meets it cold.
+  __device__ __forceinline__ void run(char* shared_means) {
+    __shared__ int all_seen[kMaxRows];
+    const PassMeans means = find_means(0);
+    load_rows_and_keys(tail_token(0), all_seen);
+    if (slice.count > 0) means.template load<Element, 4>(shared_means);
+    ptx::wait_copies_but<0>();
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      seen[r] = all_seen[logit_row(r)];
+      weights[r].clear();
+    }
+    const uint32_t pitch = pitch_of(step.layout), rows = queries + warp_row() * pitch;
+    const int tails = this->tails(), passes = (slice.count + kPass - 1) / kPass;
+#pragma unroll 1
+    for (int p = 0; p < tails + passes; ++p) {
+      const bool pools = p >= tails;
+      const int at = (p - tails) * kPass;
+      int low[4], high[4];
+      if (!(pools ? begin_means(at, shared_means, low, high) : begin_tail(p, low, high))) continue;
+      Logits logits = {};
+      const uint32_t columns = pools ? queries + tile_bytes() : keys;
+      compactattn::select::multiply<Element, 8>(logits, rows, columns + warp_column() * pitch,
+                                                step.layout);
+      fold(logits, low, high, pools ? log2_block() : 0.0f);
+      if (pools) write_cells(logits, at);
+    }
+    if (!slice.is_kept) return;
+    __syncthreads();
+    keep_cells();
   }
 
   // The weights of all rows, by halves of the columns.

@@ -21,12 +21,12 @@ struct Pieced {
     constexpr uint32_t kStages = kMaxRows * row_bytes(256);
     const uint32_t queries = shared_address(shared);
     const int warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;
+    const Means<kThreads, kPoolBlocks> means(step, tile, first, tile.blocks);
     ptx::wait_copies_but<0>();
 #pragma unroll 1
     for (int dim = 0; dim < 256; dim += kPieceDims) {
       __syncthreads();
-      load_means<Element, kThreads, kPoolBlocks, kPieceDims>(step, tile, first, tile.blocks,
-                                                             shared + kStages, dim);
+      means.template load<Element, 2, kPieceDims>(shared + kStages, dim);
       __syncthreads();
       if (warp_row >= tile.rows) continue;
       const uint32_t rows = queries + warp_row * row_bytes(256) + 2 * dim;
