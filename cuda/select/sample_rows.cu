@@ -6,111 +6,11 @@
 // sample_rows_bytes. A cluster's CTAs share the candidates of one (select span, KV head). The mean
 // is a sum of whole numbers, so neither its order nor the number of CTAs shows.
 #define COMPACTATTN_CTA_THREADS 512
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cuda/std/type_traits>
-
-#include "cells.cuh"
-#include "cluster.cuh"
+#include "sample_rows.cuh"
+#include "sample_rows_held.cuh"
 
 namespace compactattn::select {
 namespace {
-
-constexpr int kCandidates = 512;
-constexpr int kBits = 11;  // of a whole number in the first candidate's query, beside its sign
-constexpr int kLeastExponent = -100;
-constexpr float kMost = 1 << 20;      // of a whole number: 512 of them fit 32 bits
-constexpr float kRounding = 3 << 22;  // numbers up to 2^22 added to it are rounded to whole ones
-constexpr int kElements = 8;          // of a 16-byte load
-constexpr int kHeads = 4;             // whose loads are under way together
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr int kSharers = kCtas;
-#else
-constexpr int kSharers = 1;
-#endif
-
-struct Picking {
-  alignas(16) uint32_t keys[kCandidates];  // of all candidates: lower is less like the mean
-  int32_t picked[kCandidates];  // the first CTA's: whether a candidate is one of the chosen
-  int32_t chosen[kCandidates];  // their tokens, ascending
-  float lengths[64];            // of each head's mean
-};
-
-// What a CTA works on. Sixteen bytes of a query are a lane's; `lanes` of them hold a vector.
-struct Unit {
-  Span span;
-  const int4* queries;                // of the span's first token, the group's first head
-  int64_t token_stride, head_stride;  // of 16 bytes
-  int heads, units;                   // of 16 bytes in a vector
-  int candidates, first, count;       // of the span; this CTA's
-  int lanes, lane, group, groups;     // that hold a vector; of this thread
-
-  __device__ Unit(const Step& step, const Span& span, int kv_head) : span(span) {
-    const Batch& batch = step.batch;
-    heads = step.layout.group_size;
-    units = step.layout.head_dim / kElements;
-    token_stride = batch.q_token_stride / kElements;
-    head_stride = batch.q_head_stride / kElements;
-    queries = static_cast<const int4*>(batch.q) + span.q_start * token_stride +
-              static_cast<int64_t>(kv_head) * heads * head_stride;
-    candidates = min(span.len, kCandidates);
-    const int each = (candidates + kSharers - 1) / kSharers;
-    const int rank = kSharers > 1 ? cluster_rank() : 0;
-    first = min(candidates, rank * each);
-    count = min(each, candidates - first);
-    lanes = units <= 8 ? 8 : units <= 16 ? 16 : 32;
-    lane = threadIdx.x % lanes;
-    group = threadIdx.x / lanes;
-    groups = kWide / lanes;
-  }
-
-  __device__ __forceinline__ int token(int candidate) const {
-    return static_cast<int>(static_cast<int64_t>(candidate) * span.len / candidates);
-  }
-
-  // This lane's part of the queries of a token's heads from `head` on; zeros past the group's.
-  __device__ __forceinline__ void load(int token, int head, int4 (&parts)[kHeads]) const {
-#pragma unroll
-    for (int i = 0; i < kHeads; ++i) {
-      parts[i] = {};
-      if (head + i < heads && lane < units)
-        parts[i] = __ldg(queries + token * token_stride + (head + i) * head_stride + lane);
-    }
-  }
-
-  // Where this lane's element `e` of a head's vector lies among sums.
-  __device__ __forceinline__ int at(int head, int e) const {
-    return (head * kElements + e) * lanes + lane;
-  }
-};
-
-using Part = float[kElements];
-
-template <class E>
-__device__ __forceinline__ void widen(const int4& part, Part& x) {
-  const int words[4] = {part.x, part.y, part.z, part.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float2 two;
-    if constexpr (cuda::std::is_same_v<E, __half>) {
-      two = __half22float2(reinterpret_cast<const __half2&>(words[i]));
-    } else {
-      two = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(words[i]));
-    }
-    x[2 * i] = two.x, x[2 * i + 1] = two.y;
-  }
-}
-
-// The power of two that puts a vector's largest finite component into 2^10 .. 2^11.
-__device__ __forceinline__ float scale_of(const Part& x, int lanes) {
-  float top = 0.0f;
-#pragma unroll
-  for (int e = 0; e < kElements; ++e) top = fmaxf(top, isfinite(x[e]) ? fabsf(x[e]) : 0.0f);
-  for (int d = 1; d < lanes; d *= 2) top = fmaxf(top, __shfl_xor_sync(cta::kAllLanes, top, d));
-  const int exponent = max(kLeastExponent, (__float_as_int(top) >> 23) - 126);
-  return __int_as_float((kBits - exponent + 127) << 23);
-}
 
 // Adds the CTA's queries to `sums`, shared memory, in units of the head's first candidate.
 template <class E>
@@ -135,10 +35,7 @@ __device__ __forceinline__ void add_queries(const Unit& unit, int* sums) {
         Part x;
         widen<E>(parts[i], x);
 #pragma unroll
-        for (int e = 0; e < kElements; ++e) {
-          const float most = fminf(fmaxf(__fmul_rn(x[e], scales[i]), -kMost), kMost);
-          sum[i][e] += __float_as_int(__fadd_rn(most, kRounding)) - __float_as_int(kRounding);
-        }
+        for (int e = 0; e < kElements; ++e) sum[i][e] += whole_number(x[e], scales[i]);
       }
     }
     // Vectors of a warp first: a quarter of the atomics, or half.
@@ -183,22 +80,6 @@ __device__ __forceinline__ void join_sums(int* sums, int length) {
   __syncthreads();
 }
 
-// The product of two vectors, eight elements a lane one after the other, then lanes pair by pair:
-// every step rounded, as on a host.
-__device__ __forceinline__ float dot(const Part& a, const Part& b, int lanes) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int e = 0; e < kElements; ++e) sum = __fadd_rn(sum, __fmul_rn(a[e], b[e]));
-  for (int d = 1; d < lanes; d *= 2) sum = __fadd_rn(sum, __shfl_xor_sync(cta::kAllLanes, sum, d));
-  return sum;
-}
-
-__device__ __forceinline__ void load_mean(const Unit& unit, const int* sums, int head, Part& mean) {
-#pragma unroll
-  for (int e = 0; e < kElements; ++e)
-    mean[e] = head < unit.heads ? __int_as_float(sums[unit.at(head, e)]) : 0.0f;
-}
-
 // The length of each head's mean.
 __device__ __forceinline__ void measure(const Unit& unit, const int* sums, float* lengths) {
 #pragma unroll 1
@@ -210,18 +91,6 @@ __device__ __forceinline__ void measure(const Unit& unit, const int* sums, float
     if (head < unit.heads && unit.lane == 0) lengths[head] = length;
   }
   __syncthreads();
-}
-
-// A vector of zeros, or too small or large for its square, is like any other.
-__device__ __forceinline__ float cosine(float product, float square, float length) {
-  const float cosine = __fdiv_rn(product, __fmul_rn(__fsqrt_rn(square), length));
-  return isfinite(cosine) ? cosine : 1.0f;
-}
-
-// A number that grows with the float.
-__device__ __forceinline__ uint32_t ordered(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
 // Every CTA learns how like the mean this one's candidates are.
@@ -259,6 +128,17 @@ __device__ __forceinline__ void compare(const Unit& unit, const int* sums, Picki
   }
 }
 
+// As compare_held, of any number of heads and candidates.
+template <class E>
+__device__ __forceinline__ void compare_all(const Unit& unit, int* sums, Picking& shared) {
+  for (int i = threadIdx.x; i < unit.sums(); i += kWide) sums[i] = 0;
+  __syncthreads();
+  add_queries<E>(unit, sums);
+  join_sums(sums, unit.sums());
+  measure(unit, sums, shared.lengths);
+  compare<E>(unit, sums, shared);
+}
+
 // The first CTA learns which of this one's candidates are among the `wanted` least like the mean.
 __device__ __forceinline__ void pick(const Unit& unit, int wanted, Picking& shared) {
   constexpr int kThreadsEach = 8;  // look at an eighth of all each
@@ -269,9 +149,12 @@ __device__ __forceinline__ void pick(const Unit& unit, int wanted, Picking& shar
     const int at = unit.first + min(row, unit.count - 1);
     const uint32_t own = shared.keys[at];
     int before = 0;
-    for (int i = part; i < unit.candidates; i += kThreadsEach) {
-      const uint32_t other = shared.keys[i];
-      before += other < own || (other == own && i < at);
+    const uint4* fours = reinterpret_cast<const uint4*>(shared.keys);
+    for (int i = part; 4 * i < unit.candidates; i += kThreadsEach) {
+      const uint4 four = fours[i];
+      const uint32_t others[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int u = 0; u < 4; ++u) before += others[u] < own || (others[u] == own && 4 * i + u < at);
     }
 #pragma unroll
     for (int d = 1; d < kThreadsEach; d *= 2) before += __shfl_xor_sync(cta::kAllLanes, before, d);
@@ -293,7 +176,7 @@ struct Usual {
   __device__ __forceinline__ int token(int i) const {
     if (i >= even) return before + i - even;
     if (even == 1) return before - 1;
-    return static_cast<int>(static_cast<int64_t>(i) * (before - 1) / (even - 1));
+    return scaled(i, before - 1, even - 1);
   }
 };
 
@@ -315,8 +198,8 @@ __device__ __forceinline__ int first_not(int count, IsBefore is_before) {
 // Merges the chosen tokens and the usual ones, ascending. One CTA.
 __device__ __forceinline__ void write_samples(const Unit& unit, int count, int wanted,
                                               Picking& shared, int* samples) {
-  constexpr int kEach = kCandidates / kWide;
-  static_assert(kEach * kWide == kCandidates);
+  constexpr int kEach = kMostCandidates / kWide;
+  static_assert(kEach * kWide == kMostCandidates);
   const int first = static_cast<int>(threadIdx.x) * kEach;
   int mine = 0;
   for (int i = 0; i < kEach; ++i) mine += first + i < unit.candidates && shared.picked[first + i];
@@ -349,13 +232,13 @@ __device__ __forceinline__ void sample_rows(const Step& step) {
   if (count == span->len) return;
   const Unit unit(step, *span, kv_head);
   if (wanted > 0) {
-    const int length = unit.heads * kElements * unit.lanes;
-    for (int i = threadIdx.x; i < length; i += kWide) sums[i] = 0;
-    __syncthreads();
-    add_queries<E>(unit, sums);
-    join_sums(sums, length);
-    measure(unit, sums, shared.lengths);
-    compare<E>(unit, sums, shared);
+    for (int i = unit.candidates + threadIdx.x; i < kMostCandidates; i += kWide)
+      shared.keys[i] = kUnlikely;
+    if (is_held(unit)) {
+      compare_held<E>(unit, sums, shared);
+    } else {
+      compare_all<E>(unit, sums, shared);
+    }
     ptx::fence_cluster();
     ptx::arrive_at_cluster();
     ptx::wait_for_cluster();
@@ -371,8 +254,8 @@ __device__ __forceinline__ void sample_rows(const Step& step) {
 }  // namespace
 }  // namespace compactattn::select
 
-// Of one SM, by registers: two where 64 a thread hold everything.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+// Of one SM: with clusters a thread's registers hold queries.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define COMPACTATTN_SAMPLING_CTAS 1
 #else
 #define COMPACTATTN_SAMPLING_CTAS 2

@@ -29,7 +29,7 @@ pub(crate) const fn flashprefill_sm90(head_dim: u32) -> u32 {
 
 /// Of `compactattn_sample_rows_*`, for groups of so many heads.
 pub(crate) const fn sample_rows(heads: u32, head_dim: u32) -> u32 {
-    4 * heads * if head_dim == 96 { 128 } else { head_dim }
+    if heads * head_dim <= 512 { 51_200 } else { 4 * heads * if head_dim == 96 { 128 } else { head_dim } }
 }
 
 /// Of `compactattn_cells_*`.
@@ -195,6 +195,7 @@ mod tests {
         for dim in [64, 96, 128, 256] {
             equal(&format!("flashprefill_bytes({dim})"), flashprefill(dim));
             equal(&format!("flashprefill_sm90_bytes({dim})"), flashprefill_sm90(dim));
+            equal(&format!("sample_rows_bytes(4, {dim})"), sample_rows(4, dim));
             equal(&format!("sample_rows_bytes(7, {dim})"), sample_rows(7, dim));
             equal(&format!("cells_bytes({dim})"), cells(dim));
             equal(&format!("cells_sm90_bytes({dim}, 1)"), cells_sm90(dim, 1));
