@@ -236,7 +236,8 @@ __device__ __forceinline__ void mass_lists(const Step& step, const Wish& wish, u
   // waited itself, those before it, whose spans and samples these are, are done. Without pages that
   // kernel is not launched.
   if (step.batch.num_pages == 0) ptx::wait_for_earlier();
-  const Span list_span = step.stages.list_spans[index];  // of any value, but loaded early
+  // Of any value, but loaded early; beside scores alone there need be none.
+  const Span list_span = wish.then == kLists ? step.stages.list_spans[index] : Span{};
   const bool is_there = index < step.stages.counters->num_select_spans;
   Tile tile;
   const bool scored = tile_at(step, 0, index, head / step.layout.group_size, tile);

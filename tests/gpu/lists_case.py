@@ -215,7 +215,7 @@ class Kernels:
     """The four, from the cubins of a folder."""
 
     def __init__(self, folder: Path) -> None:
-        most = 190 * 1024
+        most = 184 * 1024
         self.spans = Kernel(folder / "spans.cubin", "compactattn_plan_spans", 0)
         self.keep_rows = Kernel(folder / "keep_rows.cubin", "compactattn_keep_rows", most)
         self.union_table = Kernel(folder / "union_table.cubin", "compactattn_union_table", most)
