@@ -256,9 +256,9 @@ __device__ __forceinline__ void mass_lists(const Step& step, const Wish& wish, u
       hand_over(step, tile, part, masses, shared_row(step.layout, dynamic), surveys);
       arrive_with_writes();
     }
-    float* scores = step.stages.scores +
-                    (static_cast<int64_t>(index) * step.layout.num_q_heads + head) *
-                        step.layout.max_blocks;
+    float* scores =
+        step.stages.scores +
+        (static_cast<int64_t>(index) * step.layout.num_q_heads + head) * step.layout.max_blocks;
     each_past(step, tile, part, masses, [&](int block, float mass) { scores[block] = mass; });
   }
   if (wish.then != kLists) return;
