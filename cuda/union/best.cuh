@@ -232,9 +232,9 @@ __device__ __forceinline__ Best best_of_few(Histogram& histogram, const Range& r
   const int few = static_cast<int>(histogram.few), slot = threadIdx.x * kFew / cta::kThreads;
   const uint32_t key = histogram.blocks[slot];
   const Better better = better_than<Weight>(histogram, key, few);
-  const uint64_t own = Weight::kIsCount ? 1
-                                        : static_cast<uint64_t>(histogram.high[slot]) << 32 |
-                                              histogram.low[slot];
+  const uint64_t own =
+      Weight::kIsCount ? 1
+                       : static_cast<uint64_t>(histogram.high[slot]) << 32 | histogram.low[slot];
   const bool is_mine = slot < few && threadIdx.x % (cta::kThreads / kFew) == 0;
   if (is_mine && better.weight < goal && goal <= better.weight + own) {
     histogram.pick = {static_cast<int>(key), 1, static_cast<int>(better.blocks), better.weight};

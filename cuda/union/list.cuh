@@ -94,8 +94,8 @@ __device__ inline void finish(const Step& step, const List& list) {
 // List `part` of list span `index`, which is `span`; `dynamic` as union_table.cu has it, with the
 // merged scores in it where `is_merged`, which `seen` surveys.
 __device__ inline void write_list(const Step& step, int index, const Span& span, int part,
-                                  bool from_masks, uint32_t* dynamic,
-                                  bool is_merged = false, Survey seen = {}) {
+                                  bool from_masks, uint32_t* dynamic, bool is_merged = false,
+                                  Survey seen = {}) {
   const int64_t row = static_cast<int64_t>(index) * lists_per_span(step.layout) + part;
   List list{row, span, 0, 0, false, dynamic};
   const Members members = members_of(step, span, part);
