@@ -20,11 +20,11 @@ constexpr uint32_t flashprefill_sm90_bytes(uint32_t head_dim) { return 512 * hea
 constexpr uint32_t xattention_bytes() { return 110592; }
 
 // Sums of a group's queries, lanes of 8 elements: 8, 16 or 32; up to 512 numbers also those of each
-// of 16 warps and 8 CTAs.
+// of 16 warps and of a cluster's 8 CTAs.
 constexpr uint32_t kHeldSamplesBytes = 51200;
-constexpr uint32_t sample_rows_bytes(uint32_t heads, uint32_t head_dim) {
-  return heads * head_dim <= 512 ? kHeldSamplesBytes
-                                 : 4 * heads * (head_dim == 96 ? 128 : head_dim);
+constexpr uint32_t sample_rows_bytes(uint32_t heads, uint32_t head_dim, bool has_clusters) {
+  return has_clusters && heads * head_dim <= 512 ? kHeldSamplesBytes
+                                                 : 4 * heads * (head_dim == 96 ? 128 : head_dim);
 }
 
 // A tile of 128 sampled rows, two of 64 keys.

@@ -59,15 +59,22 @@ __device__ __forceinline__ void add_held(const Unit& unit, const Held& held, int
   __syncthreads();
 }
 
+// Of kMany sets of sums, one after the other, the sum of this thread's number.
+template <int kMany>
+__device__ __forceinline__ int sum_of(const int* sets) {
+  int sum = 0;
+#pragma unroll
+  for (int i = 0; i < kMany; ++i) sum += sets[i * kHeldSums + threadIdx.x];
+  return sum;
+}
+
 // Gives this CTA's sums to all: [CTAs, sums]. All have arrived at the cluster's barrier once.
 __device__ __forceinline__ void send_sums(const Unit& unit, const int* of_warps, int* of_ctas) {
   ptx::wait_for_cluster();
-  const int at = threadIdx.x;
-  if (at < unit.sums()) {
-    int sum = 0;
-#pragma unroll
-    for (int warp = 0; warp < kWide / 32; ++warp) sum += of_warps[warp * kHeldSums + at];
-    uint32_t* to = reinterpret_cast<uint32_t*>(of_ctas + cluster_rank() * kHeldSums + at);
+  if (static_cast<int>(threadIdx.x) < unit.sums()) {
+    const int sum = sum_of<kWide / 32>(of_warps);
+    int* own = of_ctas + cluster_rank() * kHeldSums + threadIdx.x;
+    uint32_t* to = reinterpret_cast<uint32_t*>(own);
 #pragma unroll
     for (int rank = 0; rank < kSharers; ++rank) ptx::store_to(rank, to, sum);
   }
@@ -79,13 +86,8 @@ __device__ __forceinline__ void send_sums(const Unit& unit, const int* of_warps,
 // What all CTAs have sent, as floats.
 __device__ __forceinline__ void receive_sums(const Unit& unit, const int* of_ctas, int* sums) {
   ptx::wait_for_cluster();
-  const int at = threadIdx.x;
-  if (at < unit.sums()) {
-    int sum = 0;
-#pragma unroll
-    for (int rank = 0; rank < kSharers; ++rank) sum += of_ctas[rank * kHeldSums + at];
-    sums[at] = __float_as_int(__int2float_rn(sum));
-  }
+  if (static_cast<int>(threadIdx.x) < unit.sums())
+    sums[threadIdx.x] = __float_as_int(__int2float_rn(sum_of<kSharers>(of_ctas)));
   __syncthreads();
 }
 

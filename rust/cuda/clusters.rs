@@ -37,7 +37,7 @@ impl Scoring<'_> {
         let has_clusters = self.context.device().properties().has_clusters();
         let ctas = if has_clusters { CTAS } else { 1 };
         let group = self.step.layout.group_size.cast_unsigned();
-        let shared_bytes = shared::sample_rows(group, self.head_dim());
+        let shared_bytes = shared::sample_rows(group, self.head_dim(), has_clusters);
         let grid = Grid { blocks: [ctas, self.kv_heads(), self.selects()], threads: 512, shared_bytes };
         let name = self.of_dtype("compactattn_sample_rows_bf16", "compactattn_sample_rows_fp16");
         self.launch(name, grid, &[Arg::of(self.step)])

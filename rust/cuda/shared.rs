@@ -28,8 +28,12 @@ pub(crate) const fn flashprefill_sm90(head_dim: u32) -> u32 {
 }
 
 /// Of `compactattn_sample_rows_*`, for groups of so many heads.
-pub(crate) const fn sample_rows(heads: u32, head_dim: u32) -> u32 {
-    if heads * head_dim <= 512 { 51_200 } else { 4 * heads * if head_dim == 96 { 128 } else { head_dim } }
+pub(crate) const fn sample_rows(heads: u32, head_dim: u32, has_clusters: bool) -> u32 {
+    if has_clusters && heads * head_dim <= 512 {
+        51_200
+    } else {
+        4 * heads * if head_dim == 96 { 128 } else { head_dim }
+    }
 }
 
 /// Of `compactattn_cells_*`.
@@ -99,7 +103,8 @@ pub(crate) fn check(context: &Context, layout: &Layout, gate: Option<GateShape>)
     let sampling = clusters::samples(layout).then(|| {
         let is_bf16 = layout.shape.dtype == Dtype::Bf16;
         let name = if is_bf16 { "compactattn_sample_rows_bf16" } else { "compactattn_sample_rows_fp16" };
-        (name, sample_rows(narrow(layout.shape.group_size()), narrow(head_dim)))
+        let has_clusters = context.device().properties().has_clusters();
+        (name, sample_rows(narrow(layout.shape.group_size()), narrow(head_dim), has_clusters))
     });
     for (kernel, bytes) in scoring(context, layout, gate).into_iter().flatten().chain(sampling) {
         fit(context, kernel, bytes, || format!("selector {selector} with head_dim {head_dim}"))?;
@@ -195,8 +200,12 @@ mod tests {
         for dim in [64, 96, 128, 256] {
             equal(&format!("flashprefill_bytes({dim})"), flashprefill(dim));
             equal(&format!("flashprefill_sm90_bytes({dim})"), flashprefill_sm90(dim));
-            equal(&format!("sample_rows_bytes(4, {dim})"), sample_rows(4, dim));
-            equal(&format!("sample_rows_bytes(7, {dim})"), sample_rows(7, dim));
+            for heads in [4, 7] {
+                for has_clusters in [false, true] {
+                    let bytes = sample_rows(heads, dim, has_clusters);
+                    equal(&format!("sample_rows_bytes({heads}, {dim}, {has_clusters})"), bytes);
+                }
+            }
             equal(&format!("cells_bytes({dim})"), cells(dim));
             equal(&format!("cells_sm90_bytes({dim}, 1)"), cells_sm90(dim, 1));
             equal(&format!("cells_sm90_bytes({dim}, 2)"), cells_sm90(dim, 2));

@@ -73,6 +73,7 @@ fn settings_params(layout: &Layout) -> params::Settings {
         mass_counts_open: i32::from(counts_open_region(settings.selector)),
         min_budget: only(flashprefill, settings.flashprefill.min_budget),
         non_voting_spans: only(flashprefill, settings.flashprefill.non_voting_spans),
+        // More than 0 where a kernel chooses samples: those after it tell by this what they may read early.
         sample_rows: only(samples(layout), settings.sample_rows),
         relative_to_past: i32::from(settings.flashprefill.relative_to_past),
         xattention_stride: int32(settings.xattention_stride),

@@ -4,8 +4,8 @@ A score is a mean of shares 2^(cell - total), so its relative error is ln 2 time
 products of 16-bit elements are exact; a tensor core adds 16 of them to an f32 and may truncate: head_dim / 16 steps of
 2^-22 of sum |q k| at most (`reach`, in units of log2). Scale, maximum and cell are each rounded once (2^-24 of at most
 `reach` + 12, the log2 of a block's or a row's sum). Sums of n positive terms add n 2^-24 at most, here of up to 64
-(lane) + 64 (samples) and what is left of them; ex2 and lg2 add 2^-22 each. Mean keys
-are of the queries' dtype, and products with them exact too. All of it twice, for cell and total.
+(lane) + 64 (samples) and what is left of them; ex2 and lg2 add 2^-22 each. Mean keys are of the queries' dtype, and
+products with them exact too. All of it twice, for cell and total.
 """
 
 from __future__ import annotations
