@@ -60,7 +60,7 @@ __device__ inline void choose_candidates(const Step& step, const Span& span, int
     best = {0, kAllTies, row.free()};
   } else if (count > 0) {
     const Survey seen = survey(row, 0.0f);
-    best = best_of(free_blocks(row, seen), ByCount{static_cast<uint64_t>(count)});
+    best = best_of(free_blocks(row, seen), ByCount(count));
   }
   mark(row, best, dynamic);
   uint32_t* words = candidates_of(step, span_index, kv_head);

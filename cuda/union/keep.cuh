@@ -82,18 +82,24 @@ __device__ inline Range free_blocks(const Row& row, const Survey& seen) {
   return {row.scores, row.first_free, row.end_free, seen.best & known, open_bits};
 }
 
-// Each block weighs its mass; the goal is a share of all mass, less what forced blocks hold.
-// `counts_open`: what the masses lack to 1 is held too.
+// Between `least` and `most` blocks; between them, where it weighs, until they hold a share of all
+// mass, less what forced blocks hold. `counts_open`: what the masses lack to 1 is held too.
 struct ByMass {
-  static constexpr bool kIsCount = false;
+  static constexpr bool kMayWeigh = true;
+  int least;
+  int most;
+  bool by_mass;
   FixedPoint mass;
   Row row;
   float share;
   bool counts_open;
 
+  __device__ bool weighs() const { return by_mass; }
+
   __device__ uint64_t of(float score) const { return mass.of(score); }
 
   __device__ void set_aside(Histogram& histogram) const {
+    if (!by_mass) return;
     for (int i = threadIdx.x; i < row.forced(); i += cta::kThreads) {
       const int j = i < row.first_free ? i : i + row.free();
       add_weight(histogram.aside[0], histogram.aside[1], of(row.scores[j]));
@@ -101,6 +107,7 @@ struct ByMass {
   }
 
   __device__ uint64_t goal(const Histogram& histogram, uint64_t free) const {
+    if (!by_mass) return 0;
     const uint64_t forced = static_cast<uint64_t>(histogram.aside[1]) << 32 | histogram.aside[0];
     const uint64_t past = free + forced, whole = counts_open ? of(1.0f) : 0;
     const uint64_t open = whole > past ? whole - past : 0;
@@ -109,19 +116,8 @@ struct ByMass {
   }
 };
 
-__device__ inline Best best_by_mass(const Settings& settings, const Row& row, const Survey& seen) {
-  const bool counts_open = settings.mass_counts_open;
-  const uint32_t heaviest = counts_open ? max(seen.heaviest, bits_of(1.0f)) : seen.heaviest;
-  const ByMass mass{FixedPoint(heaviest, row.n), row, settings.keep_value, counts_open};
-  return best_of(free_blocks(row, seen), mass);
-}
-
-// Forced blocks and those of the row's `min_budget` best, forced or not, that are not forced.
-__device__ inline int budget(const Settings& settings, const Row& row) {
-  const int goal = min(settings.min_budget, row.n);
-  if (goal <= 0) return 0;
-  const Best best =
-      best_of(Range{row.scores, 0, row.n, 0, 32}, ByCount{static_cast<uint64_t>(goal)});
+// Forced blocks and those of the row's `min_budget` best, which are `best`, that are not forced.
+__device__ inline int budget_of(const Row& row, const Best& best) {
   int above = 0, ties_before = 0, ties = 0;
   each_score(row.scores, 0, row.end_free, [&](int j, float score) {
     const uint32_t rank = rank_of(score);
@@ -136,39 +132,53 @@ __device__ inline int budget(const Settings& settings, const Row& row) {
   return row.forced() + above + max(0, min(ties, best.ties - ties_before));
 }
 
-// How the rule alone would cut; count -1: by count, not yet known where.
-struct Wanted {
-  Best best;
-  int blocks;  // forced ones too
-};
-
-__device__ inline Wanted wanted(const Settings& settings, const Row& row, const Survey& seen) {
-  if (settings.keep == kDensity) {
-    return {{0, 0, -1}, share_of(settings.keep_value, row.n)};
+// What is wanted of a row, no fewer than `budget` blocks, forced ones too. Floor and cap bind the
+// rule; neither may drop a block that cannot be judged.
+__device__ inline ByMass wanted(const Settings& settings, const Row& row, const Survey& seen,
+                                int budget) {
+  const bool counts_open = settings.mass_counts_open, by_mass = settings.keep == kMass;
+  const uint32_t heaviest = counts_open ? max(seen.heaviest, bits_of(1.0f)) : seen.heaviest;
+  const int unjudged = static_cast<int>(seen.unjudged);
+  const int cap = share_of(settings.max_density, row.n);
+  const int floor = min(max(share_of(settings.min_density, row.n), budget), cap);
+  int least = max(floor - row.forced(), unjudged), most = max(cap - row.forced(), unjudged);
+  if (!by_mass) {
+    const int rule = settings.keep == kDensity ? share_of(settings.keep_value, row.n) - row.forced()
+                                               : static_cast<int>(seen.at_threshold);
+    least = most = min(max(rule, least), most);
   }
-  const int at_threshold = static_cast<int>(seen.at_threshold);
-  const Best best = settings.keep == kMass
-                        ? best_by_mass(settings, row, seen)
-                        : Best{rank_of(settings.keep_value), kAllTies, at_threshold};
-  return {best, row.forced() + best.count};
+  return {min(least, row.free()),
+          min(most, row.free()),
+          by_mass,
+          FixedPoint(heaviest, row.n),
+          row,
+          settings.keep_value,
+          counts_open};
 }
 
-// The cut between floor and cap; neither may drop a block that cannot be judged.
-__device__ inline Best best_of_row(const Settings& settings, const Row& row, const Survey& seen) {
-  const Wanted rule = wanted(settings, row, seen);
-  const int most = share_of(settings.max_density, row.n);
-  const int least = max(share_of(settings.min_density, row.n), budget(settings, row));
-  const int judged = min(max(rule.blocks, least), most) - row.forced();
-  const int count = max(judged, static_cast<int>(seen.unjudged));
-  if (count == rule.best.count) return rule.best;
-  if (count <= 0) return kNothing;
-  if (count >= row.free()) return {0, kAllTies, row.free()};
-  return best_of(free_blocks(row, seen), ByCount{static_cast<uint64_t>(count)});
-}
-
-__device__ inline Best best_of_row(const Settings& settings, const Row& row) {
-  if (row.free() <= 0) return kNothing;
-  return best_of_row(settings, row, survey(row, settings.keep_value));
+// The best of a row that has free blocks. All by one copy of the code: a launch meets it cold.
+__device__ __forceinline__ Best best_of_row(const Settings& settings, const Row& row,
+                                            const Survey& seen) {
+  int budget = min(settings.min_budget, row.n);
+#pragma unroll 1
+  for (bool first = budget > 0;; first = false) {
+    ByMass rule = wanted(settings, row, seen, first ? 0 : budget);
+    Range range = free_blocks(row, seen);
+    if (first) {
+      rule.by_mass = false;
+      rule.least = rule.most = budget;
+      range = {row.scores, 0, row.n, 0, 32};
+    } else if (rule.most <= 0) {
+      return kNothing;
+    } else if (rule.least >= row.free()) {
+      return {0, kAllTies, row.free()};
+    } else if (settings.keep == kThreshold && rule.least == static_cast<int>(seen.at_threshold)) {
+      return {rank_of(settings.keep_value), kAllTies, rule.least};
+    }
+    const Best best = best_of(range, rule);
+    if (!first) return best;
+    budget = budget_of(row, best);
+  }
 }
 
 // Clears all but the first `count` set bits of a row, counted over its words.
@@ -226,9 +236,15 @@ __device__ inline void mark(const Row& row, const Best& best, uint32_t* bits) {
 }
 
 // Keeps blocks of a row whose scores all threads can see, beside the forced ones (`forced_word`);
-// `bits` [words_of(n)], shared memory.
-__device__ inline void keep(const Settings& settings, const Row& row, uint32_t* bits) {
-  mark(row, best_of_row(settings, row), bits);
+// `bits` [words_of(n)], shared memory. `seen`: what a look at the row has told, if there was one.
+__device__ inline void keep(const Settings& settings, const Row& row, uint32_t* bits,
+                            bool is_surveyed = false, Survey seen = {}) {
+  Best best = kNothing;
+  if (row.free() > 0) {
+    if (!is_surveyed) seen = survey(row, settings.keep_value);
+    best = best_of_row(settings, row, seen);
+  }
+  mark(row, best, bits);
 }
 
 }  // namespace compactattn

@@ -40,12 +40,8 @@ __device__ inline void select_past(const Step& step, const List& list, const Mem
   if (from_masks) return unite_masks(step, members, list.past, list.bits);
   float* merged = merged_row(step, list);
   const Row row = row_of(step.settings, merged, list.past);
-  if (is_merged) {
-    const bool is_free = row.free() > 0;
-    return mark(row, is_free ? best_of_row(step.settings, row, seen) : kNothing, list.bits);
-  }
-  merge_scores(step, members, list.past, merged);
-  keep(step.settings, row, list.bits);
+  if (!is_merged) merge_scores(step, members, list.past, merged);
+  keep(step.settings, row, list.bits, is_merged, seen);
 }
 
 // Forces sink and local, then applies the density guard: a list above it reads everything.
