@@ -19,13 +19,13 @@ constexpr uint32_t flashprefill_sm90_bytes(uint32_t head_dim) { return 512 * hea
 // Stages of key groups and folded rows; logits take their place.
 constexpr uint32_t xattention_bytes() { return 110592; }
 
-// Sums of a group's queries, lanes of 8 elements: 8, 16 or 32; up to 512 numbers also those of each
-// of 16 warps and of a cluster's 8 CTAs.
-constexpr uint32_t kHeldSamplesBytes = 51200;
-constexpr uint32_t sample_rows_bytes(uint32_t heads, uint32_t head_dim, bool has_clusters) {
-  return has_clusters && heads * head_dim <= 512 ? kHeldSamplesBytes
-                                                 : 4 * heads * (head_dim == 96 ? 128 : head_dim);
+// Sums of a group's queries, lanes of 8 elements: 8, 16 or 32.
+constexpr uint32_t sample_rows_bytes(uint32_t heads, uint32_t head_dim) {
+  return 4 * heads * (head_dim == 96 ? 128 : head_dim);
 }
+
+// Up to 512 such sums: of the group, of each of 16 warps and of a cluster's 8 CTAs.
+constexpr uint32_t sample_rows_held_bytes() { return 51200; }
 
 // A tile of 128 sampled rows, two of 64 keys.
 constexpr uint32_t cells_bytes(uint32_t head_dim) { return 256 * row_bytes(head_dim); }

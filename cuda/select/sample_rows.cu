@@ -6,8 +6,7 @@
 // sample_rows_bytes. A cluster's CTAs share the candidates of one (select span, KV head). The mean
 // is a sum of whole numbers, so neither its order nor the number of CTAs shows.
 #define COMPACTATTN_CTA_THREADS 512
-#include "sample_rows.cuh"
-#include "sample_rows_held.cuh"
+#include "sample_rows_chosen.cuh"
 
 namespace compactattn::select {
 namespace {
@@ -93,7 +92,7 @@ __device__ __forceinline__ void measure(const Unit& unit, const int* sums, float
   __syncthreads();
 }
 
-// Every CTA learns how like the mean this one's candidates are.
+// How like the mean this CTA's candidates are.
 template <class E>
 __device__ __forceinline__ void compare(const Unit& unit, const int* sums, Picking& shared) {
 #pragma unroll 1
@@ -123,12 +122,10 @@ __device__ __forceinline__ void compare(const Unit& unit, const int* sums, Picki
         if (head + i < unit.heads) likeness = __fadd_rn(likeness, other);
       }
     }
-    if (row < unit.count && unit.lane < kSharers)
-      ptx::store_to(unit.lane, shared.keys + unit.first + row, ordered(likeness));
+    if (row < unit.count && unit.lane == 0) shared.keys[row] = ordered(likeness);
   }
 }
 
-// As compare_held, of any number of heads and candidates.
 template <class E>
 __device__ __forceinline__ void compare_all(const Unit& unit, int* sums, Picking& shared) {
   for (int i = threadIdx.x; i < unit.sums(); i += kWide) sums[i] = 0;
@@ -139,136 +136,22 @@ __device__ __forceinline__ void compare_all(const Unit& unit, int* sums, Picking
   compare<E>(unit, sums, shared);
 }
 
-// The first CTA learns which of this one's candidates are among the `wanted` least like the mean.
-__device__ __forceinline__ void pick(const Unit& unit, int wanted, Picking& shared) {
-  constexpr int kThreadsEach = 8;  // look at an eighth of all each
-  const int part = threadIdx.x % kThreadsEach;
-#pragma unroll 1
-  for (int base = 0; base < unit.count; base += kWide / kThreadsEach) {
-    const int row = base + static_cast<int>(threadIdx.x) / kThreadsEach;
-    const int at = unit.first + min(row, unit.count - 1);
-    const uint32_t own = shared.keys[at];
-    int before = 0;
-    const uint4* fours = reinterpret_cast<const uint4*>(shared.keys);
-    for (int i = part; 4 * i < unit.candidates; i += kThreadsEach) {
-      const uint4 four = fours[i];
-      const uint32_t others[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int u = 0; u < 4; ++u) before += others[u] < own || (others[u] == own && 4 * i + u < at);
-    }
-#pragma unroll
-    for (int d = 1; d < kThreadsEach; d *= 2) before += __shfl_xor_sync(cta::kAllLanes, before, d);
-    if (part == 0 && row < unit.count) ptx::store_to_first(shared.picked + at, before < wanted);
-  }
-}
-
-// Samples of a span that are no unusual ones, ascending: `even` strided over all but the last.
-struct Usual {
-  int before;  // the last tokens
-  int even;
-  int count;
-
-  __device__ Usual(const Span& span, int count)
-      : before(span.len - last_of(count)),
-        even(count - unusual_of(count) - last_of(count)),
-        count(count - unusual_of(count)) {}
-
-  __device__ __forceinline__ int token(int i) const {
-    if (i >= even) return before + i - even;
-    if (even == 1) return before - 1;
-    return scaled(i, before - 1, even - 1);
-  }
-};
-
-// The first of `count` numbers that is not before, where those that are come first.
-template <class IsBefore>
-__device__ __forceinline__ int first_not(int count, IsBefore is_before) {
-  int low = 0;
-  while (low < count) {
-    const int middle = (low + count) / 2;
-    if (is_before(middle)) {
-      low = middle + 1;
-    } else {
-      count = middle;
-    }
-  }
-  return low;
-}
-
-// Merges the chosen tokens and the usual ones, ascending. One CTA.
-__device__ __forceinline__ void write_samples(const Unit& unit, int count, int wanted,
-                                              Picking& shared, int* samples) {
-  constexpr int kEach = kMostCandidates / kWide;
-  static_assert(kEach * kWide == kMostCandidates);
-  const int first = static_cast<int>(threadIdx.x) * kEach;
-  int mine = 0;
-  for (int i = 0; i < kEach; ++i) mine += first + i < unit.candidates && shared.picked[first + i];
-  int to = cta::exclusive_sum(mine).before;
-  for (int i = 0; i < kEach; ++i) {
-    if (first + i < unit.candidates && shared.picked[first + i])
-      shared.chosen[to++] = unit.token(first + i);
-  }
-  __syncthreads();
-  const Usual usual(unit.span, count);
-  for (int i = threadIdx.x; i < usual.count; i += kWide) {
-    const int token = usual.token(i);
-    samples[i + first_not(wanted, [&](int j) { return shared.chosen[j] < token; })] = token;
-  }
-  for (int i = threadIdx.x; i < wanted; i += kWide) {
-    const int token = shared.chosen[i];
-    samples[i + first_not(usual.count, [&](int j) { return usual.token(j) <= token; })] = token;
-  }
-}
-
 template <class E>
-__device__ __forceinline__ void sample_rows(const Step& step) {
+__device__ __forceinline__ void sample_any(const Step& step) {
   extern __shared__ int sums[];  // [heads, 8, lanes]
   __shared__ Picking shared;
-  ptx::wait_for_earlier();
-  const int kv_head = blockIdx.y;
-  const Span* span = scored_span(step, blockIdx.z);
-  if (!span) return;
-  const int count = samples_of(step, *span, 0).count, wanted = unusual_of(count);
-  if (count == span->len) return;
-  const Unit unit(step, *span, kv_head);
-  if (wanted > 0) {
-    for (int i = unit.candidates + threadIdx.x; i < kMostCandidates; i += kWide)
-      shared.keys[i] = kUnlikely;
-    if (is_held(unit)) {
-      compare_held<E>(unit, sums, shared);
-    } else {
-      compare_all<E>(unit, sums, shared);
-    }
-    ptx::fence_cluster();
-    ptx::arrive_at_cluster();
-    ptx::wait_for_cluster();
-    pick(unit, wanted, shared);
-    ptx::fence_cluster();
-    ptx::arrive_at_cluster();
-    ptx::wait_for_cluster();
-  }
-  if (kSharers == 1 || cluster_rank() == 0)
-    write_samples(unit, count, wanted, shared, samples_at(step, blockIdx.z, kv_head));
+  sample_rows(step, shared, [&](const Unit& unit) { compare_all<E>(unit, sums, shared); });
 }
 
 }  // namespace
 }  // namespace compactattn::select
 
-// Of one SM: with clusters a thread's registers hold queries.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define COMPACTATTN_SAMPLING_CTAS 1
-#else
-#define COMPACTATTN_SAMPLING_CTAS 2
-#endif
-
-extern "C" __global__ void COMPACTATTN_SCORING_CLUSTER __launch_bounds__(512,
-                                                                         COMPACTATTN_SAMPLING_CTAS)
+extern "C" __global__ void COMPACTATTN_SCORING_CLUSTER __launch_bounds__(512, 2)
     compactattn_sample_rows_bf16(const __grid_constant__ compactattn::Step step) {
-  compactattn::select::sample_rows<__nv_bfloat16>(step);
+  compactattn::select::sample_any<__nv_bfloat16>(step);
 }
 
-extern "C" __global__ void COMPACTATTN_SCORING_CLUSTER __launch_bounds__(512,
-                                                                         COMPACTATTN_SAMPLING_CTAS)
+extern "C" __global__ void COMPACTATTN_SCORING_CLUSTER __launch_bounds__(512, 2)
     compactattn_sample_rows_fp16(const __grid_constant__ compactattn::Step step) {
-  compactattn::select::sample_rows<__half>(step);
+  compactattn::select::sample_any<__half>(step);
 }

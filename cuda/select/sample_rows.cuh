@@ -18,18 +18,23 @@ constexpr float kMost = 1 << 20;      // of a whole number: 512 of them fit 32 b
 constexpr float kRounding = 3 << 22;  // numbers up to 2^22 added to it are rounded to whole ones
 constexpr int kElements = 8;          // of a 16-byte load
 constexpr int kHeads = 4;             // whose loads are under way together
-constexpr uint32_t kUnlikely = ~0u;   // a key of no candidate
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr int kSharers = kCtas;
 #else
 constexpr int kSharers = 1;
 #endif
 
+constexpr int kMostOfCta = kMostCandidates / kSharers;
+
 struct Picking {
-  alignas(16) uint32_t keys[kMostCandidates];  // of all candidates: lower is less like the mean
-  int32_t picked[kMostCandidates];  // the first CTA's: whether a candidate is one of the chosen
-  int32_t chosen[kMostCandidates];  // their tokens, ascending
-  float lengths[64];                // of each head's mean
+  uint32_t keys[kMostOfCta];  // of this CTA's candidates: lower is less like the mean
+  // The first CTA's: of each CTA the keys of its best, ascending, and which candidates they are.
+  uint32_t best_keys[kSharers][kMostOfCta];
+  uint32_t best[kSharers][kMostOfCta];
+  int32_t unsorted[kMostCandidates];  // the chosen candidates, best first
+  int32_t chosen[kMostCandidates];    // their tokens, ascending
+  float lengths[64];                  // of each head's mean
+  float scales[kHeads];               // of each head's whole numbers
 };
 
 // floor(x * n / d), 0 <= x <= d: by 32 bits where those hold it, a fifth of the instructions.
@@ -44,7 +49,8 @@ struct Unit {
   const int4* queries;                // of the span's first token, the group's first head
   int64_t token_stride, head_stride;  // of 16 bytes
   int heads, units;                   // of 16 bytes in a vector
-  int candidates, first, count;       // of the span; this CTA's
+  int candidates, each;               // of the span; of a CTA, the last ones' fewer
+  int first, count;                   // this CTA's
   int lanes, lane, group, groups;     // that hold a vector; of this thread
 
   __device__ Unit(const Step& step, const Span& span, int kv_head) : span(span) {
@@ -56,14 +62,19 @@ struct Unit {
     queries = static_cast<const int4*>(batch.q) + span.q_start * token_stride +
               static_cast<int64_t>(kv_head) * heads * head_stride;
     candidates = min(span.len, kMostCandidates);
-    const int each = (candidates + kSharers - 1) / kSharers;
+    each = (candidates + kSharers - 1) / kSharers;
     const int rank = kSharers > 1 ? cluster_rank() : 0;
     first = min(candidates, rank * each);
-    count = min(each, candidates - first);
+    count = count_of(rank);
     lanes = units <= 8 ? 8 : units <= 16 ? 16 : 32;
     lane = threadIdx.x % lanes;
     group = threadIdx.x / lanes;
     groups = kWide / lanes;
+  }
+
+  // Candidates of a CTA.
+  __device__ __forceinline__ int count_of(int rank) const {
+    return max(0, min(each, candidates - rank * each));
   }
 
   __device__ __forceinline__ int token(int candidate) const {
@@ -73,14 +84,16 @@ struct Unit {
   // Numbers of a sum of the group's queries.
   __device__ __forceinline__ int sums() const { return heads * kElements * lanes; }
 
-  // This lane's part of the queries of a token's heads from `head` on; zeros past the group's.
+  // This lane's part of the query of a token's head; zeros past the group's.
+  __device__ __forceinline__ int4 load(int token, int head) const {
+    if (head >= heads || lane >= units) return {};
+    return __ldg(queries + token * token_stride + head * head_stride + lane);
+  }
+
+  // The same of heads from `head` on.
   __device__ __forceinline__ void load(int token, int head, int4 (&parts)[kHeads]) const {
 #pragma unroll
-    for (int i = 0; i < kHeads; ++i) {
-      parts[i] = {};
-      if (head + i < heads && lane < units)
-        parts[i] = __ldg(queries + token * token_stride + (head + i) * head_stride + lane);
-    }
+    for (int i = 0; i < kHeads; ++i) parts[i] = load(token, head + i);
   }
 
   // Where this lane's element `e` of a head's vector lies among sums.
@@ -121,12 +134,18 @@ __device__ __forceinline__ int whole_number(float x, float scale) {
   return __float_as_int(__fadd_rn(most, kRounding)) - __float_as_int(kRounding);
 }
 
-// The product of two vectors, eight elements a lane one after the other, then lanes pair by pair:
-// every step rounded, as on a host.
-__device__ __forceinline__ float dot(const Part& a, const Part& b, int lanes) {
+// What a lane has of a product of two vectors, eight elements one after the other: every step
+// rounded, as on a host.
+__device__ __forceinline__ float product_of(const Part& a, const Part& b) {
   float sum = 0.0f;
 #pragma unroll
   for (int e = 0; e < kElements; ++e) sum = __fadd_rn(sum, __fmul_rn(a[e], b[e]));
+  return sum;
+}
+
+// The product: those of the lanes, pair by pair.
+__device__ __forceinline__ float dot(const Part& a, const Part& b, int lanes) {
+  float sum = product_of(a, b);
   for (int d = 1; d < lanes; d *= 2) sum = __fadd_rn(sum, __shfl_xor_sync(cta::kAllLanes, sum, d));
   return sum;
 }

@@ -1,6 +1,7 @@
 //! select by clusters of CTAs (cuda/select/cluster.cuh): scores, and lists or candidates after them, in one launch, where
 //! the GPU has clusters and a span has one tile of sampled rows.
 
+use super::context::Context;
 use super::kernels::{Arg, Grid};
 use super::params::{Then, Wish};
 use super::select::{Scoring, longest_span};
@@ -19,14 +20,26 @@ pub(super) fn samples(layout: &Layout) -> bool {
     samples && (1..longest_span(layout, layout.limits.max_total_q)).contains(&layout.settings.sample_rows)
 }
 
+/// The kernel that says which, and its shared memory: registers hold the candidates of groups of few short heads.
+pub(super) fn sampling(context: &Context, layout: &Layout) -> (&'static str, u32) {
+    let is_bf16 = layout.shape.dtype == Dtype::Bf16;
+    let (group, head_dim) = (layout.shape.group_size(), layout.shape.head_dim);
+    if context.device().properties().has_clusters() && group <= 4 && head_dim <= 128 {
+        let names = ["compactattn_sample_rows_held_fp16", "compactattn_sample_rows_held_bf16"];
+        return (names[usize::from(is_bf16)], shared::SAMPLE_ROWS_HELD);
+    }
+    let names = ["compactattn_sample_rows_fp16", "compactattn_sample_rows_bf16"];
+    (names[usize::from(is_bf16)], shared::sample_rows(shared::narrow(group), shared::narrow(head_dim)))
+}
+
 /// CTAs of a cluster, kCtas of cuda/select/cluster.cuh.
 const CTAS: u32 = 8;
 const THREADS: u32 = 256;
 
-/// Of cuda/select/mass_lists.cu: CTAs of a head, and the rows and blocks of one that they hold.
-const HEAD_CTAS: u32 = 4;
+/// Of cuda/select/mass_lists.cuh: CTAs of a head, and the blocks of a row that they hold; rows of a head.
+const HEAD_CTAS: [(&str, u32, usize); 2] =
+    [("compactattn_mass_lists_short", 2, 2048), ("compactattn_mass_lists", 4, 4096)];
 const HELD_ROWS: usize = 32;
-const HELD_BLOCKS: usize = 4096;
 
 impl Scoring<'_> {
     /// Which tokens are scored, for selectors that sample where a span can have more than they do.
@@ -34,12 +47,9 @@ impl Scoring<'_> {
         if !samples(self.layout) {
             return Ok(());
         }
-        let has_clusters = self.context.device().properties().has_clusters();
-        let ctas = if has_clusters { CTAS } else { 1 };
-        let group = self.step.layout.group_size.cast_unsigned();
-        let shared_bytes = shared::sample_rows(group, self.head_dim(), has_clusters);
+        let ctas = if self.context.device().properties().has_clusters() { CTAS } else { 1 };
+        let (name, shared_bytes) = sampling(self.context, self.layout);
         let grid = Grid { blocks: [ctas, self.kv_heads(), self.selects()], threads: 512, shared_bytes };
-        let name = self.of_dtype("compactattn_sample_rows_bf16", "compactattn_sample_rows_fp16");
         self.launch(name, grid, &[Arg::of(self.step)])
     }
 
@@ -81,18 +91,19 @@ impl Scoring<'_> {
         self.cluster("compactattn_cells_lists", bytes, wish)
     }
 
-    /// The same by four CTAs a head that hold its cells in registers, and what follows: lists of one head at most. None,
-    /// with nothing launched, where registers do not hold them.
+    /// The same by CTAs that hold a head's cells in registers, and what follows: lists of one head at most. None, with
+    /// nothing launched, where registers do not hold them. The plan decides how many share a head, as it does their sums.
     pub(super) fn mass_lists(&self, listed: bool) -> Result<Option<Then>> {
-        if self.layout.max_blocks() > HELD_BLOCKS || self.longest_sample() > HELD_ROWS {
+        let holding = HEAD_CTAS.iter().find(|(_, _, blocks)| self.layout.max_blocks() <= *blocks);
+        let Some((name, ctas, _)) = holding.filter(|_| self.longest_sample() <= HELD_ROWS) else {
             return Ok(None);
-        }
+        };
         let then = if self.layout.heads_per_list() == 1 { self.then() } else { Then::Scores };
-        let blocks = [HEAD_CTAS * self.step.layout.num_q_heads.cast_unsigned(), self.selects(), 1];
+        let blocks = [ctas * self.step.layout.num_q_heads.cast_unsigned(), self.selects(), 1];
         let shared_bytes = shared::keep(self.blocks(), self.step.layout.mask_words.cast_unsigned());
         let wish = Wish { then, pitch: 0, listed: u32::from(listed) };
         let grid = Grid { blocks, threads: 512, shared_bytes };
-        self.launch("compactattn_mass_lists", grid, &[Arg::of(self.step), Arg::of(&wish)])?;
+        self.launch(name, grid, &[Arg::of(self.step), Arg::of(&wish)])?;
         Ok(Some(then))
     }
 

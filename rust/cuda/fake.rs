@@ -135,7 +135,7 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
 }
 
 /// Kernels with the bytes of their parameters: `Step` 488, `GateParams` 56, `AttendParams` 296, `Means` 72, maps 128.
-const ALONE: [(&str, &str); 19] = [
+const ALONE: [(&str, &str); 20] = [
     ("check_lists", "488,8,8"),
     ("plan_spans", "488"),
     ("keep_rows", "488"),
@@ -153,16 +153,18 @@ const ALONE: [(&str, &str); 19] = [
     ("two_level_candidates", "488"),
     ("cells_lists", "488,12"),
     ("mass_lists", "488,12"),
+    ("mass_lists_short", "488,12"),
     ("flashprefill_relate", "488"),
     ("summaries_e4m3", "488,8,8,8,4,4"),
 ];
 /// One for each 16-bit type.
-const TYPED: [(&str, &str); 13] = [
+const TYPED: [(&str, &str); 14] = [
     ("cells_read", "488,4"),
     ("cells_read_candidates", "488,4"),
     ("cells_pool", "488,4"),
     ("pooled_lists", "488,12"),
     ("sample_rows", "488"),
+    ("sample_rows_held", "488"),
     ("flashprefill", "488"),
     ("xattention", "488"),
     ("xattention_mass", "488"),

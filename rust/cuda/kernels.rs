@@ -314,7 +314,7 @@ fn check_image(image: &Image) -> Result<()> {
 
 /// Kernels that wait for themselves, without the dtype and head_dim that follow. Never the first of a step: what the
 /// caller put on the stream before it need not be done when the kernel before the step's is.
-const OVERLAPPING: [&str; 33] = [
+const OVERLAPPING: [&str; 35] = [
     "attend_sm80",
     "attend_sm90",
     "attn_gate",
@@ -337,10 +337,12 @@ const OVERLAPPING: [&str; 33] = [
     "flashprefill_sm90",
     "keep_rows",
     "mass_lists",
+    "mass_lists_short",
     "plan_work",
     "plan_work_means",
     "pooled_lists",
     "sample_rows",
+    "sample_rows_held",
     "table",
     "two_level_candidates",
     "two_level_mass",

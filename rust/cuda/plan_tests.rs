@@ -150,6 +150,8 @@ fn slices_that_shared_memory_does_not_hold_are_scored_from_registers_or_by_kerne
         let names = launches.iter().map(|line| line.split(' ').next().unwrap().to_owned());
         names.skip(3).take_while(|name| name != "compactattn_plan_work").collect::<Vec<_>>()
     };
+    assert_eq!(kernels(base, 1 << 16), ["compactattn_mass_lists_short"]);
+    assert_eq!(kernels(of_groups, 1 << 16), ["compactattn_cells_lists"]);
     assert_eq!(kernels(base, 1 << 17), ["compactattn_mass_lists"]);
     assert_eq!(kernels(of_groups, 1 << 17), ["compactattn_mass_lists", "compactattn_union_table_wide"]);
     let apart = ["compactattn_cells_mass", "compactattn_union_table_wide"];
@@ -402,18 +404,18 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
     let layout = &plan.layouts()[0];
     let (dtype, dim) = (if dtype == Dtype::Bf16 { "bf16" } else { "fp16" }, layout.shape.head_dim);
     let scoring: &[&str] = match layout.settings.selector {
-        Selector::SampledExact => &["sample_rows_T", "cells_read_T", "cells_lists"],
+        Selector::SampledExact => &["sample_rows_T", "cells_read_T", "mass_lists_short"],
         // 600 tokens of 4 heads, 128 rows a tile.
         Selector::Oracle => &["cells_read_T", "cells_mass"].repeat(19),
         // Two tiles of 256 dims beside a slice of cells and what clusters exchange: more than a CTA has.
         Selector::PooledMass if dim < 256 => &["sample_rows_T", "pooled_lists_T"],
         Selector::PooledMass => &["sample_rows_T", "cells_pool_T", "cells_mass"],
         Selector::TwoLevel if dim < 256 => {
-            &["sample_rows_T", "pooled_lists_T", "cells_read_candidates_T", "cells_lists"]
+            &["sample_rows_T", "pooled_lists_T", "cells_read_candidates_T", "mass_lists_short"]
         }
         Selector::TwoLevel => {
             let first = ["sample_rows_T", "cells_pool_T", "cells_mass", "two_level_candidates"];
-            &[&first[..], &["cells_read_candidates_T", "cells_lists"]].concat()
+            &[&first[..], &["cells_read_candidates_T", "mass_lists_short"]].concat()
         }
         Selector::FlashPrefill if dim == 64 => &["flashprefill_sm90_T_d64", "flashprefill_relate"],
         Selector::FlashPrefill if dim == 128 => &["flashprefill_sm90_T_d128", "flashprefill_relate"],
@@ -431,6 +433,7 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
     let all = [&["plan_spans"], scoring, keeping, uniting, &last].concat();
     let has_neighbours = (1..600).contains(&layout.select_span());
     let full = |name: &&str| match *name {
+        "sample_rows_T" if dim <= 128 => "sample_rows_held_T".to_owned(),
         "cells_read_T" if dim == 128 && has_neighbours => "cells_read_pairs_sm90_T_d128".to_owned(),
         "cells_read_T" | "cells_read_candidates_T" if dim == 128 => name.replace("_T", "_sm90_T_d128"),
         _ => (*name).to_owned(),

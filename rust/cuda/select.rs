@@ -87,13 +87,17 @@ impl Scoring<'_> {
     }
 
     /// Scores of the cells of the only tile, with `listed` 0 for blocks that are no candidates; whether the lists are made
-    /// too.
+    /// too. Registers hold a head's cells sooner than shared memory a group's, which makes lists of several heads at once.
     fn finish(&self, listed: bool) -> Result<bool> {
-        if self.cells_lists(listed)? {
-            return Ok(self.then() == Then::Lists);
+        let of_groups = self.then() == Then::Lists && self.layout.heads_per_list() > 1;
+        if of_groups && self.cells_lists(listed)? {
+            return Ok(true);
         }
         if let Some(then) = self.mass_lists(listed)? {
             return Ok(then == Then::Lists);
+        }
+        if !of_groups && self.cells_lists(listed)? {
+            return Ok(self.then() == Then::Lists);
         }
         let mass = ["compactattn_cells_mass", "compactattn_two_level_mass"];
         self.mass(0, mass[usize::from(listed)])?;

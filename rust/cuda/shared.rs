@@ -28,13 +28,12 @@ pub(crate) const fn flashprefill_sm90(head_dim: u32) -> u32 {
 }
 
 /// Of `compactattn_sample_rows_*`, for groups of so many heads.
-pub(crate) const fn sample_rows(heads: u32, head_dim: u32, has_clusters: bool) -> u32 {
-    if has_clusters && heads * head_dim <= 512 {
-        51_200
-    } else {
-        4 * heads * if head_dim == 96 { 128 } else { head_dim }
-    }
+pub(crate) const fn sample_rows(heads: u32, head_dim: u32) -> u32 {
+    4 * heads * if head_dim == 96 { 128 } else { head_dim }
 }
+
+/// Of `compactattn_sample_rows_held_*`.
+pub(crate) const SAMPLE_ROWS_HELD: u32 = 51_200;
 
 /// Of `compactattn_cells_*`.
 pub(crate) const fn cells(head_dim: u32) -> u32 {
@@ -100,12 +99,7 @@ pub(crate) struct GateShape {
 /// [`Status::Unsupported`] naming what asks for it, with bytes wanted and available.
 pub(crate) fn check(context: &Context, layout: &Layout, gate: Option<GateShape>) -> Result<()> {
     let (head_dim, selector) = (layout.shape.head_dim, layout.settings.selector.name());
-    let sampling = clusters::samples(layout).then(|| {
-        let is_bf16 = layout.shape.dtype == Dtype::Bf16;
-        let name = if is_bf16 { "compactattn_sample_rows_bf16" } else { "compactattn_sample_rows_fp16" };
-        let has_clusters = context.device().properties().has_clusters();
-        (name, sample_rows(narrow(layout.shape.group_size()), narrow(head_dim), has_clusters))
-    });
+    let sampling = clusters::samples(layout).then(|| clusters::sampling(context, layout));
     for (kernel, bytes) in scoring(context, layout, gate).into_iter().flatten().chain(sampling) {
         fit(context, kernel, bytes, || format!("selector {selector} with head_dim {head_dim}"))?;
     }
@@ -175,7 +169,7 @@ fn fit(context: &Context, kernel: &str, bytes: u32, what: impl Fn() -> String) -
 }
 
 /// Saturates, so that what is too large stays so; an eighth of the range, so that sums of products do not wrap.
-fn narrow(x: usize) -> u32 {
+pub(super) fn narrow(x: usize) -> u32 {
     u32::try_from(x).unwrap_or(u32::MAX).min(u32::MAX >> 13)
 }
 
@@ -196,15 +190,13 @@ mod tests {
             writeln!(source, "static_assert({left} == {right}, \"rust/cuda/shared.rs\");").unwrap();
         };
         equal("xattention_bytes()", XATTENTION);
+        equal("sample_rows_held_bytes()", SAMPLE_ROWS_HELD);
         equal("cells_small_bytes()", CELLS_SMALL);
         for dim in [64, 96, 128, 256] {
             equal(&format!("flashprefill_bytes({dim})"), flashprefill(dim));
             equal(&format!("flashprefill_sm90_bytes({dim})"), flashprefill_sm90(dim));
             for heads in [4, 7] {
-                for has_clusters in [false, true] {
-                    let bytes = sample_rows(heads, dim, has_clusters);
-                    equal(&format!("sample_rows_bytes({heads}, {dim}, {has_clusters})"), bytes);
-                }
+                equal(&format!("sample_rows_bytes({heads}, {dim})"), sample_rows(heads, dim));
             }
             equal(&format!("cells_bytes({dim})"), cells(dim));
             equal(&format!("cells_sm90_bytes({dim}, 1)"), cells_sm90(dim, 1));

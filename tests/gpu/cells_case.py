@@ -18,6 +18,7 @@ CUBINS = {
     "cells_pool": ("compactattn_cells_pool",),
     "cells_mass": ("compactattn_cells_mass", "compactattn_two_level_mass"),
     "mass_lists": ("compactattn_mass_lists",),
+    "mass_lists_short": ("compactattn_mass_lists_short",),
     "cells_candidates": ("compactattn_two_level_candidates",),
     "summaries": ("compactattn_summaries",),
 }
@@ -272,7 +273,8 @@ class Kernels:
             return
         if name.startswith("mass_lists"):
             wish = Wish(listed=int(name.endswith("listed")))
-            self.launch("mass_lists", (4 * shape.kv_heads * shape.group, case.max_spans), 512, case.step, wish)
+            name, ctas = ("mass_lists_short", 2) if case.max_blocks <= 2048 else ("mass_lists", 4)
+            self.launch(name, (ctas * shape.kv_heads * shape.group, case.max_spans), 512, case.step, wish)
             return
         if name == "candidates":
             self.candidates(case)
