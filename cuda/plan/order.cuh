@@ -34,6 +34,25 @@ struct ListKey {
   __device__ static int row_of(uint32_t key) { return static_cast<int>(key & (kPlanThreads - 1)); }
 };
 
+// Lists that are ranked by comparing each with all: a sort of so few waits longer than it works.
+constexpr int kMostRanked = 256;
+constexpr int kRankers = 4;  // threads a list
+static_assert(kMostRanked * kRankers <= kPlanThreads, "");
+
+struct alignas(16) TwoLists {
+  uint32_t keys[2];
+  int32_t items[2];
+};
+
+// Shared memory of the order.
+struct ListOrder {
+  union {
+    uint32_t keys[kPlanThreads];
+    TwoLists two[kMostRanked / 2];
+  };
+  int32_t starts[kPlanThreads];  // of each list, among all items
+};
+
 // The key of rank threadIdx.x of the keys of the first `count` threads, by all of the CTA; `keys`
 // [kPlanThreads] is shared memory (bitonic sort, Batcher 1968).
 __device__ __forceinline__ uint32_t sort_keys(uint32_t key, uint32_t* keys, int count) {
@@ -58,24 +77,52 @@ __device__ __forceinline__ uint32_t sort_keys(uint32_t key, uint32_t* keys, int 
   return key;
 }
 
-// Where the items of each of `count` lists start when longer lists come first; list `threadIdx.x`
-// has `tiles` tiles and `items` items. False: they are in order as they are, and `starts`
-// [kPlanThreads], shared memory as `keys` is, holds nothing.
-__device__ __forceinline__ bool start_longest_first(int count, uint32_t tiles, int items,
-                                                    uint32_t* keys, int32_t* starts) {
-  const int thread = threadIdx.x;
-  const uint32_t key = thread < count ? ListKey::of(thread, tiles) : ListKey::kNone;
-  keys[thread] = key;
-  starts[thread] = items;
+// By kRankers threads a list; the keys and items of `count` lists, and of none up to a multiple of
+// 32, are in `order`.
+__device__ __forceinline__ void start_by_rank(uint32_t count, ListOrder& order) {
+  static_assert(kRankers == 4, "two shuffles");
+  const uint32_t list = threadIdx.x / kRankers, part = threadIdx.x % kRankers;
+  if (threadIdx.x / 32 * 32 >= kRankers * count) return;
+  const uint32_t key = order.two[list / 2].keys[list % 2];
+  int before = 0;
+#pragma unroll 1
+  for (uint32_t first = 0; first < count; first += 32) {
+#pragma unroll
+    for (uint32_t i = 0; i < 32; i += 2 * kRankers) {
+      const TwoLists two = order.two[(first + i) / 2 + part];
+      if (two.keys[0] < key) before += two.items[0];
+      if (two.keys[1] < key) before += two.items[1];
+    }
+  }
+  before += __shfl_xor_sync(0xffffffffu, before, 1);
+  before += __shfl_xor_sync(0xffffffffu, before, 2);
+  if (part == 0) order.starts[list] = before;
+}
+
+// Where the items of each of `count` lists start when longer lists come first: order.starts. List
+// `threadIdx.x` has `tiles` tiles and `items` items. By kRankers threads a list, those of more than
+// kMostRanked by all of the CTA.
+__device__ __forceinline__ void start_longest_first(int count, uint32_t tiles, int items,
+                                                    ListOrder& order) {
+  const int list = threadIdx.x;
+  const uint32_t key = list < count ? ListKey::of(list, tiles) : ListKey::kNone;
+  if (count <= kMostRanked) {
+    if (list / 32 * 32 < count) {
+      order.two[list / 2].keys[list % 2] = key;
+      order.two[list / 2].items[list % 2] = list < count ? items : 0;
+    }
+    __syncthreads();
+    start_by_rank(count, order);
+  } else {
+    order.keys[list] = key;
+    order.starts[list] = items;
+    __syncthreads();
+    const bool moves = __syncthreads_or(list + 1 < count && key > order.keys[list + 1]);
+    const int row = moves ? ListKey::row_of(sort_keys(key, order.keys, count)) : list;
+    const int before = scan_sum(list < count ? order.starts[row] : 0, count).before;
+    if (list < count) order.starts[row] = before;
+  }
   __syncthreads();
-  if (!__syncthreads_or(thread + 1 < count && key > keys[thread + 1])) return false;
-  const uint32_t ranked = sort_keys(key, keys, count);
-  const int row = ListKey::row_of(ranked);
-  const Scan<int> sum = scan_sum(thread < count ? starts[row] : 0, count);
-  __syncthreads();
-  if (thread < count) starts[row] = sum.before;
-  __syncthreads();
-  return true;
 }
 
 }  // namespace compactattn

@@ -36,13 +36,13 @@ __device__ __forceinline__ T scan_lanes(T x, Op op) {
 }
 
 // Threads from `count` on have `zero`, which is neutral to `op`: their warps have nothing to do,
-// and what idles does not slow the others.
+// and what idles does not slow the others; they may have left. A kernel calls it once for each T
+// and op: nobody waits until `warps` can be overwritten.
 template <class T, class Op>
 __device__ Scan<T> scan(T x, T zero, Op op, int count) {
   __shared__ T warps[kPlanWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   T before = zero;
-  __syncthreads();                       // the call before this one may still be read
   if (warp * 32 < count || warp == 0) {  // none at all: a total of zero
     const T through = scan_lanes(x, op);
     if (lane == 31) warps[warp] = through;
@@ -59,6 +59,18 @@ __device__ Scan<T> scan(T x, T zero, Op op, int count) {
 template <class T>
 __device__ __forceinline__ Scan<T> scan_sum(T x, int count) {
   return scan(x, T{}, [](const T& a, const T& b) { return a + b; }, count);
+}
+
+// The same of words: sums over warps are one instruction each.
+__device__ __forceinline__ Scan<uint32_t> scan_sum(uint32_t x, int count) {
+  __shared__ uint32_t warps[kPlanWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint32_t through = scan_lanes(x, [](uint32_t a, uint32_t b) { return a + b; });
+  if (lane == 31) warps[warp] = through;
+  __syncthreads();
+  const uint32_t sum = lane * 32 < count ? warps[lane] : 0;
+  return {through - x + __reduce_add_sync(0xffffffffu, lane < warp ? sum : 0),
+          __reduce_add_sync(0xffffffffu, sum)};
 }
 
 }  // namespace compactattn
