@@ -241,7 +241,8 @@ __device__ Mirrored read_stats(const Stages& stages) {
 // one start. Lists of a caller have no bits here, or may leave out what they like.
 __device__ bool knows_spans(const Step& step, const Means* means) {
   const bool are_own = step.stages.lists != nullptr && !(means && means->every_span);
-  return are_own && step.batch.num_reqs > 0;  // without requests no list, and no such kernel
+  // Without queries there is no list, and no such kernel.
+  return are_own && step.batch.num_reqs > 0 && step.batch.total_q > 0;
 }
 
 // By one CTA. All that does not need the lengths of lists is done before the wait. Attend of the
