@@ -49,6 +49,13 @@ __device__ __forceinline__ void find_scales(const Unit& unit, float* scales) {
   __syncthreads();
 }
 
+// Eight numbers of a lane's, as fours that lie side by side with those of other lanes: this one's
+// first four of a head among sums, and how far the others are.
+__device__ __forceinline__ int first_four(const Unit& unit, int head) {
+  return 4 * (2 * head * unit.lanes + unit.lane);
+}
+__device__ __forceinline__ int to_second(const Unit& unit) { return 4 * unit.lanes; }
+
 // Each warp's sums of its rows, in units of the head's first candidate: [warps, sums].
 template <class E>
 __device__ __forceinline__ void add_held(const Unit& unit, const Held& held, const float* scales,
@@ -66,11 +73,14 @@ __device__ __forceinline__ void add_held(const Unit& unit, const Held& held, con
 #pragma unroll
       for (int e = 0; e < kElements; ++e) sum[e] += whole_number(x[e], scale);
     }
+    for (int d = 16; d >= unit.lanes; d /= 2) {
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-      for (int d = unit.lanes; d < 32; d *= 2) sum[e] += __shfl_xor_sync(cta::kAllLanes, sum[e], d);
-      if (threadIdx.x % 32 < unit.lanes) own[unit.at(i, e)] = sum[e];
+      for (int e = 0; e < kElements; ++e) sum[e] += __shfl_xor_sync(cta::kAllLanes, sum[e], d);
     }
+    if (threadIdx.x % 32 >= unit.lanes) continue;
+    int* to = own + first_four(unit, i);
+    *reinterpret_cast<int4*>(to) = {sum[0], sum[1], sum[2], sum[3]};
+    *reinterpret_cast<int4*>(to + to_second(unit)) = {sum[4], sum[5], sum[6], sum[7]};
   }
   __syncthreads();
 }
@@ -149,13 +159,24 @@ __device__ __forceinline__ float sum_held(int lanes, Each each) {
   return join_lanes<2>(pairs, lanes);
 }
 
+// As add_held has them; of heads past the group's anything.
+__device__ __forceinline__ void mean_of(const Unit& unit, const int* sums, int head, Part& mean) {
+  const int* from = sums + first_four(unit, head);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int4 four = *reinterpret_cast<const int4*>(from + half * to_second(unit));
+    mean[4 * half] = __int_as_float(four.x), mean[4 * half + 1] = __int_as_float(four.y);
+    mean[4 * half + 2] = __int_as_float(four.z), mean[4 * half + 3] = __int_as_float(four.w);
+  }
+}
+
 // Of head l % kHeads, for lane l.
 __device__ __forceinline__ float square_of_mean(const Unit& unit, const int* sums) {
   float squares[kHeads];
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
     Part mean;
-    load_mean(unit, sums, i, mean);
+    mean_of(unit, sums, i, mean);
     squares[i] = product_of(mean, mean);
   }
   return join_lanes<1>(squares, unit.lanes);
@@ -180,16 +201,16 @@ __device__ __forceinline__ void compare_held(const Unit& unit, int* dynamic, Pic
     }
   });
   receive_sums(unit, of_ctas, dynamic);
-  const float length = __fsqrt_rn(square_of_mean(unit, dynamic));
   const float product = sum_held(unit.lanes, [&](int i, float (&rows)[kHeldRows]) {
     Part mean;
-    load_mean(unit, dynamic, i, mean);
+    mean_of(unit, dynamic, i, mean);
 #pragma unroll
     for (int r = 0; r < kHeldRows; ++r) {
       held.template widened<E>(r, i, x);
       rows[r] = product_of(x, mean);
     }
   });
+  const float length = __fsqrt_rn(square_of_mean(unit, dynamic));
   const float mine = cosine(product, square, length);
   float likeness = 0.0f;
 #pragma unroll
@@ -204,7 +225,7 @@ __device__ __forceinline__ void compare_held(const Unit& unit, int* dynamic, Pic
 
 template <class E>
 __device__ __forceinline__ void sample_held(const Step& step) {
-  extern __shared__ int dynamic[];
+  extern __shared__ __align__(16) int dynamic[];
   __shared__ Picking shared;
   sample_rows(step, shared, [&](const Unit& unit) { compare_held<E>(unit, dynamic, shared); });
 }
