@@ -105,7 +105,16 @@ struct ByCount {
   __device__ uint64_t goal(const Histogram&, uint64_t) const { return 0; }
 };
 
-// visit(j, score) for blocks begin .. end; loads run ahead of what is done with them.
+// Number `u` of a batch: a few selections in place of a copy of what is done with each.
+__device__ __forceinline__ float of_batch(const float (&batch)[kBatch], int u) {
+  float x = batch[0];
+#pragma unroll
+  for (int i = 1; i < kBatch; ++i) x = u == i ? batch[i] : x;
+  return x;
+}
+
+// visit(j, score) for blocks begin .. end; loads run ahead of what is done with them. That is one
+// copy of code: a launch meets it cold, and waits longer for it than for anything it does.
 template <class Visit>
 __device__ __forceinline__ void each_score(const float* scores, int begin, int end, Visit visit) {
 #pragma unroll 1
@@ -116,10 +125,9 @@ __device__ __forceinline__ void each_score(const float* scores, int begin, int e
       const int j = first + u * cta::kThreads;
       batch[u] = j < end ? scores[j] : 0.0f;
     }
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      const int j = first + u * cta::kThreads;
-      if (j < end) visit(j, batch[u]);
+#pragma unroll 1
+    for (int u = 0, j = first; u < kBatch && j < end; ++u, j += cta::kThreads) {
+      visit(j, of_batch(batch, u));
     }
   }
 }

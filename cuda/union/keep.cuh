@@ -200,15 +200,17 @@ __device__ __forceinline__ void each_word(const Row& row, Visit visit) {
   const int words = words_of(row.n), lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int first = threadIdx.x / 32; first < words; first += kBatch * cta::kWarps) {
-    uint32_t ranks[kBatch];
+    float batch[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       const int j = (first + u * cta::kWarps) * 32 + lane;
-      ranks[u] = j >= row.first_free && j < row.end_free ? rank_of(row.scores[j]) : 0;
+      batch[u] = j < row.n ? row.scores[j] : 0.0f;
     }
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      if (first + u * cta::kWarps < words) visit(first + u * cta::kWarps, ranks[u]);
+#pragma unroll 1
+    for (int u = 0, word = first; u < kBatch && word < words; ++u, word += cta::kWarps) {
+      const int j = word * 32 + lane;
+      const bool is_free = j >= row.first_free && j < row.end_free;
+      visit(word, is_free ? rank_of(of_batch(batch, u)) : 0);
     }
   }
 }
