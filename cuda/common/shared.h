@@ -13,8 +13,8 @@ constexpr uint32_t row_bytes(uint32_t head_dim) { return 2 * head_dim + 16; }
 // Means of 128 blocks, two stages of 64 rows.
 constexpr uint32_t flashprefill_bytes(uint32_t head_dim) { return 256 * row_bytes(head_dim); }
 
-// Four stages of 64 rows, swizzled.
-constexpr uint32_t flashprefill_sm90_bytes(uint32_t head_dim) { return 512 * head_dim; }
+// Eight stages of 64 rows, swizzled, and what they are.
+constexpr uint32_t flashprefill_sm90_bytes(uint32_t head_dim) { return 1024 * head_dim + 1024; }
 
 // Stages of key groups and folded rows; logits take their place.
 constexpr uint32_t xattention_bytes() { return 110592; }

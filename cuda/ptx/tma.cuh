@@ -56,10 +56,9 @@ struct QueryBox {
 };
 
 __device__ __forceinline__ void load(const CUtensorMap& map, CopyBarrier& done, void* smem,
-                                     QueryBox at) {
+                                     QueryBox at, CacheHint hint = CacheHint::EVICT_FIRST) {
   cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&done),
-                               static_cast<uint64_t>(CacheHint::EVICT_FIRST), smem, 0, at.head,
-                               at.token, at.columns);
+                               static_cast<uint64_t>(hint), smem, 0, at.head, at.token, at.columns);
 }
 
 // A place in a ring of `kStages` buffers; consumers wait on `phase`, producers on the opposite one.

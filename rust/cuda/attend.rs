@@ -159,14 +159,8 @@ impl Call<'_> {
 
     /// Maps of q, k and v as cuda/attend/sm90/kernel.cuh wants them.
     fn maps(&self, context: &Context, max_tokens: usize) -> Result<[TensorMap; 3]> {
-        let (shape, heads, q) = (&self.layout.shape, self.layout.heads_per_list(), self.batch.q);
-        let dims = [
-            Dim { size: MAP_COLUMNS, stride: 1, tile: tile(MAP_COLUMNS) },
-            Dim { size: shape.num_q_heads, stride: q.stride_head, tile: tile(heads) },
-            Dim { size: self.batch.total_q, stride: q.stride_token, tile: tile(TILE_ROWS / heads) },
-            Dim { size: shape.head_dim / MAP_COLUMNS, stride: MAP_COLUMNS, tile: 1 },
-        ];
-        let q = encode(context, shape.dtype, q.address, &dims)?;
+        let heads = self.layout.heads_per_list();
+        let q = query_map(context, self.layout, self.batch, [heads, TILE_ROWS / heads])?;
         let pool = |pool| pool_map(context, self.layout, self.batch, pool, max_tokens);
         Ok([q, pool(&self.batch.k)?, pool(&self.batch.v)?])
     }
@@ -190,6 +184,26 @@ impl Call<'_> {
         ];
         encode(context, shape.dtype, address, &dims)
     }
+}
+
+/// Map of the batch's queries, copied by boxes of so many heads and tokens, and 64 columns.
+///
+/// # Errors
+/// The driver's.
+pub(crate) fn query_map(
+    context: &Context,
+    layout: &Layout,
+    batch: &DeviceBatch,
+    [heads, tokens]: [usize; 2],
+) -> Result<TensorMap> {
+    let (shape, q) = (&layout.shape, batch.q);
+    let dims = [
+        Dim { size: MAP_COLUMNS, stride: 1, tile: tile(MAP_COLUMNS) },
+        Dim { size: shape.num_q_heads, stride: q.stride_head, tile: tile(heads) },
+        Dim { size: batch.total_q, stride: q.stride_token, tile: tile(tokens) },
+        Dim { size: shape.head_dim / MAP_COLUMNS, stride: MAP_COLUMNS, tile: 1 },
+    ];
+    encode(context, shape.dtype, q.address, &dims)
 }
 
 /// Map of one of the batch's pools, copied by boxes of 64 columns; a longer box than `max_tokens` is copied in parts.

@@ -113,7 +113,7 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
             kernels.push((format!("attend_sm90_{dtype}_d128_means"), corrected));
         }
         for dim in [64, 128].iter().filter(|_| maps.is_some()) {
-            kernels.push((format!("flashprefill_sm90_{dtype}_d{dim}"), "488"));
+            kernels.push((format!("flashprefill_sm90_{dtype}_d{dim}"), "128,488"));
         }
         let cells = ["cells_read", "cells_read_candidates", "cells_read_pairs"];
         let cells = cells.map(|name| (format!("{name}_sm90_{dtype}_d128"), "128,488,4"));

@@ -1,6 +1,6 @@
 //! select on the GPU: which kernels score for a selector, in what order, over which grids, with how much scratch.
 
-use super::attend::pool_map;
+use super::attend::{pool_map, query_map};
 use super::batch::{DeviceBatch, int32};
 use super::cells::{Cells, CellsKernel};
 use super::context::Context;
@@ -153,19 +153,31 @@ impl Scoring<'_> {
     }
 
     fn flashprefill(&self) -> Result<()> {
-        let (spans, tiles) = (self.selects(), self.blocks().div_ceil(128));
-        let dtype = self.layout.shape.dtype;
-        let warpgroups = FLASHPREFILL_SM90.iter().find(|(of, dim, name)| {
-            (*of, *dim) == (dtype, self.head_dim()) && self.context.kernels().has(name)
-        });
-        let (name, blocks, threads, shared_bytes) = if let Some((_, dim, name)) = warpgroups {
-            (*name, [spans.div_ceil(2), self.kv_heads(), tiles], 256, shared::flashprefill_sm90(*dim))
-        } else {
-            let name = self.of_dtype("compactattn_flashprefill_bf16", "compactattn_flashprefill_fp16");
-            (name, [spans, self.kv_heads(), tiles], 128, shared::flashprefill(self.head_dim()))
-        };
-        self.launch(name, Grid { blocks, threads, shared_bytes }, &[Arg::of(self.step)])?;
+        let key = (self.layout.shape.dtype, self.head_dim());
+        let hopper = FLASHPREFILL_SM90.iter().find(|(dtype, head_dim, _)| (*dtype, *head_dim) == key);
+        match hopper.filter(|(_, _, name)| self.context.kernels().has(name)) {
+            Some((_, _, name)) => self.flashprefill_sm90(name)?,
+            None => {
+                let name = self.of_dtype("compactattn_flashprefill_bf16", "compactattn_flashprefill_fp16");
+                let blocks = [self.selects(), self.kv_heads(), self.blocks().div_ceil(128)];
+                let shared_bytes = shared::flashprefill(self.head_dim());
+                self.launch(name, Grid { blocks, threads: 128, shared_bytes }, &[Arg::of(self.step)])?;
+            }
+        }
         self.launch("compactattn_flashprefill_relate", self.by_row(256, 0), &[Arg::of(self.step)])
+    }
+
+    /// By the copy engine; CTAs share the work evenly, whatever their number.
+    fn flashprefill_sm90(&self, name: &'static str) -> Result<()> {
+        // Without queries there is no map of them.
+        if self.selects() == 0 {
+            return Ok(());
+        }
+        let map = query_map(self.context, self.layout, self.batch, [1, FLASHPREFILL_ROWS])?;
+        let ctas = u32::try_from(self.context.num_sms()).unwrap_or(u32::MAX);
+        let shared_bytes = shared::flashprefill_sm90(self.head_dim());
+        let grid = Grid { blocks: [ctas, 1, 1], threads: 512, shared_bytes };
+        self.launch(name, grid, &[Arg::of(&map), Arg::of(self.step)])
     }
 
     fn xattention(&self) -> Result<()> {
@@ -337,6 +349,9 @@ fn product(factors: &[usize]) -> Result<usize> {
 
 /// CTAs of cells_mass.cu for each (select span, query head).
 const MASS_CTAS: u32 = 4;
+
+/// Of a tile of cuda/select/sm90/flashprefill_share.cuh.
+const FLASHPREFILL_ROWS: usize = 64;
 
 const FLASHPREFILL_SM90: [(Dtype, u32, &str); 4] = [
     (Dtype::Bf16, 64, "compactattn_flashprefill_sm90_bf16_d64"),

@@ -24,7 +24,7 @@ pub(crate) const fn flashprefill(head_dim: u32) -> u32 {
 
 /// Of `compactattn_flashprefill_sm90_*`.
 pub(crate) const fn flashprefill_sm90(head_dim: u32) -> u32 {
-    512 * head_dim
+    1024 * head_dim + 1024
 }
 
 /// Of `compactattn_sample_rows_*`, for groups of so many heads.

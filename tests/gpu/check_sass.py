@@ -107,7 +107,7 @@ WANTED = {
     "compactattn_cells_pool_": {"HMMA", "LDGSTS"},
     "compactattn_pooled_lists_": {"HMMA", "LDGSTS"},
     "compactattn_flashprefill_relate": set(),
-    "compactattn_flashprefill_sm90_": {"HGMMA", "LDGSTS"},
+    "compactattn_flashprefill_sm90_": {"HGMMA", "UTMALDG"},
     "compactattn_flashprefill_": {"HMMA", "LDGSTS"},
     "compactattn_xattention_mass_": set(),
     "compactattn_xattention_": {"HMMA", "LDGSTS"},

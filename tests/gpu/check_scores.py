@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from driver import Kernel, check, cuda
+from driver import Kernel, check, cuda, tensor_map
 from params import Span
 from score_case import UNTOUCHED, Case, Gate, Shape
 from score_reference import GateCase, attn_gate, flashprefill, xattention
@@ -65,8 +65,11 @@ def run_flashprefill_sm90(kernels: Kernels, case: Case, only: int | None) -> lis
     capacity = len(case.scores)
     case.cells = torch.empty(capacity * s.heads * 8 * tiles, device="cuda")
     step, spans = case.step(only)
+    sizes, (token, head, _) = (64, s.heads, len(case.q), s.dim // 64), case.q.stride()
+    rows = tensor_map(case.q, sizes, (head, token, 64), (64, 1, 64, 1))
     name = f"flashprefill_sm90/flashprefill_sm90_{suffix(s)}_d{s.dim}"
-    kernels.launch(name, (-(-capacity // 2), s.kv_heads, tiles), 256, 512 * s.dim, step)
+    ctas = torch.cuda.get_device_properties(0).multi_processor_count
+    kernels.launch(name, (ctas,), 512, 1024 * s.dim + 1024, rows, step)
     kernels.launch("flashprefill/flashprefill_relate", (capacity, s.heads), 256, 0, step)
     return spans
 
@@ -153,6 +156,15 @@ def shapes() -> Iterator[Shape]:
     yield Shape(RAGGED, scale=4.0, dim=64, relative_to_past=True)
 
 
+def flashprefill_shapes() -> Iterator[Shape]:
+    """Beside the common ones several tiles of blocks, the last of any width, and requests that share a CTA."""
+    yield from shapes()
+    for past in (2000, 3000, 5000, 5400, 9000):
+        yield Shape(((300, past), (9, 700), (1024, 4100)), kv_heads=4, block=16, dim=64)
+    yield Shape(tuple((1 + 7 * i, 100 + 61 * i) for i in range(40)), (3, 4, 17), kv_heads=1, block=32)
+    yield Shape(((1024, 33000), (200, 9000)), kv_heads=8, block=64, page=64, query_span=128)
+
+
 def xattention_shapes() -> Iterator[Shape]:
     """Strides beside the common shapes."""
     yield from shapes()
@@ -179,9 +191,10 @@ def main(cubins: str) -> int:
             print(f"FAIL {name} {case.shape}:", "; ".join(wrong))
         return not wrong
 
+    by_warpgroups = (shape for shape in flashprefill_shapes() if shape.dim in (64, 128))
     simple = (
-        ("flashprefill", flashprefill, run_flashprefill, shapes()),
-        ("flashprefill_sm90", flashprefill, run_flashprefill_sm90, (x for x in shapes() if x.dim in (64, 128))),
+        ("flashprefill", flashprefill, run_flashprefill, flashprefill_shapes()),
+        ("flashprefill_sm90", flashprefill, run_flashprefill_sm90, by_warpgroups),
         ("xattention", xattention, run_xattention, xattention_shapes()),
         ("fill", fill, run_fill, itertools.islice(shapes(), 3)),
     )

@@ -1,271 +1,329 @@
-// select, flashprefill, by warpgroup products: the first of the two kernels of ../flashprefill.cu,
-// to the same numbers.
+// select, flashprefill, by warpgroup products: the first of the two kernels of ../flashprefill.cu.
 //
-// A warpgroup keeps the means of 64 blocks in registers, in the queries' dtype, and multiplies them
-// with tile after tile of query rows. Two CTAs share an SM: one's products run beside the other's
-// exponentials.
+// A CTA has an SM for itself. Each of its warpgroups keeps the means of 64 blocks in registers, in
+// the queries' dtype, and multiplies them with tile after tile of query rows from a ring that the
+// copy engine fills. A tile's exponentials run beside the next one's products, and nothing but the
+// ring holds the warpgroups together.
 #include "../../common/shared.h"
 #include "../../ptx/grid.cuh"
 #include "../../ptx/tma.cuh"
 #include "../../ptx/wgmma.cuh"
-#include "../flashprefill.cuh"
+#include "flashprefill_share.cuh"
 
-namespace compactattn {
+namespace compactattn::select::sm90 {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kRows = 64;   // query rows of one head, a tile
-constexpr int kStages = 4;  // tiles of rows in shared memory
-constexpr int kSpans = 2;   // of a CTA: means once for all heads of both
+constexpr int kStages = 8;  // tiles of rows in shared memory
+// Tiles are asked for so many ahead. The room of the others is what warpgroups may be apart.
+constexpr int kAhead = 4;
+static_assert(kAhead > 1 && kAhead < kStages, "no warpgroup waits for one behind it");
 
 // Rows of a tile are cut into groups of 64 columns, each 128 bytes a row, swizzled.
 constexpr int kGroupBytes = kRows * 128;
 
-// The spans of this CTA; those without work for it have no blocks.
-struct Share {
-  Span spans[kSpans];
-  int blocks[kSpans];
+template <int kDim>
+constexpr int kTileBytes = kDim / 64 * kGroupBytes;
+
+template <int kDim>
+struct SharedStorage {
+  alignas(1024) uint8_t tiles[kStages][kTileBytes<kDim>];
+  ptx::CopyBarrier full[kStages];
+  ptx::Barrier empty[kStages];
+  // What the tiles are. A tile is folded after its stage was given back, but before the warpgroup
+  // gives the same stage back again.
+  Rows rows[2 * kStages];
+  Share share;
 };
+static_assert(sizeof(SharedStorage<64>) == flashprefill_sm90_bytes(64), "a launch's");
+static_assert(sizeof(SharedStorage<128>) == flashprefill_sm90_bytes(128), "a launch's");
 
-// Blocks of one span that a CTA has in hand.
-struct Part {
-  const Span& span;  // shared memory
-  int span_index;
-  int first;  // block
-  int end;    // the span's
-  int kv_head;
-};
-
-// Tile after tile of a CTA's share: rows of a head, heads of a group, spans.
-struct Walk {
-  const Share& share;
-  int group;
-  int span = -1;
-  int head = 0;  // of the group
-  int row = 0;   // of the span
-
-  __device__ Walk(const Share& share, int group) : share(share), group(group) { next_span(); }
-
-  __device__ __forceinline__ bool is_done() const { return span >= kSpans; }
-
-  __device__ __forceinline__ bool ends_head() const { return row + kRows >= share.spans[span].len; }
-
-  __device__ __forceinline__ void next_span() {
-    for (++span; span < kSpans && share.blocks[span] == 0; ++span) {
-    }
-  }
-
-  __device__ __forceinline__ void advance() {
-    row = ends_head() ? 0 : row + kRows;
-    if (row > 0) return;
-    head = head + 1 < group ? head + 1 : 0;
-    if (head == 0) next_span();
-  }
-};
+using Logits = float[kRows / 2];
 
 // A warpgroup's means as left operands.
 template <int kDim>
 using Means = uint32_t[kDim / 16][4];
 
-// Row of the tile of blocks that this thread's `half` of the accumulators belongs to.
+// Row of the warpgroup's blocks that this thread's `half` of the accumulators belongs to.
 __device__ __forceinline__ int block_row(int half) {
-  return threadIdx.x / 32 * 16 + half * 8 + threadIdx.x % 32 / 4;
+  return threadIdx.x / 32 % 4 * 16 + half * 8 + threadIdx.x % 32 / 4;
 }
 
-// Zeros from the span's end on.
+// A thread's part of the weights of one of its blocks, over 2^near.
+__device__ __forceinline__ float weigh(const float* c, float scale, float near) {
+  float even = 0.f, odd = 0.f;  // half the length of the chain of additions
+#pragma unroll
+  for (int n = 0; n < kRows / 8; ++n) {
+    even += ptx::exp2_approx(fmaf(c[4 * n], scale, -near));
+    odd += ptx::exp2_approx(fmaf(c[4 * n + 1], scale, -near));
+  }
+  return even + odd;
+}
+
+// Which of those logits count, by their row of the tile less the thread's first.
+struct Seen {
+  int first;
+  int end;
+
+  __device__ __forceinline__ float of(const float* c, int i) const {
+    const int row = i / 2 * 8 + i % 2;
+    return row >= first && row < end ? c[i / 2 * 4 + i % 2] : -kInfinity;
+  }
+};
+
+// The same of what is seen, over the largest. What is hidden is hidden twice, for to keep it takes
+// registers; nothing may be written in place of logits while products run.
+__device__ __forceinline__ LogSum weigh_seen(const float* c, float scale, Seen seen) {
+  float most = -FLT_MAX;
+#pragma unroll
+  for (int i = 0; i < kRows / 4; ++i) most = fmaxf(most, seen.of(c, i));
+  LogSum sum{fmaxf(most * scale, -FLT_MAX), 0.f};
+  seen.first = ptx::not_before(seen.first);
+#pragma unroll
+  for (int i = 0; i < kRows / 4; ++i) {
+    sum.sum += ptx::exp2_approx(fmaf(seen.of(c, i), scale, -sum.max));
+  }
+  return sum;
+}
+
+// One CTA's share, as one of its warps sees it.
 template <class Element, int kDim>
-__device__ __forceinline__ void load_means(const Step& step, const Part& tile, Means<kDim>& means) {
-  const int64_t heads = step.layout.num_kv_heads;
-  const float* rows[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int block = tile.first + block_row(half);
-    const int64_t slot = block < tile.end ? mean_slot(step, tile.span.req, block) : 0;
-    rows[half] = step.stages.k_mean + (slot * heads + tile.kv_head) * kDim;
-    if (block >= tile.end) rows[half] = nullptr;
+struct Worker {
+  const CUtensorMap& map;
+  const Step& step;
+  SharedStorage<kDim>& smem;
+  int warp;
+  uint32_t done = 0;  // tiles of rows of the segments before
+  int tiles;          // of this one
+
+  __device__ __forceinline__ Worker(const CUtensorMap& map, const Step& step,
+                                    SharedStorage<kDim>& smem)
+      : map(map), step(step), smem(smem) {
+    // The compiler learns that operands made of it are the same in all lanes.
+    warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   }
+
+  __device__ __forceinline__ int stage(int tile) const { return (done + tile) % kStages; }
+
+  __device__ __forceinline__ uint32_t phase(int tile) const { return (done + tile) / kStages % 2; }
+
+  __device__ __forceinline__ const Segment& segment() const { return smem.share.segment; }
+
+  // First block of the warpgroup.
+  __device__ __forceinline__ int first_block() const {
+    return (segment().first_column + warp / 4) * kColumn;
+  }
+
+  // The assembler takes votes alone as the same in all lanes, and wants to know that products are.
+  __device__ __forceinline__ bool works() const {
+    return __any_sync(0xffffffffu, warp / 4 < segment().columns);
+  }
+
+  // Starts the copy of a tile of the segment, where it is this warp's turn.
+  __device__ __forceinline__ void copy(int tile) {
+    if (tile >= tiles || tile % kWarps != warp) return;
+    if (threadIdx.x % 32 == 0) {
+      const Chunk& chunk = smem.share.chunk;
+      const Rows rows = chunk.rows_at(segment().first_tile + tile, step.layout.group_size);
+      const int head = segment().kv_head * step.layout.group_size + rows.head;
+      const int token = chunk.q_start + rows.span * chunk.span_tokens + rows.row;
+      ptx::CopyBarrier& full = smem.full[stage(tile)];
+      smem.empty[stage(tile)].wait(phase(tile) ^ 1);
+      smem.rows[(done + tile) % (2 * kStages)] = rows;
+      full.arrive_and_expect_tx(kTileBytes<kDim>);
 #pragma unroll
-  for (int x = 0; x < kDim / 16; ++x) {
+      for (int group = 0; group < kDim / 64; ++group) {
+        ptx::load(map, full, smem.tiles[stage(tile)] + group * kGroupBytes,
+                  ptx::QueryBox{head, token, group}, ptx::CacheHint::EVICT_NORMAL);
+      }
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void give_back(int tile) {
+    if (threadIdx.x % 32 == 0) smem.empty[stage(tile)].arrive();
+  }
+
+  // Zeros past the last block.
+  __device__ __forceinline__ void load_means(Means<kDim>& means) const {
+    const Chunk& chunk = smem.share.chunk;
+    const int64_t heads = step.layout.num_kv_heads;
+    const float* rows[2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float* row = rows[i % 2];
-      const int column = x * 16 + i / 2 * 8 + threadIdx.x % 4 * 2;
-      const float2 pair = row ? __ldg(reinterpret_cast<const float2*>(row + column)) : float2{};
-      means[x][i] = pack_pair<Element>(pair.x, pair.y);
+    for (int half = 0; half < 2; ++half) {
+      const int block = first_block() + block_row(half);
+      const int64_t slot = block < chunk.blocks ? mean_slot(step, chunk.req, block) : 0;
+      rows[half] = step.stages.k_mean + (slot * heads + segment().kv_head) * kDim;
+      if (block >= chunk.blocks) rows[half] = nullptr;
+    }
+#pragma unroll
+    for (int x = 0; x < kDim / 16; ++x) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* row = rows[i % 2];
+        const int column = x * 16 + i / 2 * 8 + threadIdx.x % 4 * 2;
+        const float2 pair = row ? __ldg(reinterpret_cast<const float2*>(row + column)) : float2{};
+        means[x][i] = pack_pair<Element>(pair.x, pair.y);
+      }
     }
   }
-}
 
-// Starts the copy of the walk's tile; zeros past the span.
-template <class Element, int kDim>
-__device__ __forceinline__ void load_rows(const Step& step, const Walk& walk, int kv_head,
-                                          uint32_t to) {
-  constexpr int kPieces = kDim / 8;  // of 16 bytes
-  if (!walk.is_done()) {
-    const Span& span = walk.share.spans[walk.span];
-    const int head = kv_head * walk.group + walk.head;
-    const int thread = ptx::not_before(threadIdx.x);
+  // Starts the products of the warpgroup's blocks and a tile of rows, before the scale.
+  __device__ __forceinline__ void start(int tile, const Means<kDim>& means, Logits& c) {
+    smem.full[stage(tile)].wait(phase(tile));
+    const uint64_t right = ptx::swizzled_operand(smem.tiles[stage(tile)]);
+    ptx::fence_registers(c);
+    cute::warpgroup_arrive();
 #pragma unroll
-    for (int u = 0; u < kRows * kPieces / kThreads; ++u) {
-      const int i = thread + u * kThreads, row = i / kPieces, piece = i % kPieces;
-      const bool exists = walk.row + row < span.len;
-      const Element* from =
-          query_at<Element>(step, span.q_start + (exists ? walk.row + row : 0), head) + piece * 8;
-      const int swizzled = piece % 8 ^ row % 8;
-      ptx::copy_async_alone(to + piece / 8 * kGroupBytes + row * 128 + swizzled * 16, from, exists);
+    for (int x = 0; x < kDim / 16; ++x) {
+      const uint64_t b = ptx::advanced(right, x / 4 * kGroupBytes + x % 4 * 32);
+      ptx::mma<Element, ptx::Major::K>(c, means[x], b,
+                                       x == 0 ? ptx::ScaleOut::Zero : ptx::ScaleOut::One);
+    }
+    cute::warpgroup_commit_batch();
+  }
+
+  // Rows below need(block) do not see a block whole; those past the span are others'.
+  __device__ __forceinline__ Seen seen(const Rows& rows, int half) const {
+    const Chunk& chunk = smem.share.chunk;
+    const int visible = chunk.past + rows.span * chunk.span_tokens + 1;  // to the span's first row
+    const int block = first_block() + block_row(half);
+    const int need = ((block + 1) << step.layout.log2_block_tokens) - visible;
+    const int row = rows.row + threadIdx.x % 4 * 2;
+    return {need - row, rows.len - row};
+  }
+
+  // Writes a run's L and their maximum over the warp's blocks, in which NaN has no say; starts the
+  // sums anew.
+  __device__ __forceinline__ void finish(const Rows& rows, LogSum (&sums)[2]) const {
+    const Chunk& chunk = smem.share.chunk;
+    const int past = chunk.past >> step.layout.log2_block_tokens, lane = threadIdx.x % 32;
+    const int span = chunk.first_span + rows.span;
+    const int head = segment().kv_head * step.layout.group_size + rows.head;
+    float* scores = scores_of(step, span, head);
+    float best = -FLT_MAX;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float max = quad_max(sums[half].max);
+      const float sum = quad_sum(sums[half].sum * ptx::exp2_approx(sums[half].max - max));
+      sums[half] = LogSum{};
+      const float value = max + ptx::log2_approx(sum);
+      const int block = first_block() + block_row(half);
+      if (block < chunk.blocks) best = fmaxf(best, value);
+      if (block < past && lane % 4 == 0) scores[block] = value;
+    }
+#pragma unroll
+    for (int mask = 4; mask < 32; mask *= 2) {
+      best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, mask));
+    }
+    if (lane == 0) peaks_of(step, span, head)[first_block() / kPeakBlocks + warp % 4] = best;
+  }
+
+  // Adds the weights of the thread's logits of each of its two blocks. Where all are seen, they are
+  // first weighed over the power of 2 of those before them: most of the time their sum is far from
+  // the ends of a float's range, and nobody needs to know the largest.
+  __device__ __forceinline__ void fold(const Rows& rows, const Logits& c, LogSum (&sums)[2]) const {
+    constexpr float kFar = 0x1p60f;
+    const int past = smem.share.chunk.past >> step.layout.log2_block_tokens;
+    const bool sees_all = first_block() + kColumn <= past && rows.row + kRows <= rows.len;
+    const float scale = step.layout.sm_scale * kLog2E;
+    LogSum near[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      near[half].max = sums[half].max == -FLT_MAX ? 0.f : sums[half].max;
+      near[half].sum = weigh(c + 2 * half, scale, near[half].max);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (sees_all && near[half].sum > 1.f / kFar && near[half].sum < kFar) {
+        sums[half] = {near[half].max, sums[half].sum + near[half].sum};
+      } else {
+        sums[half].merge(weigh_seen(c + 2 * half, scale, seen(rows, half)));
+      }
     }
   }
-  ptx::commit_copies();
-}
 
-using Logits = float[kRows / 2];
-
-// Logits of the warpgroup's blocks and kRows rows, before the scale.
-template <class Element, int kDim>
-__device__ __forceinline__ void multiply(Logits& c, const Means<kDim>& means, const uint8_t* rows) {
-  const uint64_t right = ptx::swizzled_operand(rows);
-  ptx::fence_registers(c);
-  cute::warpgroup_arrive();
-#pragma unroll
-  for (int x = 0; x < kDim / 16; ++x) {
-    const uint64_t b = ptx::advanced(right, x / 4 * kGroupBytes + x % 4 * 32);
-    ptx::mma<Element, ptx::Major::K>(c, means[x], b,
-                                     x == 0 ? ptx::ScaleOut::Zero : ptx::ScaleOut::One);
-  }
-  cute::warpgroup_commit_batch();
-  cute::warpgroup_wait<0>();
-  ptx::fence_registers(c);
-}
-
-// Hides what a row does not see whole: rows below need(block), and those past the span.
-__device__ __forceinline__ void hide(const Step& step, const Part& tile, int first_row, Logits& c) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int block = tile.first + block_row(half);
-    const int need = ((block + 1) << step.layout.log2_block_tokens) - visible_to(tile.span, 0);
-#pragma unroll
-    for (int i = 0; i < kRows / 4; ++i) {
-      const int row = first_row + i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
-      float& x = c[i / 2 * 4 + half * 2 + i % 2];
-      if (row < need || row >= tile.span.len) x = -kInfinity;
-    }
-  }
-}
-
-// Adds the weights of the thread's logits of each of its two blocks.
-__device__ __forceinline__ void fold(LogSum (&sums)[2], const Logits& c, float scale) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float most = -FLT_MAX;
-#pragma unroll
-    for (int n = 0; n < kRows / 8; ++n) {
-      most = fmaxf(most, fmaxf(c[4 * n + 2 * half], c[4 * n + 2 * half + 1]));
-    }
-    LogSum tile{fmaxf(most * scale, -FLT_MAX), 0.f};
-#pragma unroll
-    for (int n = 0; n < kRows / 8; ++n) {
-      tile.sum += ptx::exp2_approx(fmaf(c[4 * n + 2 * half], scale, -tile.max)) +
-                  ptx::exp2_approx(fmaf(c[4 * n + 2 * half + 1], scale, -tile.max));
-    }
-    sums[half].merge(tile);
-  }
-}
-
-// Writes one head's L and their maximum over the warp's blocks, in which NaN has no say; starts the
-// sums anew.
-__device__ __forceinline__ void finish(const Step& step, const Part& tile, int head,
+  // Folds a tile beside the products of the next one.
+  __device__ __forceinline__ void turn(int tile, const Means<kDim>& means, Logits& c, Logits& next,
                                        LogSum (&sums)[2]) {
-  const int lane = threadIdx.x % 32, past = past_blocks_of(step, tile.span);
-  float* scores = scores_of(step, tile.span_index, head);
-  float best = -FLT_MAX;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    LogSum sum = sums[half];
-    sums[half] = LogSum{};
-    sum.merge(sum.of_lane(1));
-    sum.merge(sum.of_lane(2));
-    const int block = tile.first + block_row(half);
-    const float value = sum.log2();
-    if (block < tile.end) best = fmaxf(best, value);
-    if (block < past && lane % 4 == 0) scores[block] = value;
+    cute::warpgroup_wait<0>();
+    ptx::fence_registers(c);
+    give_back(tile);
+    if (tile + 1 < tiles) start(tile + 1, means, next);
+    copy(tile + kAhead);
+    const Rows rows = smem.rows[(done + tile) % (2 * kStages)];
+    fold(rows, c, sums);
+    if (rows.row + kRows >= rows.len) finish(rows, sums);
   }
-  best = warp_reduce(best, [](float a, float b) { return fmaxf(a, b); });
-  if (lane == 0) {
-    peaks_of(step, tile.span_index, head)[tile.first / kPeakBlocks + threadIdx.x / 32] = best;
-  }
-}
 
-// The spans of this CTA from `first` on that have blocks for it, in shared memory.
-__device__ void find_share(const Step& step, int first, int first_block, Share& share) {
-  if (threadIdx.x < kSpans) {
-    Span span{};
-    const bool scored = load_span(step, first + threadIdx.x, span);
-    const int blocks = scored ? blocks_of(step, span) : 0;
-    share.spans[threadIdx.x] = span;
-    share.blocks[threadIdx.x] = blocks > first_block ? blocks : 0;
+  __device__ __forceinline__ void multiply() {
+    Means<kDim> means;
+    load_means(means);
+    Logits even, odd;
+    LogSum sums[2];
+    start(0, means, even);
+    int tile = 0;
+    do {
+      turn(tile, means, even, odd, sums);
+      if (tile + 1 < tiles) turn(tile + 1, means, odd, even, sums);
+      tile += 2;
+    } while (tile < tiles);
   }
-  __syncthreads();
-}
+
+  // By a warpgroup without blocks.
+  __device__ __forceinline__ void pass() {
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) {
+      smem.full[stage(tile)].wait(phase(tile));
+      give_back(tile);
+      copy(tile + kAhead);
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    while (true) {
+      __syncthreads();  // all are done with the segment before
+      if (threadIdx.x == 0) smem.share.next(step);
+      __syncthreads();
+      tiles = __shfl_sync(0xffffffffu, segment().tiles, 0);
+      if (tiles == 0) return;
+      if (warp < kAhead) copy(warp);
+      if (works()) {
+        multiply();
+      } else {
+        pass();
+      }
+      done += tiles;
+    }
+  }
+};
 
 template <class Element, int kDim>
-__device__ __forceinline__ void sum_weights(const Step& step) {
-  extern __shared__ __align__(1024) uint8_t stages[];
-  constexpr int kStageBytes = kDim / 64 * kGroupBytes;
-  static_assert(kStages * kStageBytes == flashprefill_sm90_bytes(kDim), "a launch's");
-  __shared__ Share share;
-  const int group = step.layout.group_size, first_span = blockIdx.x * kSpans;
-  const int kv_head = blockIdx.y;
-  // The last blocks of a context are few: those CTAs go first, beside others.
-  const int first = (gridDim.z - 1 - blockIdx.z) * kBlocks;
-  find_share(step, first_span, first, share);
-  Walk walk(share, group), ahead(share, group);
-  if (walk.is_done()) return;
-  const uint32_t to = ptx::shared_address(stages);
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) {
-    load_rows<Element, kDim>(step, ahead, kv_head, to + i * kStageBytes);
-    if (!ahead.is_done()) ahead.advance();
-  }
-  Means<kDim> means;
-  LogSum sums[2];
-  int loaded_req = -1, loaded_end = 0;
-  const float scale = step.layout.sm_scale * kLog2E;
-  for (int i = 0; !walk.is_done(); ++i) {
-    const Part tile{share.spans[walk.span], first_span + walk.span, first, share.blocks[walk.span],
-                    kv_head};
-    const int end = min(tile.end, first + kBlocks);
-    if (loaded_req != tile.span.req || loaded_end != end) {
-      loaded_req = tile.span.req;
-      loaded_end = end;
-      load_means<Element, kDim>(step, tile, means);
+__device__ __forceinline__ void sum_weights(const CUtensorMap& map, const Step& step) {
+  extern __shared__ __align__(1024) uint8_t bytes[];
+  SharedStorage<kDim>& smem = *reinterpret_cast<SharedStorage<kDim>*>(bytes);
+  if (threadIdx.x == 0) {
+    ptx::prefetch(map);
+    for (int i = 0; i < kStages; ++i) {
+      smem.full[i].init(1);
+      smem.empty[i].init(kWarps);
     }
-    ptx::wait_copies_but<kStages - 2>();
-    cutlass::arch::fence_view_async_shared();
-    __syncthreads();
-    load_rows<Element, kDim>(step, ahead, kv_head, to + (i + kStages - 1) % kStages * kStageBytes);
-    if (!ahead.is_done()) ahead.advance();
-    if (first + static_cast<int>(threadIdx.x) / 128 * 64 < end) {
-      Logits c;
-      multiply<Element, kDim>(c, means, stages + i % kStages * kStageBytes);
-      const bool all_past = first + kBlocks <= past_blocks_of(step, tile.span);
-      if (!all_past || walk.row + kRows > tile.span.len) hide(step, tile, walk.row, c);
-      fold(sums, c, scale);
-      if (walk.ends_head()) finish(step, tile, kv_head * group + walk.head, sums);
-    }
-    walk.advance();
+    cutlass::arch::fence_barrier_init();
   }
+  ptx::wait_for_earlier();
+  smem.share.find(step);
+  Worker<Element, kDim>(map, step, smem).run();
 }
 
 }  // namespace
-}  // namespace compactattn
+}  // namespace compactattn::select::sm90
 
-// Grid: (ceil(max_select_spans / 2), num_kv_heads, ceil(max_blocks / 128)) x 256; dynamic shared
-// memory `flashprefill_sm90_bytes`. `cells` as in ../flashprefill.cu; `k_mean` is not null.
-#define FLASHPREFILL(name, Element, kDim)                    \
-  extern "C" __global__ void __launch_bounds__(256, 2)       \
-      name(const __grid_constant__ compactattn::Step step) { \
-    compactattn::ptx::wait_for_earlier();                    \
-    compactattn::sum_weights<Element, kDim>(step);           \
+// Grid (any > 0) x 512: the CTAs share the work evenly, one an SM fills a GPU; dynamic shared
+// memory `flashprefill_sm90_bytes`. `map`: q in boxes of 64 rows of one head. `cells` as in
+// ../flashprefill.cu; `k_mean` is not null.
+#define FLASHPREFILL(name, Element, kDim)                                                        \
+  extern "C" __global__ void __launch_bounds__(512, 1) name(                                     \
+      const __grid_constant__ CUtensorMap map, const __grid_constant__ compactattn::Step step) { \
+    compactattn::select::sm90::sum_weights<Element, kDim>(map, step);                            \
   }
 
 FLASHPREFILL(compactattn_flashprefill_sm90_bf16_d64, __nv_bfloat16, 64)
