@@ -226,16 +226,12 @@ struct Worker {
     const int past = smem.share.chunk.past >> step.layout.log2_block_tokens;
     const bool sees_all = first_block() + kColumn <= past && rows.row + kRows <= rows.len;
     const float scale = step.layout.sm_scale * kLog2E;
-    LogSum near[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      near[half].max = sums[half].max == -FLT_MAX ? 0.f : sums[half].max;
-      near[half].sum = weigh(c + 2 * half, scale, near[half].max);
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (sees_all && near[half].sum > 1.f / kFar && near[half].sum < kFar) {
-        sums[half] = {near[half].max, sums[half].sum + near[half].sum};
+      LogSum near{sums[half].max == -FLT_MAX ? 0.f : sums[half].max, 0.f};
+      if (sees_all) near.sum = weigh(c + 2 * half, scale, near.max);
+      if (near.sum > 1.f / kFar && near.sum < kFar) {
+        sums[half] = {near.max, sums[half].sum + near.sum};
       } else {
         sums[half].merge(weigh_seen(c + 2 * half, scale, seen(rows, half)));
       }
