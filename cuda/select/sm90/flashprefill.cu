@@ -170,7 +170,8 @@ struct Worker {
   // Starts the products of the warpgroup's blocks and a tile of rows, before the scale.
   __device__ __forceinline__ void start(int tile, const Means<kDim>& means, Logits& c) {
     smem.full[stage(tile)].wait(phase(tile));
-    const uint64_t right = ptx::swizzled_operand(smem.tiles[stage(tile)]);
+    const uint64_t first = ptx::swizzled_operand(smem.tiles);
+    const uint64_t right = ptx::advanced(first, stage(tile) * kTileBytes<kDim>);
     ptx::fence_registers(c);
     cute::warpgroup_arrive();
 #pragma unroll
