@@ -179,21 +179,23 @@ constexpr int32_t kArrivals = 8;  // that are counted where two CTAs' shares mee
 // Buffers of one call, all but summaries and stats in its workspace.
 struct Stages {
   Counters* counters;
-  Request* requests;      // [num_reqs]
-  Span* list_spans;       // [max_list_spans]
-  Span* select_spans;     // [max_select_spans]
-  float* scores;          // [select spans, num_q_heads, max_blocks]; only past blocks of spans that
-                          // are not dense are written or read
-  float* cells;           // select's scratch
-  int32_t* samples;       // [select spans, num_kv_heads, sample_rows] tokens of a span, ascending
-  uint32_t* masks;        // [select spans, num_q_heads, mask_words]
-  uint32_t* lists;        // [list spans, lists per span, mask_words]; a list row is (list span, kv
-                          // head, part of the group)
-  int32_t* counts;        // [list rows] boxes
-  int32_t* stream_lens;   // [list rows] KV tokens of those boxes; the last may be partial
-  int32_t* boxes;         // [list rows, max_boxes], entry = page * boxes_per_page + part
-  WorkItem* items;        // [max_items]
-  int32_t* arrivals;      // [num_ctas + 1, kArrivals] 0 at first: parts that have met before a CTA
+  Request* requests;     // [num_reqs]
+  Span* list_spans;      // [max_list_spans]
+  Span* select_spans;    // [max_select_spans]
+  float* scores;         // [select spans, num_q_heads, max_blocks]; only past blocks of spans that
+                         // are not dense are written or read
+  float* cells;          // select's scratch
+  int32_t* samples;      // [select spans, num_kv_heads, sample_rows] tokens of a span, ascending
+  uint32_t* masks;       // [select spans, num_q_heads, mask_words]
+  uint32_t* lists;       // [list spans, lists per span, mask_words]; a list row is (list span, kv
+                         // head, part of the group)
+  int32_t* counts;       // [list rows] boxes
+  int32_t* stream_lens;  // [list rows] KV tokens of those boxes; the last may be partial
+  int32_t* boxes;        // [list rows, max_boxes], entry = page * boxes_per_page + part
+  WorkItem* items;       // [max_items]
+  // [num_ctas + 1, kArrivals] 0 at first: parts that have met before a CTA of attend; before that,
+  // by KV head, tiles of keys that CTAs of cells_read have taken (null: they take none).
+  int32_t* arrivals;
   Piece* pieces;          // [max_items + num_ctas], CTA by CTA
   int32_t* piece_starts;  // [num_ctas + 1] where a CTA's pieces start
   int32_t* costs;         // [max_items + 1], scratch of plan

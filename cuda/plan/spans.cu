@@ -209,11 +209,19 @@ __device__ void write_select_spans(const Step& step, const Requests& requests, i
   }
 }
 
+// No CTA of cells_read has taken a tile of keys.
+__device__ void clear_taken(const Step& step) {
+  int32_t* taken = step.stages.arrivals;
+  const int counters = min(step.layout.num_kv_heads, step.stages.num_ctas * kArrivals);
+  for (int i = threadIdx.x; taken && i < counters; i += kPlanThreads) taken[i] = 0;
+}
+
 // By the first CTA; `outside`: by request.
 __device__ void plan_spans(const Step& step, const Given& given, const int32_t* outside) {
   __shared__ Requests requests;
   __shared__ Counters counters;
   const int num_reqs = step.batch.num_reqs;
+  clear_taken(step);
   const Request mine = checked(step, given, outside[threadIdx.x]);
   if (threadIdx.x == 0) counters = {};
   __syncthreads();

@@ -264,6 +264,8 @@ struct Worker {
       if (tile + 1 < tiles) turn(tile + 1, means, odd, even, sums);
       tile += 2;
     } while (tile < tiles);
+    // None is under way, which the assembler does not see.
+    cute::warpgroup_wait<0>();
   }
 
   // By a warpgroup without blocks.

@@ -63,6 +63,37 @@ __device__ __forceinline__ ptx::PoolBox place(const Step& step, const Segment<kL
   return at;
 }
 
+// The tiles of an order, one after the other; by one warp. A tile that is taken from those of all
+// was asked for while the one before it was copied. The order is in shared memory: registers are
+// short.
+class Tiles {
+ public:
+  __device__ __forceinline__ Tiles(const Step& step, const Order& order, int begin)
+      : step(step), order(order), tile(begin - order.step) {
+    if (order.pool_end > 0) take();
+  }
+
+  // None: < 0.
+  __device__ __forceinline__ int next() {
+    if (tile + order.step < order.end) return tile += order.step;
+    if (order.pool_end == 0) return -1;
+    const int asked_for = __shfl_sync(0xffffffffu, asked, 0) + order.end;
+    if (asked_for >= order.pool_end) return -1;
+    take();
+    return asked_for;
+  }
+
+ private:
+  const Step& step;
+  const Order& order;
+  int tile;   // the last that no other CTA could take
+  int asked;  // lane 0's
+
+  __device__ __forceinline__ void take() {
+    if (threadIdx.x % 32 == 0) asked = atomicAdd(step.stages.arrivals + order.kv_head, 1);
+  }
+};
+
 // One warp.
 template <class T, bool kListed>
 struct Producer {
@@ -79,36 +110,63 @@ struct Producer {
   // Copies the keys of a segment, `ahead` of those who know its rows. Every tile arrives with all
   // its bytes, zeros included.
   __device__ __forceinline__ void run(const Segment<kListed>& segment, bool ahead) {
-    ptx::PoolBox next{};
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) smem.order = segment.order(ahead ? T::kAhead : 0);
+    __syncwarp();
+    Tiles tiles(step, smem.order, segment.begin);
+    int tile = tiles.next();
+    ptx::PoolBox next = place(step, segment, tile * T::kTokens + mine.first());
 #pragma unroll 1
-    for (int tile = segment.begin - 1; tile < segment.end; ++tile) {
+    for (int i = 0; tile >= 0; ++i) {
       const ptx::PoolBox at = next;
+      const int now = tile;
       // A tile's table entry is under way while the tile before it waits for room.
-      next = place(step, segment, (tile + 1) * T::kTokens + mine.first());
-      if (ahead && tile == segment.begin + T::kStages) fetch_ahead(segment);
-      if (tile >= segment.begin) copy(at);
+      tile = tiles.next();
+      if (tile >= 0) next = place(step, segment, tile * T::kTokens + mine.first());
+      if (!kListed && i == T::kStages) fetch_ahead(segment);
+      copy(at, now);
     }
+    if (kListed || smem.order.pool_end == 0) return;
+#pragma unroll 1
+    for (int team = 0; team < T::kTeams; ++team) copy_none();
   }
 
   // Asks the cache for what comes after the first tiles, which nobody takes before.
   __device__ __forceinline__ void fetch_ahead(const Segment<kListed>& segment) {
-    const int first = segment.begin + T::kStages;
-    for (int tile = first; tile < min(first + T::kAhead, segment.end); ++tile) {
+    const Order& order = smem.order;
+    const int end = order.pool_end > 0 ? order.pool_end : order.end;
+    int tile = segment.begin + T::kStages * order.step;
+#pragma unroll 1
+    for (int i = 0; i < order.ahead && tile < end; ++i, tile += order.step) {
       ptx::PoolBox at = place(step, segment, tile * T::kTokens + mine.first());
       at.columns = mine.columns();
       if (mine.copies() && at.page < step.batch.num_pages) ptx::prefetch(map, at);
     }
   }
 
-  __device__ __forceinline__ void copy(ptx::PoolBox at) {
+  __device__ __forceinline__ void copy(ptx::PoolBox at, int tile) {
     ptx::CopyBarrier& full = smem.full[ring.stage];
     smem.empty[ring.stage].wait(ring.phase ^ 1);
-    if (threadIdx.x % 32 == 0) full.arrive_and_expect_tx(T::kKeyBytes);
+    if (threadIdx.x % 32 == 0) {
+      smem.tiles[ring.stage] = tile;
+      full.arrive_and_expect_tx(T::kKeyBytes);
+    }
     __syncwarp();
     if (mine.copies()) {
       at.columns = mine.columns();
       ptx::load(map, full, smem.keys[ring.stage] + mine.smem(), at, ptx::CacheHint::EVICT_FIRST);
     }
+    ring.advance();
+  }
+
+  // Tells a team that no tile comes any more.
+  __device__ __forceinline__ void copy_none() {
+    smem.empty[ring.stage].wait(ring.phase ^ 1);
+    if (threadIdx.x % 32 == 0) {
+      smem.tiles[ring.stage] = -1;
+      smem.full[ring.stage].arrive();
+    }
+    __syncwarp();
     ring.advance();
   }
 };
@@ -277,11 +335,12 @@ struct Consumer {
     held = {};
     partial.clear();
 #pragma unroll 1
-    for (int t = keys.begin; t < keys.end; ++t, ring.advance()) {
+    for (int t = keys.begin; keys.is_pooled() || t < keys.end; ++t, ring.advance()) {
       if (!takes_stage()) continue;
       const int block = block_of_lane(keys, t);
       Logits logits;
       smem.full[ring.stage].wait(ring.phase);
+      if (keys.is_pooled() && (t = smem.tiles[ring.stage]) < 0) break;
       take_turn();
       if (works) multiply(logits);
       pass_turn();

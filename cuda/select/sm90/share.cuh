@@ -1,6 +1,7 @@
 // Which blocks of which (select span, KV head) a CTA reads: even shares of all there are, by chunks
-// that no two CTAs split, so that what a cell holds does not depend on the share. Where a tile has
-// rows of two spans, neighbours of one request are read for together.
+// that no two CTAs split, so that what a cell holds does not depend on the share. Of the only units
+// each CTA takes one tile after the other as it has room: memory serves some SMs a tenth slower
+// than others. Where a tile has rows of two spans, neighbours of one request are read for together.
 #pragma once
 
 #include "../cells.cuh"
@@ -13,6 +14,17 @@ struct Share {
   int unit;  // select span * num_kv_heads + KV head
   int chunk;
   int left;
+  int takers;  // CTAs that take the unit's tiles as they can; none: the chunks are this CTA's
+};
+
+// Key tiles of a unit, every `step`th from the first to `end`. Where CTAs take tiles, those from
+// the first on that no CTA has so, up to `pool_end`, are theirs who ask.
+struct Order {
+  int end;
+  int step;
+  int pool_end;  // 0: none
+  int kv_head;
+  int ahead;  // tiles that the cache is asked for, after the first kStages
 };
 
 template <class T>
@@ -23,6 +35,8 @@ struct SharedStorage {
   ptx::Barrier empty[T::kStages];
   Share share;
   Share left[T::kWarps];              // of each warp, here: registers are short
+  int tiles[T::kStages];              // that keys are of, where CTAs take them; none: < 0
+  Order order;                        // of the warp that copies
   int chunks[T::kWarps];              // of each warp's units
   int alive[T::kWarps];               // of those, how many have any
   int leading[T::kWarps];             // and the first that has
@@ -63,13 +77,22 @@ struct Blocks {
   }
 };
 
-// Key tiles `begin` .. `end` of a unit, and one span's rows of it.
+// Key tiles from `begin` on of a unit, and one span's rows of it.
 template <bool kListed>
 struct Segment {
   Tile tile;  // without rows where the unit has none of that span
   Blocks<kListed> blocks;
   int begin;
   int end;
+  int step;
+  bool pooled;
+  int chunks;
+
+  __device__ __forceinline__ bool is_pooled() const { return !kListed && pooled; }
+
+  __device__ __forceinline__ Order order(int ahead) const {
+    return {end, step, pooled ? chunks : 0, tile.kv_head, ahead};
+  }
 };
 
 // Of which span of a unit someone wants the rows: by number, or the last that has any, which sees
@@ -129,6 +152,13 @@ struct Units {
     return load(unit, segment);
   }
 
+  // Whether tiles can be taken one by one: whole blocks, and counted, from 0 in plan_spans on.
+  __device__ __forceinline__ bool can_pool() const {
+    const Stages& stages = step.stages;
+    return !kListed && index == 0 && tiles_per_chunk() == 1 && stages.arrivals != nullptr &&
+           step.layout.num_kv_heads <= stages.num_ctas * kArrivals;
+  }
+
   // This CTA's share; called by the whole CTA.
   __device__ Share share(SharedStorage<T>& smem) const {
     const int units = step.stages.counters->num_select_spans * step.layout.num_kv_heads;
@@ -172,7 +202,7 @@ struct Units {
       const int end = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
       // `next` passes over the units before it.
       if (begin < end && before <= begin && begin < before + mine)
-        smem.share = {first, begin - before, end - begin};
+        smem.share = {first, begin - before, end - begin, 0};
     }
     __syncthreads();
     return smem.share;
@@ -182,11 +212,12 @@ struct Units {
   // chunks. CTAs side by side read the same tokens of all heads, which lie together in most
   // layouts.
   __device__ __forceinline__ Share slice(int unit, int parts) const {
-    const int part = blockIdx.x / step.layout.num_kv_heads;
+    const int heads = step.layout.num_kv_heads, part = blockIdx.x / heads;
+    unit += blockIdx.x % heads;
+    if (can_pool()) return {unit, part, 1, (gridDim.x - 1 - blockIdx.x % heads) / heads + 1};
     if (part >= parts) return {};
-    unit += blockIdx.x % step.layout.num_kv_heads;
     const int count = chunks(unit), each = (count + parts - 1) / parts;
-    return {unit, part * each, min(each, count - part * each)};
+    return {unit, part * each, min(each, count - part * each), 0};
   }
 
   // The warp's next segment of `left`, which moves past it; false when there is none.
@@ -195,12 +226,17 @@ struct Units {
       const int chunks = load(left.unit, segment);
       __syncwarp();
       const Share share = left;
-      const int count = max(0, min(chunks - share.chunk, share.left));
+      const int count = max(0, min(chunks - share.chunk, share.left)), takers = share.takers;
       segment.begin = share.chunk * tiles_per_chunk();
-      segment.end = (share.chunk + count) * tiles_per_chunk();
+      segment.end =
+          takers > 0 ? min(T::kStages * takers, chunks) : (share.chunk + count) * tiles_per_chunk();
+      segment.step = takers > 0 ? takers : 1;
+      segment.pooled = takers > 0;
+      segment.chunks = chunks;
       __syncwarp();
       if (threadIdx.x % 32 == 0)
-        left = {share.unit + 1, max(0, share.chunk - chunks), share.left - count};
+        left = {share.unit + 1, max(0, share.chunk - chunks), takers > 0 ? 0 : share.left - count,
+                0};
       __syncwarp();
       if (count > 0) return true;
     }
