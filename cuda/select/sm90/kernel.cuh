@@ -239,11 +239,11 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void pass_turn() const {
-    cutlass::arch::NamedBarrier::arrive(256, kTurn + (part + 1) % players());
+    cutlass::arch::NamedBarrier::arrive(256, kTurn + ((part + 1) & (players() - 1)));
   }
 
-  // Warpgroups that take tiles. A block of several tiles is one team's, and then all are the first
-  // one's: a stage of the ring may not be another's each time around.
+  // Warpgroups that take tiles, a power of two. A block of several tiles is one team's, and then
+  // all are the first one's: a stage of the ring may not be another's each time around.
   __device__ __forceinline__ int players() const {
     return 1 << log2_block() > T::kTokens ? T::kRowParts : T::kParts;
   }
@@ -369,8 +369,7 @@ struct Consumer {
     if ((i + T::kTokens & mask) == 0) finish(at);
   }
 
-  // A tile of several blocks. One maximum serves all: what it takes below the smallest number is no
-  // share of its row either. Lane i of a quad gets the cell of every fourth block from i on.
+  // A tile of several blocks. Lane i of a quad gets the cell of every fourth block from i on.
   template <int kColumns>
   __device__ __forceinline__ void fold_blocks(const Keys& keys, int t, int block, Logits& logits) {
     constexpr int kBlocks = T::kTokens / kColumns, kAtOnce = kBlocks < 4 ? kBlocks : 4;
@@ -384,24 +383,54 @@ struct Consumer {
         if (!all) hide<kColumns>(logits, i * kColumns, i < count ? at * kColumns : INT_MAX / 2);
       }
     }
-    const float top[2] = {top_of(logits, 0), top_of(logits, 1)};
 #pragma unroll
     for (int first = 0; first < kBlocks; first += kAtOnce) {
       const int i = first + lane % kAtOnce;
       const int at = kListed ? __shfl_sync(0xffffffffu, block, i) : t * kBlocks + i;
       const bool mine = kAtOnce == 4 || lane % 4 / kAtOnce == held.count / kAtOnce;
-      if (mine) held.block = i < count ? at : -1;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float sums[kAtOnce];
-#pragma unroll
-        for (int b = 0; b < kAtOnce; ++b)
-          sums[b] = sum_of<kColumns>(logits, (first + b) * kColumns, r, top[r]);
-        const float cell = top[r] + ptx::log2_approx(own_sum(sums));
-        if (mine) held.cells[r] = cell;
-      }
+      float cells[2];
+      const bool far = !near_cells<kColumns, kAtOnce>(logits, first, cells);
+      if (__any_sync(0xffffffffu, far)) far_cells<kColumns, kAtOnce>(logits, first, cells);
+      if (mine)
+        held.block = i < count ? at : -1, held.cells[0] = cells[0], held.cells[1] = cells[1];
       held.count += kAtOnce;
       if (held.count == 4) write();
+    }
+  }
+
+  __device__ __forceinline__ static bool is_near(float cell) { return fabsf(cell) < 60.0f; }
+
+  // Cells of the lane's block of kAtOnce from block `first` on, by weights as they are, over 2^0;
+  // false where one is so far from there that floats may not have held them. Which, the block's own
+  // logits decide: no other order of tiles has other cells.
+  template <int kColumns, int kAtOnce>
+  __device__ __forceinline__ bool near_cells(const Logits& logits, int first,
+                                             float (&cells)[2]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sums[kAtOnce];
+#pragma unroll
+      for (int b = 0; b < kAtOnce; ++b)
+        sums[b] = sum_of<kColumns>(logits, (first + b) * kColumns, r, 0.0f);
+      cells[r] = ptx::log2_approx(own_sum(sums));
+    }
+    return is_near(cells[0]) && is_near(cells[1]);
+  }
+
+  // The far ones over the largest of their rows in the tile: what it takes below the smallest
+  // number is no share of its row either.
+  template <int kColumns, int kAtOnce>
+  __device__ __forceinline__ void far_cells(const Logits& logits, int first,
+                                            float (&cells)[2]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float top = top_of(logits, r);
+      float sums[kAtOnce];
+#pragma unroll
+      for (int b = 0; b < kAtOnce; ++b)
+        sums[b] = sum_of<kColumns>(logits, (first + b) * kColumns, r, top);
+      const float cell = top + ptx::log2_approx(own_sum(sums));
+      if (!is_near(cells[r])) cells[r] = cell;
     }
   }
 
