@@ -221,19 +221,16 @@ extern "C" __global__ void __launch_bounds__(128, 2)
   compactattn::sum_weights<__half>(step);
 }
 
-// After either. Grid: (max_select_spans, num_q_heads) x 256.
+// After either, unless keep_rows does it. Grid: (max_select_spans, num_q_heads) x 256.
 extern "C" __global__ void __launch_bounds__(256)
     compactattn_flashprefill_relate(const __grid_constant__ compactattn::Step step) {
   using namespace compactattn;
   ptx::wait_for_earlier();
   Span span;
   if (!step.stages.k_mean || !load_span(step, blockIdx.x, span)) return;
-  const int peaks = (blocks_of(step, span) + kPeakBlocks - 1) / kPeakBlocks;
-  const float* peak = peaks_of(step, blockIdx.x, blockIdx.y);
-  float best = -FLT_MAX;
-  for (int i = threadIdx.x % 32; i < peaks; i += 32) best = fmaxf(best, peak[i]);
-  best = warp_reduce(best, [](float a, float b) { return fmaxf(a, b); });
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * step.layout.num_q_heads + blockIdx.y;
+  const float best = best_of_peaks(step, span, row);
   float* scores = scores_of(step, blockIdx.x, blockIdx.y);
   const int past = past_blocks_of(step, span);
-  for (int j = threadIdx.x; j < past; j += 256) scores[j] = ptx::exp2_approx(scores[j] - best);
+  for (int j = threadIdx.x; j < past; j += 256) scores[j] = related(scores[j], best);
 }

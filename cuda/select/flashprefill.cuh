@@ -1,27 +1,13 @@
-// What the kernels of flashprefill share: tiles of blocks, mean keys, the largest L of neighbours.
+// What the kernels of flashprefill share: tiles of blocks, mean keys.
 #pragma once
 
+#include "peaks.cuh"
 #include "tiles.cuh"
 
 namespace compactattn {
 
-constexpr int kBlocks = 128;     // of a CTA
-constexpr int kPeakBlocks = 16;  // under one maximum in `cells`
-
-// Numbers in `cells` per (span, query head).
-__device__ __forceinline__ int peaks_stride(const Step& step) {
-  return (step.layout.max_blocks + kBlocks - 1) / kBlocks * (kBlocks / kPeakBlocks);
-}
-
 __device__ __forceinline__ float* peaks_of(const Step& step, int span, int q_head) {
-  const int64_t row = static_cast<int64_t>(span) * step.layout.num_q_heads + q_head;
-  return step.stages.cells + row * peaks_stride(step);
-}
-
-// Blocks that the maximum runs over.
-__device__ __forceinline__ int blocks_of(const Step& step, const Span& span) {
-  return step.settings.relative_to_past ? past_blocks_of(step, span)
-                                        : span.kv_end >> step.layout.log2_block_tokens;
+  return peaks_of(step, static_cast<int64_t>(span) * step.layout.num_q_heads + q_head);
 }
 
 // Slot of a whole block's mean, kept under the page of its last token.

@@ -138,7 +138,7 @@ pub(crate) fn context(fake: &Fake) -> Arc<Context> {
 const ALONE: [(&str, &str); 20] = [
     ("check_lists", "488,8,8"),
     ("plan_spans", "488"),
-    ("keep_rows", "488"),
+    ("keep_rows", "488,4"),
     ("union_table", "488,4"),
     ("union_table_wide", "488,4"),
     ("table", "488"),

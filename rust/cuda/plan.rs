@@ -150,7 +150,8 @@ impl Plan {
         if !matches!(call.external, Some(External::Masks(_))) && !run.only_dense() {
             has_lists = Stage::Select.run(|| run.select(true))?;
             if !has_lists {
-                Stage::Union.run(|| run.keep_rows())?;
+                let relates = select::relates_rows(call.layout, &run.step);
+                Stage::Union.run(|| run.keep_rows(relates))?;
             }
         }
         if !has_lists {
@@ -176,7 +177,7 @@ impl Plan {
         if masks != 0 {
             run.step.stages.masks = masks;
             run.step.settings.keep_at_rows = 1;
-            Stage::Select.run(|| run.keep_rows())?;
+            Stage::Select.run(|| run.keep_rows(false))?;
         }
         Ok(())
     }
@@ -194,7 +195,7 @@ impl Plan {
         run.step.stages.lists = lists;
         Stage::Plan.run(|| run.plan_spans())?;
         if matches!(call.external, Some(External::Scores(_))) {
-            Stage::Union.run(|| run.keep_rows())?;
+            Stage::Union.run(|| run.keep_rows(false))?;
         }
         Stage::Union.run(|| run.union_table())
     }
@@ -364,12 +365,15 @@ impl Run<'_> {
         Scoring { context, stream: self.stream, layout, batch, step: &self.step, gate, wants_lists }.run()
     }
 
-    fn keep_rows(&self) -> Result<()> {
+    /// `relates`: scores are flashprefill's before they are related.
+    fn keep_rows(&self, relates: bool) -> Result<()> {
         if self.step.settings.keep_at_rows == 0 {
             return Ok(());
         }
         let blocks = self.step.stages.max_select_spans * self.step.layout.num_q_heads;
-        self.launch("compactattn_keep_rows", grid_i(blocks, 256, self.keep_bytes()))
+        let (grid, relates) = (grid_i(blocks, 256, self.keep_bytes()), i32::from(relates));
+        let args = [Arg::of(&self.step), Arg::of(&relates)];
+        self.plan.context.kernels().launch(self.stream, "compactattn_keep_rows", grid, &args)
     }
 
     fn union_table(&self) -> Result<()> {

@@ -417,9 +417,10 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
             let first = ["sample_rows_T", "cells_pool_T", "cells_mass", "two_level_candidates"];
             &[&first[..], &["cells_read_candidates_T", "mass_lists_short"]].concat()
         }
-        Selector::FlashPrefill if dim == 64 => &["flashprefill_sm90_T_d64", "flashprefill_relate"],
-        Selector::FlashPrefill if dim == 128 => &["flashprefill_sm90_T_d128", "flashprefill_relate"],
-        Selector::FlashPrefill => &["flashprefill_T", "flashprefill_relate"],
+        // keep_rows relates the scores.
+        Selector::FlashPrefill if dim == 64 => &["flashprefill_sm90_T_d64"],
+        Selector::FlashPrefill if dim == 128 => &["flashprefill_sm90_T_d128"],
+        Selector::FlashPrefill => &["flashprefill_T"],
         Selector::XAttention => &["xattention_T", "xattention_mass_T"],
         Selector::AttnGate => &["attn_gate_keys_T", "attn_gate_T"],
         Selector::Streaming => &["fill_scores"],

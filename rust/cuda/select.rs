@@ -164,6 +164,9 @@ impl Scoring<'_> {
                 self.launch(name, Grid { blocks, threads: 128, shared_bytes }, &[Arg::of(self.step)])?;
             }
         }
+        if self.wants_lists && relates_rows(self.layout, self.step) {
+            return Ok(());
+        }
         self.launch("compactattn_flashprefill_relate", self.by_row(256, 0), &[Arg::of(self.step)])
     }
 
@@ -332,6 +335,13 @@ impl Scoring<'_> {
     pub(super) fn head_dim(&self) -> u32 {
         self.step.layout.head_dim.cast_unsigned()
     }
+}
+
+/// Whether keep_rows relates flashprefill's scores to their row's best: it holds the row in shared memory, and nobody else
+/// reads it.
+pub(super) fn relates_rows(layout: &Layout, step: &Step) -> bool {
+    let is_held = layout.max_blocks() <= shared::MAX_ROW_BLOCKS;
+    layout.settings.selector == Selector::FlashPrefill && step.settings.keep_at_rows != 0 && is_held
 }
 
 /// Tokens of the longest select span that a step of so many query tokens can have.

@@ -291,7 +291,7 @@ class Buffers:
         for kernel in (kernels.keep_rows, union):
             kernel.shared_bytes = shared_bytes(world.layout)
         if world.settings.keep_at_rows and not world.external and self.rows["masks"]:
-            kernels.keep_rows.launch((self.rows["masks"], 1), 256, [step])
+            kernels.keep_rows.launch((self.rows["masks"], 1), 256, [step, ctypes.c_int32(0)])
         if self.list_rows:
             union.launch((self.list_rows, 1), threads, [step, ctypes.c_int32(world.external)])
 
