@@ -68,8 +68,8 @@ __device__ __forceinline__ ptx::PoolBox place(const Step& step, const Segment<kL
 // short.
 class Tiles {
  public:
-  __device__ __forceinline__ Tiles(const Step& step, const Order& order, int begin)
-      : step(step), order(order), tile(begin - order.step) {
+  __device__ __forceinline__ Tiles(const Step& step, const Order& order)
+      : step(step), order(order), tile(order.begin - order.step) {
     if (order.pool_end > 0) take();
   }
 
@@ -113,7 +113,7 @@ struct Producer {
     __syncwarp();
     if (threadIdx.x % 32 == 0) smem.order = segment.order(ahead ? T::kAhead : 0);
     __syncwarp();
-    Tiles tiles(step, smem.order, segment.begin);
+    Tiles tiles(step, smem.order);
     int tile = tiles.next();
     ptx::PoolBox next = place(step, segment, tile * T::kTokens + mine.first());
 #pragma unroll 1
@@ -126,16 +126,17 @@ struct Producer {
       if (!kListed && i == T::kStages) fetch_ahead(segment);
       copy(at, now);
     }
-    if (kListed || smem.order.pool_end == 0) return;
+    if constexpr (!kListed) {
 #pragma unroll 1
-    for (int team = 0; team < T::kTeams; ++team) copy_none();
+      for (int team = 0; smem.order.pool_end > 0 && team < T::kTeams; ++team) copy_none();
+    }
   }
 
   // Asks the cache for what comes after the first tiles, which nobody takes before.
   __device__ __forceinline__ void fetch_ahead(const Segment<kListed>& segment) {
     const Order& order = smem.order;
     const int end = order.pool_end > 0 ? order.pool_end : order.end;
-    int tile = segment.begin + T::kStages * order.step;
+    int tile = order.begin + T::kStages * order.step;
 #pragma unroll 1
     for (int i = 0; i < order.ahead && tile < end; ++i, tile += order.step) {
       ptx::PoolBox at = place(step, segment, tile * T::kTokens + mine.first());
@@ -340,7 +341,11 @@ struct Consumer {
       const int block = block_of_lane(keys, t);
       Logits logits;
       smem.full[ring.stage].wait(ring.phase);
-      if (keys.is_pooled() && (t = smem.tiles[ring.stage]) < 0) break;
+      if (keys.is_pooled()) {
+        t = smem.tiles[ring.stage];
+        // The assembler takes votes as the same in all lanes, and wants to know that turns are.
+        if (__any_sync(0xffffffffu, t < 0)) break;
+      }
       take_turn();
       if (works) multiply(logits);
       pass_turn();

@@ -14,12 +14,14 @@ struct Share {
   int unit;  // select span * num_kv_heads + KV head
   int chunk;
   int left;
-  int takers;  // CTAs that take the unit's tiles as they can; none: the chunks are this CTA's
+  int step;    // from one of its chunks to the next
+  int pooled;  // whether the unit's other chunks are there for all who work on it to take
 };
 
-// Key tiles of a unit, every `step`th from the first to `end`. Where CTAs take tiles, those from
+// Key tiles of a unit, every `step`th from `begin` to `end`. Where CTAs take tiles, those from
 // the first on that no CTA has so, up to `pool_end`, are theirs who ask.
 struct Order {
+  int begin;
   int end;
   int step;
   int pool_end;  // 0: none
@@ -91,7 +93,7 @@ struct Segment {
   __device__ __forceinline__ bool is_pooled() const { return !kListed && pooled; }
 
   __device__ __forceinline__ Order order(int ahead) const {
-    return {end, step, pooled ? chunks : 0, tile.kv_head, ahead};
+    return {begin, end, step, pooled ? chunks : 0, tile.kv_head, ahead};
   }
 };
 
@@ -159,6 +161,12 @@ struct Units {
            step.layout.num_kv_heads <= stages.num_ctas * kArrivals;
   }
 
+  // CTAs of this one's KV head.
+  __device__ __forceinline__ int takers() const {
+    const int heads = step.layout.num_kv_heads, ctas = gridDim.x, cta = blockIdx.x;
+    return (ctas - 1 - cta % heads) / heads + 1;
+  }
+
   // This CTA's share; called by the whole CTA.
   __device__ Share share(SharedStorage<T>& smem) const {
     const int units = step.stages.counters->num_select_spans * step.layout.num_kv_heads;
@@ -202,7 +210,7 @@ struct Units {
       const int end = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
       // `next` passes over the units before it.
       if (begin < end && before <= begin && begin < before + mine)
-        smem.share = {first, begin - before, end - begin, 0};
+        smem.share = {first, begin - before, end - begin, 1, false};
     }
     __syncthreads();
     return smem.share;
@@ -214,29 +222,30 @@ struct Units {
   __device__ __forceinline__ Share slice(int unit, int parts) const {
     const int heads = step.layout.num_kv_heads, part = blockIdx.x / heads;
     unit += blockIdx.x % heads;
-    if (can_pool()) return {unit, part, 1, (gridDim.x - 1 - blockIdx.x % heads) / heads + 1};
+    if (can_pool()) return {unit, part, 1, takers(), true};
     if (part >= parts) return {};
     const int count = chunks(unit), each = (count + parts - 1) / parts;
-    return {unit, part * each, min(each, count - part * each), 0};
+    return {unit, part * each, min(each, count - part * each), 1, false};
   }
 
-  // The warp's next segment of `left`, which moves past it; false when there is none.
+  // The warp's next segment of `left`, which moves past it; false when there is none. Where chunks
+  // are there to take, each CTA has some of the first ones to begin with.
   __device__ __forceinline__ bool next(Share& left, Segment<kListed>& segment) const {
     while (left.left > 0) {
       const int chunks = load(left.unit, segment);
       __syncwarp();
       const Share share = left;
-      const int count = max(0, min(chunks - share.chunk, share.left)), takers = share.takers;
+      const int count = max(0, min(chunks - share.chunk, share.left));
       segment.begin = share.chunk * tiles_per_chunk();
-      segment.end =
-          takers > 0 ? min(T::kStages * takers, chunks) : (share.chunk + count) * tiles_per_chunk();
-      segment.step = takers > 0 ? takers : 1;
-      segment.pooled = takers > 0;
+      segment.end = share.pooled ? min(T::kStages * share.step, chunks)
+                                 : (share.chunk + count) * tiles_per_chunk();
+      segment.step = share.step;
+      segment.pooled = share.pooled;
       segment.chunks = chunks;
       __syncwarp();
       if (threadIdx.x % 32 == 0)
-        left = {share.unit + 1, max(0, share.chunk - chunks), takers > 0 ? 0 : share.left - count,
-                0};
+        left = {share.unit + 1, max(0, share.chunk - chunks), share.pooled ? 0 : share.left - count,
+                1, false};
       __syncwarp();
       if (count > 0) return true;
     }
