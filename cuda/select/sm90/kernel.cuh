@@ -66,17 +66,18 @@ __device__ __forceinline__ ptx::PoolBox place(const Step& step, const Segment<kL
 // The tiles of an order, one after the other; by one warp. A tile that is taken from those of all
 // was asked for while the one before it was copied. The order is in shared memory: registers are
 // short.
+template <bool kListed>
 class Tiles {
  public:
   __device__ __forceinline__ Tiles(const Step& step, const Order& order)
       : step(step), order(order), tile(order.begin - order.step) {
-    if (order.pool_end > 0) take();
+    if (!kListed && order.pool_end > 0) take();
   }
 
   // None: < 0.
   __device__ __forceinline__ int next() {
     if (tile + order.step < order.end) return tile += order.step;
-    if (order.pool_end == 0) return -1;
+    if (kListed || order.pool_end == 0) return -1;
     const int asked_for = __shfl_sync(0xffffffffu, asked, 0) + order.end;
     if (asked_for >= order.pool_end) return -1;
     take();
@@ -113,7 +114,7 @@ struct Producer {
     __syncwarp();
     if (threadIdx.x % 32 == 0) smem.order = segment.order(ahead ? T::kAhead : 0);
     __syncwarp();
-    Tiles tiles(step, smem.order);
+    Tiles<kListed> tiles(step, smem.order);
     int tile = tiles.next();
     ptx::PoolBox next = place(step, segment, tile * T::kTokens + mine.first());
 #pragma unroll 1
