@@ -146,12 +146,21 @@ __device__ __forceinline__ void sample_any(const Step& step) {
 }  // namespace
 }  // namespace compactattn::select
 
-extern "C" __global__ void COMPACTATTN_SCORING_CLUSTER __launch_bounds__(512, 2)
+// Of one SM: from 10.0 on registers would not hold the sums of two.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define COMPACTATTN_SAMPLING_CTAS 1
+#else
+#define COMPACTATTN_SAMPLING_CTAS 2
+#endif
+
+extern "C" __global__ void COMPACTATTN_SCORING_CLUSTER __launch_bounds__(512,
+                                                                         COMPACTATTN_SAMPLING_CTAS)
     compactattn_sample_rows_bf16(const __grid_constant__ compactattn::Step step) {
   compactattn::select::sample_any<__nv_bfloat16>(step);
 }
 
-extern "C" __global__ void COMPACTATTN_SCORING_CLUSTER __launch_bounds__(512, 2)
+extern "C" __global__ void COMPACTATTN_SCORING_CLUSTER __launch_bounds__(512,
+                                                                         COMPACTATTN_SAMPLING_CTAS)
     compactattn_sample_rows_fp16(const __grid_constant__ compactattn::Step step) {
   compactattn::select::sample_any<__half>(step);
 }

@@ -49,8 +49,7 @@ struct Unit {
   const int4* queries;                // of the span's first token, the group's first head
   int64_t token_stride, head_stride;  // of 16 bytes
   int heads, units;                   // of 16 bytes in a vector
-  int candidates, each;               // of the span; of a CTA, the last ones' fewer
-  int first, count;                   // this CTA's
+  int candidates, first, count;       // of the span; this CTA's
   int lanes, lane, group, groups;     // that hold a vector; of this thread
 
   __device__ Unit(const Step& step, const Span& span, int kv_head) : span(span) {
@@ -62,9 +61,8 @@ struct Unit {
     queries = static_cast<const int4*>(batch.q) + span.q_start * token_stride +
               static_cast<int64_t>(kv_head) * heads * head_stride;
     candidates = min(span.len, kMostCandidates);
-    each = (candidates + kSharers - 1) / kSharers;
     const int rank = kSharers > 1 ? cluster_rank() : 0;
-    first = min(candidates, rank * each);
+    first = min(candidates, rank * each());
     count = count_of(rank);
     lanes = units <= 8 ? 8 : units <= 16 ? 16 : 32;
     lane = threadIdx.x % lanes;
@@ -72,9 +70,10 @@ struct Unit {
     groups = kWide / lanes;
   }
 
-  // Candidates of a CTA.
+  // Candidates of a CTA, the last ones' fewer.
+  __device__ __forceinline__ int each() const { return (candidates + kSharers - 1) / kSharers; }
   __device__ __forceinline__ int count_of(int rank) const {
-    return max(0, min(each, candidates - rank * each));
+    return max(0, min(each(), candidates - rank * each()));
   }
 
   __device__ __forceinline__ int token(int candidate) const {

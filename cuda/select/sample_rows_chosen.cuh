@@ -65,7 +65,7 @@ __device__ __forceinline__ void send_best(const Unit& unit, int wanted, Picking&
 
 // The tokens of the `wanted` best, ascending. The first CTA, when it has been sent them.
 __device__ __forceinline__ void choose(const Unit& unit, int wanted, Picking& shared) {
-  const int most = min(unit.each, wanted), other = threadIdx.x % kSharers;
+  const int most = min(unit.each(), wanted), other = threadIdx.x % kSharers;
   const int others = min(unit.count_of(other), wanted);
 #pragma unroll 1
   for (int base = 0; base < most * kSharers; base += kWide / kSharers) {

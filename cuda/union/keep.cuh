@@ -83,16 +83,15 @@ __device__ inline Range free_blocks(const Row& row, const Survey& seen) {
 }
 
 // Between `least` and `most` blocks; between them, where it weighs, until they hold a share of all
-// mass, less what forced blocks hold. `counts_open`: what the masses lack to 1 is held too.
+// mass, less what forced blocks hold; what masses lack to 1 may count as held too.
 struct ByMass {
   static constexpr bool kMayWeigh = true;
+  const Settings& settings;
+  const Row& row;
+  FixedPoint mass;
   int least;
   int most;
   bool by_mass;
-  FixedPoint mass;
-  Row row;
-  float share;
-  bool counts_open;
 
   __device__ bool weighs() const { return by_mass; }
 
@@ -109,9 +108,9 @@ struct ByMass {
   __device__ uint64_t goal(const Histogram& histogram, uint64_t free) const {
     if (!by_mass) return 0;
     const uint64_t forced = static_cast<uint64_t>(histogram.aside[1]) << 32 | histogram.aside[0];
-    const uint64_t past = free + forced, whole = counts_open ? of(1.0f) : 0;
+    const uint64_t past = free + forced, whole = settings.mass_counts_open ? of(1.0f) : 0;
     const uint64_t open = whole > past ? whole - past : 0;
-    const uint64_t target = share_of_mass(share, past + open);
+    const uint64_t target = share_of_mass(settings.keep_value, past + open);
     return target > open + forced ? target - open - forced : 0;
   }
 };
@@ -132,52 +131,55 @@ __device__ inline int budget_of(const Row& row, const Best& best) {
   return row.forced() + above + max(0, min(ties, best.ties - ties_before));
 }
 
-// What is wanted of a row, no fewer than `budget` blocks, forced ones too. Floor and cap bind the
-// rule; neither may drop a block that cannot be judged.
-__device__ inline ByMass wanted(const Settings& settings, const Row& row, const Survey& seen,
-                                int budget) {
-  const bool counts_open = settings.mass_counts_open, by_mass = settings.keep == kMass;
-  const uint32_t heaviest = counts_open ? max(seen.heaviest, bits_of(1.0f)) : seen.heaviest;
-  const int unjudged = static_cast<int>(seen.unjudged);
-  const int cap = share_of(settings.max_density, row.n);
-  const int floor = min(max(share_of(settings.min_density, row.n), budget), cap);
-  int least = max(floor - row.forced(), unjudged), most = max(cap - row.forced(), unjudged);
-  if (!by_mass) {
-    const int rule = settings.keep == kDensity ? share_of(settings.keep_value, row.n) - row.forced()
-                                               : static_cast<int>(seen.at_threshold);
-    least = most = min(max(rule, least), most);
-  }
-  return {min(least, row.free()),
-          min(most, row.free()),
-          by_mass,
-          FixedPoint(heaviest, row.n),
-          row,
-          settings.keep_value,
-          counts_open};
+// Blocks that are wanted at most, beside the forced ones. Floor and cap bind the rule; neither may
+// drop a block that cannot be judged.
+__device__ inline int cap_of(const Settings& settings, const Row& row, const Survey& seen) {
+  const int cap = share_of(settings.max_density, row.n) - row.forced();
+  return min(max(cap, static_cast<int>(seen.unjudged)), row.free());
 }
 
-// The best of a row that has free blocks. All by one copy of the code: a launch meets it cold.
+// What is wanted of a row that has no budget.
+__device__ inline ByMass wanted(const Settings& settings, const Row& row, const Survey& seen,
+                                int cap) {
+  const bool by_mass = settings.keep == kMass;
+  const uint32_t heaviest =
+      settings.mass_counts_open ? max(seen.heaviest, bits_of(1.0f)) : seen.heaviest;
+  const int floor = share_of(settings.min_density, row.n) - row.forced();
+  const int least = min(max(floor, static_cast<int>(seen.unjudged)), cap);
+  const int rule = settings.keep == kDensity ? share_of(settings.keep_value, row.n) - row.forced()
+                                             : static_cast<int>(seen.at_threshold);
+  const int count = min(max(rule, least), cap);
+  return {
+      settings, row, FixedPoint(heaviest, row.n), by_mass ? least : count, by_mass ? cap : count,
+      by_mass};
+}
+
+// The best of a row that has free blocks. All by one copy of the code, for a launch meets it cold:
+// where there is a budget, what that is comes first.
 __device__ __forceinline__ Best best_of_row(const Settings& settings, const Row& row,
                                             const Survey& seen) {
-  int budget = min(settings.min_budget, row.n);
+  const int cap = cap_of(settings, row, seen);
+  ByMass rule = wanted(settings, row, seen, cap);
+  const Range free = free_blocks(row, seen);
+  const bool is_at_threshold =
+      settings.keep == kThreshold && rule.least == static_cast<int>(seen.at_threshold);
+  const int least = rule.least;
+  bool is_budget = settings.min_budget > 0;
+  if (is_budget) rule.by_mass = false, rule.least = rule.most = min(settings.min_budget, row.n);
 #pragma unroll 1
-  for (bool first = budget > 0;; first = false) {
-    ByMass rule = wanted(settings, row, seen, first ? 0 : budget);
-    Range range = free_blocks(row, seen);
-    if (first) {
-      rule.by_mass = false;
-      rule.least = rule.most = budget;
-      range = {row.scores, 0, row.n, 0, 32};
-    } else if (rule.most <= 0) {
-      return kNothing;
-    } else if (rule.least >= row.free()) {
-      return {0, kAllTies, row.free()};
-    } else if (settings.keep == kThreshold && rule.least == static_cast<int>(seen.at_threshold)) {
-      return {rank_of(settings.keep_value), kAllTies, rule.least};
+  while (true) {
+    if (!is_budget) {
+      if (rule.most <= 0) return kNothing;
+      if (rule.least >= row.free()) return {0, kAllTies, row.free()};
+      if (is_at_threshold && rule.least == least)
+        return {rank_of(settings.keep_value), kAllTies, least};
     }
-    const Best best = best_of(range, rule);
-    if (!first) return best;
-    budget = budget_of(row, best);
+    const Best best = best_of(is_budget ? Range{row.scores, 0, row.n, 0, 32} : free, rule);
+    if (!is_budget) return best;
+    is_budget = false;
+    rule.by_mass = settings.keep == kMass;
+    rule.least = max(least, min(budget_of(row, best) - row.forced(), cap));
+    rule.most = rule.by_mass ? cap : rule.least;
   }
 }
 

@@ -11,7 +11,7 @@ namespace compactattn {
 
 // One list, its bits in shared memory.
 struct List {
-  int64_t row;
+  int row;
   Span span;
   int past;   // blocks
   int total;  // blocks, the last perhaps in part
@@ -32,7 +32,7 @@ __device__ inline void count_call(const Stages& stages) {
 // Where a list's merged scores are held while they are ranked.
 __device__ inline float* merged_row(const Step& step, const List& list) {
   if (row_is_shared(step.layout)) return shared_row(step.layout, list.bits);
-  return step.stages.cells + list.row * step.layout.max_blocks;
+  return step.stages.cells + static_cast<int64_t>(list.row) * step.layout.max_blocks;
 }
 
 __device__ inline void select_past(const Step& step, const List& list, const Members& members,
@@ -75,7 +75,7 @@ __device__ inline void force_and_guard(const Step& step, const List& list) {
 __device__ inline void finish(const Step& step, const List& list) {
   const int first_open = list.dense ? 0 : min(list.past, list.total);
   const int past_words = list.dense ? 0 : words_of(list.past);
-  uint32_t* out = step.stages.lists + list.row * step.layout.mask_words;
+  uint32_t* out = step.stages.lists + static_cast<int64_t>(list.row) * step.layout.mask_words;
   for (int word = threadIdx.x; word < step.layout.mask_words; word += cta::kThreads) {
     const uint32_t kept = word < past_words ? list.bits[word] & range_word(word, 0, list.total) : 0;
     out[word] = list.bits[word] = kept | range_word(word, first_open, list.total);
@@ -92,7 +92,7 @@ __device__ inline void finish(const Step& step, const List& list) {
 __device__ inline void write_list(const Step& step, int index, const Span& span, int part,
                                   bool from_masks, uint32_t* dynamic, bool is_merged = false,
                                   Survey seen = {}) {
-  const int64_t row = static_cast<int64_t>(index) * lists_per_span(step.layout) + part;
+  const int row = index * lists_per_span(step.layout) + part;
   List list{row, span, 0, 0, false, dynamic};
   const Members members = members_of(step, span, part);
   list.past = span.past >> step.layout.log2_block_tokens;

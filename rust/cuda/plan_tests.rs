@@ -417,7 +417,6 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
             let first = ["sample_rows_T", "cells_pool_T", "cells_mass", "two_level_candidates"];
             &[&first[..], &["cells_read_candidates_T", "mass_lists_short"]].concat()
         }
-        // keep_rows relates the scores.
         Selector::FlashPrefill if dim == 64 => &["flashprefill_sm90_T_d64"],
         Selector::FlashPrefill if dim == 128 => &["flashprefill_sm90_T_d128"],
         Selector::FlashPrefill => &["flashprefill_T"],

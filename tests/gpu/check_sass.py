@@ -123,6 +123,9 @@ TURNS = ("_d64",)
 # Where Q is read from shared memory its operands differ from warpgroup to warpgroup.
 CARRIED = ("_d256",)
 
+# Instructions between products of one tile, and fewer than between those of two.
+TILE_APART = 40
+
 # An instruction's line without its address: predicate, opcode with suffixes, operands.
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*[^;]*);", re.MULTILINE)
 # An instruction's line: address, predicate, opcode.
@@ -184,7 +187,7 @@ def opcodes(listing: str) -> dict[str, set[str]]:
 
 
 def order_faults(listing: str) -> list[str]:
-    """What the assembler moved in the steps of the sm_90a attend kernels; measured: tests/bench/record/h100.
+    """What the assembler moved in the steps of the sm_90a kernels; measured: tests/bench/record/h100.
 
     Kernels stay right, and lose up to a seventh of their speed, where products of scores and of values are not in
     flight together, where the wait for the second is lifted over the exponentials that should hide them, where a turn
@@ -194,9 +197,23 @@ def order_faults(listing: str) -> list[str]:
     faults = []
     for part in parts:
         name = part.split(None, 1)[0]
+        code = INSTRUCTION.findall(part)
         if name.startswith("compactattn_attend_sm90_"):
-            faults += [f"{name}: {fault}" for fault in step_faults(name, INSTRUCTION.findall(part))]
+            faults += [f"{name}: {fault}" for fault in step_faults(name, code)]
+        elif carries(code):
+            faults.append(f"{name}: operands of products come from registers of each lane (R2UR among HGMMA)")
     return faults
+
+
+def carries(code: list[str]) -> bool:
+    """Whether operands of one tile's products differ from lane to lane for all that the assembler knows.
+
+    A turn that depends on what was read as 16 bytes from shared memory, or that not all lanes may leave together, is
+    enough for that; a tenth of the speed of cells_read_sm90 (tests/bench/record/h100).
+    """
+    products = [i for i, op in enumerate(code) if op.startswith("HGMMA")]
+    tiles = [(i, j) for i, j in zip(products, products[1:], strict=False) if j - i < TILE_APART]
+    return any(op.startswith("R2UR") for i, j in tiles for op in code[i:j])
 
 
 def step_faults(name: str, code: list[str]) -> list[str]:
