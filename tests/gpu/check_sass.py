@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
@@ -212,7 +213,7 @@ def carries(code: list[str]) -> bool:
     enough for that; a tenth of the speed of cells_read_sm90 (tests/bench/record/h100).
     """
     products = [i for i, op in enumerate(code) if op.startswith("HGMMA")]
-    tiles = [(i, j) for i, j in zip(products, products[1:], strict=False) if j - i < TILE_APART]
+    tiles = [(i, j) for i, j in pairwise(products) if j - i < TILE_APART]
     return any(op.startswith("R2UR") for i, j in tiles for op in code[i:j])
 
 

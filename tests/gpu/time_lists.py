@@ -94,7 +94,8 @@ def main(cubins: str) -> None:
             )
             line = f"{name} {rule}: union_table {micros(union):.2f} wide {micros(wide):.2f}"
             if shape[4]:
-                rows = lambda k=kernels.keep_rows, b=buffers, s=step: k.launch((b.rows["masks"], 1), 256, [s, ctypes.c_int32(0)])  # noqa: E731
+                args = [step, ctypes.c_int32(0)]
+                rows = lambda k=kernels.keep_rows, b=buffers, a=args: k.launch((b.rows["masks"], 1), 256, a)  # noqa: E731
                 line += f" keep_rows {micros(rows):.2f}"
             alone = lambda b=buffers, s=step: kernels.table.launch((b.list_rows, 1), 256, [s])  # noqa: E731
             line += f" table {micros(alone):.2f}"
