@@ -58,6 +58,7 @@ impl Scratch {
         let rows = layout.max_list_rows();
         let by_rows = layout.settings.keep_at == KeepAt::Row;
         let items = max_items(layout);
+        check_costs(layout, items)?;
         let mut stages = Stages {
             counters: cursor.take(&[COUNTERS_BYTES])?,
             requests: cursor.take(&[layout.limits.max_num_reqs, REQUEST_BYTES])?,
@@ -120,6 +121,22 @@ fn max_items(layout: &Layout) -> usize {
     (layout.limits.max_total_q / tokens + spans) * layout.lists_per_span()
 }
 
+/// Refuses a step whose tiles plan_work cannot add up: it counts half tiles in 32 bits (cuda/plan/share.cuh).
+fn check_costs(layout: &Layout, items: usize) -> Result<()> {
+    let tokens = layout.max_boxes() * layout.geometry.box_tokens();
+    let tiles = tokens.div_ceil(TILE_TOKENS) * if layout.settings.mean_correction { 2 } else { 1 };
+    let all = items.saturating_mul(ITEM_COST + TILE_COST * tiles);
+    if u32::try_from(all).is_ok() {
+        return Ok(());
+    }
+    let wanted = "max_total_q, num_q_heads and max_kv_len whose tiles of queries and KV are fewer than 2^31";
+    Err(Error::new(Status::Overflow, "limits", wanted, all / TILE_COST))
+}
+
+/// In half tiles, as kItemCost and kTileCost of cuda/plan/share.cuh.
+const ITEM_COST: usize = 3;
+const TILE_COST: usize = 2;
+
 struct Cursor {
     address: u64,
     bytes: usize,
@@ -175,5 +192,14 @@ mod tests {
                 assert!(small.bytes < Scratch::at(0, &layout(selector, more), 132, 1000).unwrap().bytes);
             }
         }
+    }
+
+    #[test]
+    fn a_step_whose_tiles_do_not_add_up_is_refused() {
+        let limits = Limits { max_num_reqs: 1, max_total_q: 1 << 19, max_kv_len: 1 << 20 };
+        assert!(Scratch::at(0, &layout(Selector::Dense, limits), 132, 0).is_ok());
+        let more = Limits { max_total_q: 1 << 21, max_kv_len: 1 << 21, ..limits };
+        let refused = Scratch::at(0, &layout(Selector::Dense, more), 132, 0).unwrap_err();
+        assert_eq!(refused.status(), Status::Overflow);
     }
 }
