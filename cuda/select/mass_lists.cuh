@@ -4,9 +4,8 @@
 //
 // Grid (kParts num_q_heads, max_select_spans) x 512, dynamic shared memory as union_table.cu. A
 // thread of a head's kParts CTAs has two blocks' cells of all its rows in registers, so cells are
-// read once; sums are taken in one order that depends on the span alone. A CTA fills an SM: the
-// unit says how many share a head, for where half of them would hold nothing, the others wait for
-// them.
+// read once; sums are taken in one order that depends on the span alone. Such a CTA fills an SM, so
+// short rows have a unit with fewer of them a head.
 #pragma once
 
 #define COMPACTATTN_CTA_THREADS 512
