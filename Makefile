@@ -47,7 +47,7 @@ kernels: toolkit
 	mkdir -p $(BUILD)
 	$(CARGO) build --release --locked --features cli --message-format=json-render-diagnostics > $(BUILD)/kernels.json
 	$(PYTHON) tests/gpu/check_sass.py $(BUILD)/kernels.json
-	for name in lists turns order check; do \
+	for name in lists turns order keep check; do \
 	  c++ -O2 -std=c++17 -ffp-contract=off -pthread -D__host__= -D__device__= -o $(BUILD)/$${name}_host tests/gpu/$${name}_host.cpp && \
 	  $(BUILD)/$${name}_host || exit 1; done
 

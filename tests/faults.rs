@@ -103,6 +103,8 @@ fn a_context_meets_what_engines_do_to_it() {
     let said = child(&compile("meets"), "an_engine", &[]);
     let starts = |name: &str, wanted: &str| assert!(of(&said, name).starts_with(wanted), "{name}: {said:?}");
     starts("short workspace", "E_WORKSPACE: args.workspace: wanted ");
+    starts("beyond plan", "E_OVERFLOW: limits: wanted max_total_q, num_q_heads and max_kv_len ");
+    starts("huge", "OK");
     starts("huge plan", "E_WORKSPACE: args.workspace: wanted ");
     starts("freed pool", "E_NOT_DEVICE: batch.k");
     starts("new pool", "OK");
@@ -286,6 +288,8 @@ fn an_engine() {
     let mut huge = desc();
     (huge.max_total_q, huge.max_kv_len, huge.max_num_reqs) = (1 << 20, 1 << 24, 1024);
     let mut large = std::ptr::null_mut();
+    say("beyond plan", create_plan(context, &huge, &mut large));
+    huge.max_kv_len = 1 << 22;
     say("huge", create_plan(context, &huge, &mut large));
     say("huge plan", call.forward(large));
     say("destroy huge", compactattn_plan_destroy(large));

@@ -210,7 +210,7 @@ def carries(code: list[str]) -> bool:
     """Whether operands of one tile's products differ from lane to lane for all that the assembler knows.
 
     A turn that depends on what was read as 16 bytes from shared memory, or that not all lanes may leave together, is
-    enough for that; a tenth of the speed of cells_read_sm90 (tests/bench/record/h100).
+    enough for that; cells_read_sm90 lost 3 us of 105 (tests/bench/record/h100/2026-11-23-select-latency.txt).
     """
     products = [i for i, op in enumerate(code) if op.startswith("HGMMA")]
     tiles = [(i, j) for i, j in pairwise(products) if j - i < TILE_APART]

@@ -1,131 +1,16 @@
 // The order of lists as plan finds it, against a sort on the host, and the place of items KV head
-// by KV head, against counting them; a CTA's threads are fibers:
+// by KV head, against counting them:
 //   g++ -O2 -std=c++17 -D__host__= -D__device__= order_host.cpp && ./a.out
-#include <ucontext.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
+#define HOST_THREADS 1024
 #include <numeric>
 #include <random>
 #include <vector>
 
-// What a CTA has on the device: barriers at which all threads meet, and shuffles at which a warp's
-// do. Threads run one after the other, each up to the next of them.
-namespace cta {
-
-constexpr int kThreads = 1024, kStackBytes = 1 << 16;
-enum State { kRuns, kAtBarrier, kAtShuffle, kDone };
-
-struct Index {
-  unsigned x;
-};
-
-ucontext_t scheduler, fibers[kThreads];
-State states[kThreads];
-uint64_t lanes[kThreads];
-int current, any, any_before;
-void (*body)();
-
-void wait(State at) {
-  states[current] = at;
-  swapcontext(&fibers[current], &scheduler);
-}
-
-void enter() {
-  body();
-  wait(kDone);
-}
-
-bool all(int first, int count, State state) {
-  return std::all_of(states + first, states + first + count, [=](State s) { return s == state; });
-}
-
-// Runs a warp until it waits for others, or is done.
-void run_warp(int first) {
-  do {
-    std::fill_n(states + first, 32, kRuns);
-    for (current = first; current < first + 32; ++current) {
-      swapcontext(&scheduler, &fibers[current]);
-    }
-  } while (all(first, 32, kAtShuffle));
-  if (!all(first, 32, kAtBarrier) && !all(first, 32, kDone)) std::abort();
-}
-
-void run(void (*threads)()) {
-  static std::vector<char> stacks(static_cast<size_t>(kThreads) * kStackBytes);
-  body = threads;
-  for (int i = 0; i < kThreads; ++i) {
-    getcontext(&fibers[i]);
-    fibers[i].uc_stack.ss_sp = &stacks[static_cast<size_t>(i) * kStackBytes];
-    fibers[i].uc_stack.ss_size = kStackBytes;
-    makecontext(&fibers[i], enter, 0);
-  }
-  do {
-    for (int warp = 0; warp < kThreads; warp += 32) run_warp(warp);
-    any_before = any;
-    any = 0;
-  } while (all(0, kThreads, kAtBarrier));
-  if (!all(0, kThreads, kDone)) std::abort();
-}
-
-template <class T>
-T shuffle(T x, int from) {
-  lanes[current] = static_cast<uint64_t>(x);
-  wait(kAtShuffle);
-  const T other = static_cast<T>(lanes[current / 32 * 32 + from]);
-  wait(kAtShuffle);
-  return other;
-}
-
-}  // namespace cta
-
-#define threadIdx (cta::Index{static_cast<unsigned>(cta::current)})
-#define __shared__ static
-#define __forceinline__ inline
-using std::max;
-using std::min;
-
-void __syncthreads() { cta::wait(cta::kAtBarrier); }
-
-int __syncthreads_or(int is) {
-  cta::any |= is;
-  cta::wait(cta::kAtBarrier);
-  return cta::any_before;
-}
-
-template <class Op>
-uint32_t reduce(uint32_t x, Op op) {
-  cta::lanes[cta::current] = x;
-  cta::wait(cta::kAtShuffle);
-  const uint64_t* warp = cta::lanes + cta::current / 32 * 32;
-  const uint64_t all = std::accumulate(warp + 1, warp + 32, warp[0], op);
-  cta::wait(cta::kAtShuffle);
-  return static_cast<uint32_t>(all);
-}
-
-uint32_t __reduce_add_sync(unsigned, uint32_t x) {
-  return reduce(x, [](uint64_t a, uint64_t b) { return a + b; });
-}
-
-template <class T>
-T __shfl_sync(unsigned, T x, int lane) {
-  return cta::shuffle(x, lane % 32);
-}
-
-template <class T>
-T __shfl_up_sync(unsigned, T x, int distance) {
-  const int lane = cta::current % 32;
-  return cta::shuffle(x, lane < distance ? lane : lane - distance);
-}
-
-template <class T>
-T __shfl_xor_sync(unsigned, T x, int distance) {
-  return cta::shuffle(x, cta::current % 32 ^ distance);
-}
-
+// What stands for the device comes before what is made for it.
+// clang-format off
+#include "cta_host.h"
 #include "../../cuda/plan/order.cuh"
+// clang-format on
 
 namespace {
 
@@ -135,7 +20,7 @@ std::vector<int> items;
 compactattn::ListOrder near;
 
 void order() {
-  const int list = cta::current;
+  const int list = host::current;
   const bool is_list = list < count;
   compactattn::start_longest_first(count, is_list ? tiles[list] : 0, is_list ? items[list] : 0,
                                    near);
@@ -147,7 +32,7 @@ bool is_right() {
   std::iota(wanted.begin(), wanted.end(), 0);
   const auto length = [](int list) { return min(tiles[list], compactattn::ListKey::kMostTiles); };
   const auto longer = [&](int a, int b) { return length(a) > length(b); };
-  cta::run(order);
+  host::run(order);
   std::stable_sort(wanted.begin(), wanted.end(), longer);
   int before = 0;
   for (const int list : wanted) {
