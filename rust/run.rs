@@ -17,7 +17,7 @@ use crate::table::{self, Table, TableMut};
 use crate::tensor::{LseMut, TokensMut};
 use crate::types::Shape;
 use crate::union;
-use crate::workspace::{Carver, Sizes, Workspace};
+use crate::workspace::{self, Carver, Sizes, Workspace};
 
 /// What a plan is made from.
 #[derive(Clone, Debug)]
@@ -184,9 +184,9 @@ impl Plan {
     /// Owned memory for the largest step of any layer.
     ///
     /// # Errors
-    /// [`Status::Overflow`].
+    /// [`Status::Overflow`] or [`Status::OutOfMemory`].
     pub fn workspace(&self) -> Result<Workspace> {
-        self.workspace_bytes().map(Workspace::new)
+        self.workspace_bytes().and_then(Workspace::new)
     }
 
     /// What the layer has selected so far.
@@ -242,7 +242,8 @@ impl Plan {
     /// [`Sizes::ALIGNMENT`]; its contents before and after mean nothing.
     ///
     /// # Errors
-    /// [`Status::Value`], [`Status::Shape`], [`Status::Null`] or [`Status::Workspace`]; then nothing was written.
+    /// [`Status::Value`], [`Status::Shape`], [`Status::Null`], [`Status::Workspace`], or [`Status::OutOfMemory`] where a
+    /// step without summaries needs its own; then nothing was written.
     pub fn forward(
         &self,
         batch: &Batch,
@@ -261,7 +262,7 @@ impl Plan {
             return Ok(());
         }
         let mut own = OwnSummaries::default();
-        let summaries = own.or_given(&layout, batch, step.summaries, self.parallel);
+        let summaries = own.or_given(&layout, batch, step.summaries, self.parallel)?;
         let input = Input { layout: &layout, batch, summaries, gate };
         let mut counts = select_lists(&input, step.external, &mut buffers, self.parallel);
         let Buffers { lists, counts: boxes, stream_lens, boxes: ids, .. } = &mut buffers;
@@ -339,8 +340,8 @@ fn select_lists(
 /// Summaries made for one call.
 #[derive(Default)]
 struct OwnSummaries {
-    k_mean: Vec<f32>,
-    v_mean: Vec<f32>,
+    k_mean: Box<[f32]>,
+    v_mean: Box<[f32]>,
 }
 
 impl OwnSummaries {
@@ -351,19 +352,21 @@ impl OwnSummaries {
         batch: &Batch,
         given: Option<Summaries<'a>>,
         parallel: Parallel,
-    ) -> Option<Summaries<'a>> {
+    ) -> Result<Option<Summaries<'a>>> {
         if given.is_some() || !reads_summaries(&layout.settings) {
-            return given;
+            return Ok(given);
         }
+        // As long as the pool's, and of that only the blocks that are written take memory.
         let len = summaries::len(layout, batch.k().num_pages);
-        // Zeroed by the system page by page, so a large pool costs only the blocks that are written.
-        self.k_mean = vec![0.0; len];
-        self.v_mean = if layout.settings.mean_correction { vec![0.0; len] } else { Vec::new() };
+        self.k_mean = workspace::zeros("summaries.k_mean", len)?;
+        if layout.settings.mean_correction {
+            self.v_mean = workspace::zeros("summaries.v_mean", len)?;
+        }
         let v_mean = layout.settings.mean_correction.then_some(&mut self.v_mean[..]);
         let mut out = SummariesMut { k_mean: &mut self.k_mean, v_mean, seals: None };
         Stage::Summaries.run(|| summaries::update(layout, batch, Which::All, &mut out, parallel));
         let v_mean = layout.settings.mean_correction.then_some(&self.v_mean[..]);
-        Some(Summaries { k_mean: &self.k_mean, v_mean })
+        Ok(Some(Summaries { k_mean: &self.k_mean, v_mean }))
     }
 }
 

@@ -193,3 +193,34 @@ fn summaries_of_another_block_size_are_refused() {
     assert!(run(&plan, &paged, &Step { summaries: None, ..step }).is_ok());
     assert!(run(&plan, &paged, &Step { settings: own(Selector::Oracle), ..step }).is_ok());
 }
+
+/// A pool whose tokens are all one lies in little memory; summaries of it do not.
+#[test]
+fn own_summaries_beyond_all_memory_are_refused_and_nothing_is_written() {
+    let mut paged = Paged::random(12, shape(64, 1, 256, 16, Dtype::Bf16), &[(3, 40)]);
+    // Slots of 64 heads of 256, four bytes each: all that 47 bits of address reach.
+    paged.num_pages = 1 << 31;
+    let mut parts = paged.parts();
+    for pool in [&mut parts.k, &mut parts.v] {
+        (pool.elements, pool.stride_page, pool.stride_token) = (paged.q.view(), 0, 0);
+    }
+    let batch = Batch::new(paged.shape, parts).unwrap();
+    let limits = Limits { max_num_reqs: 1, max_total_q: 3, max_kv_len: 40 };
+    for (selector, mean_correction, status) in [
+        (Selector::PooledMass, false, Status::OutOfMemory),
+        (Selector::SampledExact, true, Status::OutOfMemory),
+        (Selector::SampledExact, false, Status::Ok),
+    ] {
+        let settings = Settings { mean_correction, ..settings(selector) };
+        let desc = PlanDesc { shape: paged.shape, limits, layers: vec![settings], splits: 1, gate: None };
+        let plan = Plan::new(&desc, Parallel::new(1)).unwrap();
+        let mut store = Store::dirty(Dtype::Bf16, 3 * 64 * 256);
+        let out = TokensMut { elements: store.view_mut(), stride_token: 64 * 256, stride_head: 256 };
+        let mut memory = plan.workspace().unwrap();
+        let said = plan.forward(&batch, &Step::default(), &mut Output { out, lse: None }, memory.bytes_mut());
+        assert_eq!(said.err().map_or(Status::Ok, |error| error.status()), status, "{selector:?}");
+        let refused = status != Status::Ok;
+        assert_eq!(store.to_f32().iter().all(|x| x.is_nan()), refused, "{selector:?}");
+        assert_eq!(plan.stats(0).unwrap().calls == 0, refused, "{selector:?}");
+    }
+}

@@ -1,6 +1,6 @@
 //! One caller-owned block of memory, cut into the stage buffers.
 
-use bytemuck::Pod;
+use bytemuck::{Pod, Zeroable};
 
 use crate::error::{Error, Result, Status};
 use crate::plan::Layout;
@@ -66,7 +66,7 @@ impl Sizes {
 /// without an allocator of their own. One call at a time; a plan has no part in it and may be dropped first.
 #[derive(Debug)]
 pub struct Workspace {
-    memory: Vec<u8>,
+    memory: Box<[u8]>,
     start: usize,
     bytes: usize,
 }
@@ -74,15 +74,18 @@ pub struct Workspace {
 impl Workspace {
     /// Of so many bytes: [`Plan::workspace_bytes`](crate::run::Plan::workspace_bytes).
     ///
+    /// # Errors
+    /// [`Status::OutOfMemory`].
+    ///
     /// ```
-    /// let mut workspace = compactattn::workspace::Workspace::new(1000);
+    /// let mut workspace = compactattn::workspace::Workspace::new(1000)?;
     /// assert_eq!(workspace.bytes_mut().len(), 1000);
+    /// # Ok::<(), compactattn::Error>(())
     /// ```
-    #[must_use]
-    pub fn new(bytes: usize) -> Self {
-        let memory = vec![0; bytes + Sizes::ALIGNMENT];
+    pub fn new(bytes: usize) -> Result<Self> {
+        let memory: Box<[u8]> = zeros("workspace", bytes.saturating_add(Sizes::ALIGNMENT))?;
         let start = memory.as_ptr().addr().next_multiple_of(Sizes::ALIGNMENT) - memory.as_ptr().addr();
-        Self { memory, start, bytes }
+        Ok(Self { memory, start, bytes })
     }
 
     /// The aligned bytes.
@@ -90,6 +93,14 @@ impl Workspace {
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.memory[self.start..self.start + self.bytes]
     }
+}
+
+/// `len` zeros for `what`. The system zeroes them page by page as they are touched: what never is costs nothing.
+pub(crate) fn zeros<T: Zeroable>(what: &str, len: usize) -> Result<Box<[T]>> {
+    bytemuck::allocation::try_zeroed_slice_box(len).map_err(|()| {
+        let wanted = format!("{} bytes of host memory", len.saturating_mul(size_of::<T>()));
+        Error::new(Status::OutOfMemory, what, wanted, "none")
+    })
 }
 
 /// Hands out aligned, disjoint pieces of a workspace.
@@ -135,8 +146,15 @@ mod tests {
     #[test]
     fn an_owned_workspace_is_what_a_call_wants() {
         for bytes in [0, 1, 255, 256, 100_000] {
-            let mut workspace = Workspace::new(bytes);
+            let mut workspace = Workspace::new(bytes).unwrap();
             assert!(Carver::new(workspace.bytes_mut(), bytes).is_ok(), "{bytes}");
+        }
+    }
+
+    #[test]
+    fn a_workspace_beyond_all_memory_is_refused() {
+        for bytes in [1 << 48, usize::MAX >> 1, usize::MAX] {
+            assert_eq!(Workspace::new(bytes).unwrap_err().status(), Status::OutOfMemory, "{bytes}");
         }
     }
 
