@@ -43,11 +43,6 @@ __device__ __forceinline__ void load(const CUtensorMap& map, CopyBarrier& done, 
                                at.kv_head, at.page);
 }
 
-// The same to the L2 cache alone.
-__device__ __forceinline__ void prefetch(const CUtensorMap& map, PoolBox at) {
-  cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&map, 0, at.token, at.columns, at.kv_head, at.page);
-}
-
 // Where a query tile starts.
 struct QueryBox {
   int32_t head;

@@ -161,15 +161,19 @@ __device__ __forceinline__ Row row_at(const Step& step, const Tile& tile, int in
 }
 
 // Starts the copy of the tile's query vectors to `shared`, zeros up to a whole warp's rows, and
-// writes what each row sees.
+// writes what each row sees. Every thread looks one row up: no look-up waits for another.
 __device__ __forceinline__ void load_rows(const Step& step, const Tile& tile, uint32_t shared,
                                           int (&seen)[kMaxRows]) {
+  static_assert(kThreads == kMaxRows, "a row a thread");
+  __shared__ const char* queries[kMaxRows];
+  const Row mine = row_at(step, tile, threadIdx.x);
+  queries[threadIdx.x] = mine.query;
+  seen[threadIdx.x] = mine.seen;
+  __syncthreads();
   for (int i = threadIdx.x / kLanesPerVector; i < kMaxRows; i += kThreads / kLanesPerVector) {
-    const Row row = row_at(step, tile, i);
-    const bool wanted = row.query != nullptr;
-    const char* query = wanted ? row.query : static_cast<const char*>(step.batch.q);
+    const bool wanted = queries[i] != nullptr;
+    const char* query = wanted ? queries[i] : static_cast<const char*>(step.batch.q);
     copy_vector(shared, i, query, wanted, step.layout);
-    if (threadIdx.x % kLanesPerVector == 0) seen[i] = row.seen;
   }
 }
 

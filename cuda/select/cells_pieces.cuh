@@ -41,15 +41,19 @@ struct PiecedReader : Reader<Element, Source> {
     }
   }
 
-  // Fills the cells of the source's blocks; called by the whole CTA.
-  __device__ __forceinline__ void run() {
-    const int tokens = this->source.count << this->log2_block();
-    const int pieces = (tokens + kTileKeys - 1) / kTileKeys * kPieces;
+  // As Reader's.
+  __device__ __forceinline__ void begin() const {
+    const int pieces = this->tiles() * kPieces;
 #pragma unroll
     for (int piece = 0; piece < kPieceStages - 1; ++piece) {
       if (piece < pieces) load_piece(piece);
       ptx::commit_copies();
     }
+  }
+
+  __device__ __forceinline__ void run(const int (&seen_by)[kMaxRows]) {
+    this->see(seen_by);
+    const int pieces = this->tiles() * kPieces;
     const int warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;
     const uint32_t rows = this->queries + warp_row * row_bytes(256);
     Partial partial;

@@ -14,21 +14,24 @@ struct Whole {
   template <class Source>
   using Reader = select::Reader<Element, Source, Stored>;
 
-  // Products of this warp's rows with the means of the blocks from `first` on; called by the whole
-  // CTA.
+  static __device__ __forceinline__ uint32_t stages(const Step& step) {
+    return kMaxRows * pitch_of(step.layout);
+  }
+
+  static __device__ __forceinline__ void begin_means(const Step& step, const PoolMeans& means,
+                                                     char* shared) {
+    means.template load<Element, 2>(shared + stages(step));
+  }
+
+  // Products of this warp's rows with the means.
   static __device__ __forceinline__ void multiply_means(float (&logits)[2][kPoolBlocks / 8][4],
                                                         const Step& step, const Tile& tile,
-                                                        int first, char* shared) {
-    const uint32_t queries = shared_address(shared);
-    const uint32_t stages = kMaxRows * pitch_of(step.layout);
-    const Means<kThreads, kPoolBlocks> means(step, tile, first, tile.blocks);
-    means.template load<Element, 2>(shared + stages);
-    ptx::wait_copies_but<0>();
-    __syncthreads();
+                                                        const PoolMeans&, char* shared) {
     const int warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;
     if (warp_row >= tile.rows) return;
+    const uint32_t queries = shared_address(shared);
     const uint32_t rows = queries + warp_row * pitch_of(step.layout);
-    multiply<Element>(logits, rows, queries + stages, step.layout);
+    multiply<Element>(logits, rows, queries + stages(step), step.layout);
   }
 
   // Two vectors of the tiles give way to one row of cells, 256 bytes, whatever the head_dim.
@@ -44,27 +47,23 @@ extern __shared__ __align__(16) char shared_bytes[];
 
 extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_pool_bf16(const __grid_constant__ compactattn::Step step, int tile) {
-  compactattn::ptx::wait_for_earlier();
   compactattn::select::pool<compactattn::select::Whole<__nv_bfloat16>>(step, tile, shared_bytes);
 }
 
 extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_pool_fp16(const __grid_constant__ compactattn::Step step, int tile) {
-  compactattn::ptx::wait_for_earlier();
   compactattn::select::pool<compactattn::select::Whole<__half>>(step, tile, shared_bytes);
 }
 
 // The same over caches of e4m3.
 extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_pool_bf16_e4m3(const __grid_constant__ compactattn::Step step, int tile) {
-  compactattn::ptx::wait_for_earlier();
   compactattn::select::pool<compactattn::select::Whole<__nv_bfloat16, compactattn::E4m3>>(
       step, tile, shared_bytes);
 }
 
 extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 3)
     compactattn_cells_pool_fp16_e4m3(const __grid_constant__ compactattn::Step step, int tile) {
-  compactattn::ptx::wait_for_earlier();
   compactattn::select::pool<compactattn::select::Whole<__half, compactattn::E4m3>>(step, tile,
                                                                                    shared_bytes);
 }

@@ -8,6 +8,7 @@
 namespace compactattn::select {
 
 constexpr int kPoolBlocks = kTileKeys;
+using PoolMeans = Means<kThreads, kPoolBlocks>;
 
 // Consecutive blocks, the cells of the rows that see them in part.
 struct Tails {
@@ -51,32 +52,49 @@ __device__ void write_pooled(const Step& step, const Tile& tile, int first,
   }
 }
 
-// By the Reader of `Keys` and its products with means.
+// Rows into shared memory, once the samples are there.
+__device__ __forceinline__ void wait_for_rows(const Step& step, const Tile& tile, uint32_t queries,
+                                              int (&seen)[kMaxRows]) {
+  ptx::wait_for_earlier();
+  load_rows(step, tile, queries, seen);
+  ptx::commit_copies();
+  ptx::wait_copies_but<0>();
+  __syncthreads();
+}
+
+// By the Reader of `Keys` and its products with means, which are on their way before the samples
+// are known.
 template <class Keys>
 __device__ __forceinline__ void pool(const Step& step, int index, char* shared) {
   __shared__ int seen[kMaxRows];
+  if (index > 0 || !knows_spans(step)) ptx::wait_for_earlier();
   Tile tile;
-  if (!find_tile(step, index, tile)) return;
+  const bool found = find_tile(step, index, tile);
   const int pools = (step.layout.max_blocks + kPoolBlocks - 1) / kPoolBlocks;
   const int first = static_cast<int>(blockIdx.x) * kPoolBlocks;
   const int tail = static_cast<int>(blockIdx.x) - pools;
   const uint32_t queries = shared_address(shared);
-  if (tail < 0) {
-    if (first >= tile.blocks) return;
-    load_rows(step, tile, queries, seen);
-    ptx::commit_copies();
+  if (found && tail < 0 && first < tile.blocks) {
+    const PoolMeans means(step, tile, first, tile.blocks);
+    Keys::begin_means(step, means, shared);
+    wait_for_rows(step, tile, queries, seen);
     float logits[2][kPoolBlocks / 8][4] = {};
-    Keys::multiply_means(logits, step, tile, first, shared);
-    return write_pooled(step, tile, first, logits, seen, shared, Keys::cells_pitch(step.layout));
+    Keys::multiply_means(logits, step, tile, means, shared);
+    write_pooled(step, tile, first, logits, seen, shared, Keys::cells_pitch(step.layout));
   }
-  const int least = tile.least_visible >> step.layout.log2_block_tokens;
-  // As short as there are CTAs for: all of them run at once, and the step waits for the last.
-  const Share share(step.layout, tile.blocks - least, tail, gridDim.x - pools, 1);
-  if (share.count <= 0) return;
-  load_rows(step, tile, queries, seen);
-  __syncthreads();
-  const Tails tails{least + share.first, share.count};
-  typename Keys::template Reader<Tails>(step, tile, tails, queries, seen).run();
+  if (found && tail >= 0) {
+    const int least = tile.least_visible >> step.layout.log2_block_tokens;
+    // As short as there are CTAs for: all of them run at once, and the step waits for the last.
+    const Share share(step.layout, tile.blocks - least, tail, gridDim.x - pools, 1);
+    if (share.count > 0) {
+      const Tails tails{least + share.first, share.count};
+      typename Keys::template Reader<Tails> reader(step, tile, tails, queries);
+      reader.begin();
+      wait_for_rows(step, tile, queries, seen);
+      reader.run(seen);
+    }
+  }
+  ptx::wait_for_earlier();  // who has no work too
 }
 
 }  // namespace compactattn::select

@@ -28,7 +28,9 @@ __device__ __forceinline__ void read_all(const Step& step, int index, uint32_t s
   load_rows(step, tile, shared, seen);
   __syncthreads();
   const BlockRange range{share.first, share.count};
-  typename Keys::template Reader<BlockRange>(step, tile, range, shared, seen).run();
+  typename Keys::template Reader<BlockRange> reader(step, tile, range, shared);
+  reader.begin();
+  reader.run(seen);
 }
 
 // The blocks to read, ascending: candidates, then open blocks. Each thread knows those of its
@@ -98,7 +100,9 @@ __device__ __forceinline__ void read_candidates(const Step& step, int index, uin
   for (int done = 0; done < share.count; done += listed.count) {
     listed.count = min(kMaxListed, share.count - done);
     candidates.list(share.first + done, listed.count, list);
-    typename Keys::template Reader<Listed>(step, tile, listed, shared, seen).run();
+    typename Keys::template Reader<Listed> reader(step, tile, listed, shared);
+    reader.begin();
+    reader.run(seen);
   }
 }
 

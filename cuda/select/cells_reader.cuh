@@ -49,12 +49,14 @@ struct Reader {
   int seen[4];
 
   __device__ __forceinline__ Reader(const Step& step, const Tile& tile, const Source& source,
-                                    uint32_t queries, const int (&seen_by)[kMaxRows])
+                                    uint32_t queries)
       : step(step),
         tile(tile),
         source(source),
         keys(step, tile.span.req, tile.kv_head, sizeof(Stored)),
-        queries(queries) {
+        queries(queries) {}
+
+  __device__ __forceinline__ void see(const int (&seen_by)[kMaxRows]) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) seen[r] = seen_by[fragment_row(r)];
   }
@@ -102,11 +104,21 @@ struct Reader {
     return kWiden ? scale * key_scale(step.batch, tile.kv_head) : scale;
   }
 
-  // Fills the cells of the source's blocks; called by the whole CTA.
-  __device__ __forceinline__ void run() {
-    const int tiles = ((source.count << log2_block()) + kTileKeys - 1) / kTileKeys;
-    if (tiles > 0) load(0);
+  __device__ __forceinline__ int tiles() const {
+    return ((source.count << log2_block()) + kTileKeys - 1) / kTileKeys;
+  }
+
+  // Starts the copy of the first keys, which no row has a say in.
+  __device__ __forceinline__ void begin() const {
+    if (tiles() > 0) load(0);
     ptx::commit_copies();
+  }
+
+  // Fills the cells of the source's blocks, given what each row sees, once it has begun; called by
+  // the whole CTA.
+  __device__ __forceinline__ void run(const int (&seen_by)[kMaxRows]) {
+    see(seen_by);
+    const int tiles = this->tiles();
     Partial partial;
     partial.clear();
     Held held;

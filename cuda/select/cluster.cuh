@@ -131,7 +131,7 @@ __device__ inline void write_scores(const Step& step, const Tile& tile, const Sl
 }
 
 // `fill(tile, slice, exchange)` fills the cells of the slice and both parts of the exchange, by the
-// whole CTA.
+// whole CTA, once it has waited for earlier kernels: before, spans are there and samples are not.
 template <class Fill>
 __device__ __forceinline__ void score(const Step& step, const Wish& wish, char* shared, Fill fill) {
   __shared__ Exchange exchange;
@@ -142,7 +142,7 @@ __device__ __forceinline__ void score(const Step& step, const Wish& wish, char* 
   // Of any value, but loaded beside the counter.
   const Span select_span = step.stages.select_spans[index];
   const Span list_span = step.stages.list_spans[index];
-  if (index >= step.stages.counters->num_select_spans) return;
+  if (index >= step.stages.counters->num_select_spans) return ptx::wait_for_earlier();
   Tile tile;
   const bool scored = !select_span.dense && past_blocks(step.layout, select_span) > 0 &&
                       tile_of(step, select_span, 0, index, kv_head, tile);
@@ -156,6 +156,8 @@ __device__ __forceinline__ void score(const Step& step, const Wish& wish, char* 
     ptx::fence_cluster();
     ptx::arrive_at_cluster();
     ptx::wait_for_cluster();
+  } else {
+    ptx::wait_for_earlier();
   }
   uint32_t* dynamic = reinterpret_cast<uint32_t*>(shared);  // the cells are of no more use
   if (wish.then == kCandidates && scored && cluster_rank() == 0) {

@@ -63,21 +63,25 @@ struct Pooling {
     }
   }
 
-  // Starts the copy of the sampled rows, zeros up to 128, and of keys `token` ..; all look-ups
-  // before the first copy. Writes what each row sees.
-  __device__ __forceinline__ void load_rows_and_keys(int token, int (&all_seen)[kMaxRows]) const {
-    Row rows[kVectors];
+  // Starts the copy of keys `token` ..; all look-ups before the first copy.
+  __device__ __forceinline__ void load_keys(int token) const {
     const char* found[kVectors];
+    find_keys(token, found);
+    copy_keys(token, found);
+    ptx::commit_copies();
+  }
+
+  // The same of the sampled rows, zeros up to 128. Writes what each row sees.
+  __device__ __forceinline__ void load_rows(int (&all_seen)[kMaxRows]) const {
+    Row rows[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) rows[i] = row_at(step, tile, min(vector(i), tile.rows - 1));
-    find_keys(token, found);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const bool wanted = vector(i) < tile.rows;
       copy_vector(queries, vector(i), rows[i].query, wanted, step.layout);
       if (threadIdx.x % kLanesPerVector == 0) all_seen[vector(i)] = wanted ? rows[i].seen : 0;
     }
-    if (token < tile.kv_end) copy_keys(token, found);
     ptx::commit_copies();
   }
 
@@ -173,10 +177,7 @@ struct Pooling {
     const int token = tail_token(p);
     if (p > 0) {
       if (!__syncthreads_or(ends_in(token))) return false;
-      const char* found[kVectors];
-      find_keys(token, found);
-      copy_keys(token, found);
-      ptx::commit_copies();
+      load_keys(token);
       ptx::wait_copies_but<0>();
       __syncthreads();
     }
@@ -199,12 +200,15 @@ struct Pooling {
     return warp_row() < tile.rows && warp_column() < left;
   }
 
-  // Keys first, then means, by the same code: a launch meets it cold.
+  // Keys first, then means, by the same code: a launch meets it cold. Those of the first passes are
+  // loaded before the samples are known.
   __device__ __forceinline__ void run(char* shared_means) {
     __shared__ int all_seen[kMaxRows];
     const PassMeans means = find_means(0);
-    load_rows_and_keys(tail_token(0), all_seen);
+    if (tail_token(0) < tile.kv_end) load_keys(tail_token(0));
     if (slice.count > 0) means.template load<Element, 4>(shared_means);
+    ptx::wait_for_earlier();  // whose samples these are
+    load_rows(all_seen);
     ptx::wait_copies_but<0>();
     __syncthreads();
 #pragma unroll
@@ -247,6 +251,7 @@ template <class Element>
 __device__ __forceinline__ void pooled_lists(const Step& step, const Wish& wish, char* shared) {
   const uint32_t cells_bytes = pooled_cells_bytes(step.layout.head_dim, wish.pitch);
   const uint32_t means = cells_bytes + kMaxRows * pitch_of(step.layout);
+  if (!knows_spans(step)) ptx::wait_for_earlier();
   score(step, wish, shared, [&](const Tile& tile, const Slice& slice, Exchange& exchange) {
     Pooling<Element> pooling(step, tile, slice, shared_address(shared), cells_bytes);
     pooling.run(shared + means);
@@ -262,13 +267,11 @@ extern __shared__ __align__(16) char shared_bytes[];
 extern "C" __global__ void COMPACTATTN_SCORING_CLUSTER __launch_bounds__(256, 1)
     compactattn_pooled_lists_bf16(const __grid_constant__ compactattn::Step step,
                                   const __grid_constant__ compactattn::select::Wish wish) {
-  compactattn::ptx::wait_for_earlier();
   compactattn::select::pooled_lists<__nv_bfloat16>(step, wish, shared_bytes);
 }
 
 extern "C" __global__ void COMPACTATTN_SCORING_CLUSTER __launch_bounds__(256, 1)
     compactattn_pooled_lists_fp16(const __grid_constant__ compactattn::Step step,
                                   const __grid_constant__ compactattn::select::Wish wish) {
-  compactattn::ptx::wait_for_earlier();
   compactattn::select::pooled_lists<__half>(step, wish, shared_bytes);
 }

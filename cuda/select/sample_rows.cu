@@ -140,7 +140,12 @@ template <class E>
 __device__ __forceinline__ void sample_any(const Step& step) {
   extern __shared__ int sums[];  // [heads, 8, lanes]
   __shared__ Picking shared;
-  sample_rows(step, shared, [&](const Unit& unit) { compare_all<E>(unit, sums, shared); });
+  Planned planned;
+  planned.load(step);
+  if (!planned.needs_samples(step)) return;
+  const Unit unit(step, planned.span, blockIdx.y);
+  if (unusual_of(samples_of(step, planned.span, 0).count) > 0) compare_all<E>(unit, sums, shared);
+  choose_samples(step, unit, shared);
 }
 
 }  // namespace

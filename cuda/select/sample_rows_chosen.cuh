@@ -105,19 +105,31 @@ __device__ __forceinline__ void write_samples(const Unit& unit, int count, int w
   }
 }
 
-// One cluster's part; `compare(unit)` fills keys of the CTA's candidates, and its threads have been
-// at the cluster's barrier.
-template <class Compare>
-__device__ __forceinline__ void sample_rows(const Step& step, Picking& shared, Compare compare) {
-  ptx::wait_for_earlier();
-  const int kv_head = blockIdx.y;
-  const Span* span = scored_span(step, blockIdx.z);
-  if (!span) return;
-  const int count = samples_of(step, *span, 0).count, wanted = unusual_of(count);
-  if (count == span->len) return;
-  const Unit unit(step, *span, kv_head);
+// The span of this CTA as plan_spans has written it.
+struct Planned {
+  Span span;
+  bool exists;
+
+  // All loads at once, of any value where there is no such span.
+  __device__ __forceinline__ void load(const Step& step) {
+    ptx::wait_for_earlier();
+    const int spans = step.stages.counters->num_select_spans;
+    span = step.stages.select_spans[blockIdx.z];
+    exists = static_cast<int>(blockIdx.z) < spans;
+  }
+
+  // Whether it has scores, of some of its tokens.
+  __device__ __forceinline__ bool needs_samples(const Step& step) const {
+    return exists && !span.dense && past_blocks(step.layout, span) > 0 &&
+           samples_of(step, span, 0).count < span.len;
+  }
+};
+
+// Chooses the samples of one (select span, KV head) by the keys of each CTA's candidates.
+__device__ __forceinline__ void choose_samples(const Step& step, const Unit& unit,
+                                               Picking& shared) {
+  const int count = samples_of(step, unit.span, 0).count, wanted = unusual_of(count);
   if (wanted > 0) {
-    compare(unit);
     send_best(unit, wanted, shared);
     ptx::fence_cluster();
     __syncwarp();
@@ -126,7 +138,7 @@ __device__ __forceinline__ void sample_rows(const Step& step, Picking& shared, C
   }
   if (kSharers > 1 && cluster_rank() > 0) return;
   if (wanted > 0) choose(unit, wanted, shared);
-  write_samples(unit, count, wanted, shared, samples_at(step, blockIdx.z, kv_head));
+  write_samples(unit, count, wanted, shared, samples_at(step, blockIdx.z, blockIdx.y));
 }
 
 }  // namespace compactattn::select

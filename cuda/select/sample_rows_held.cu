@@ -1,6 +1,8 @@
 // sample_rows.cu for clusters and groups of four heads of 128 dims at most: a thread's registers
 // hold its candidates' queries, so each is loaded once, and the sums of a cluster's CTAs meet once.
+// It works on the span that plan_spans is about to write, and again if another was written.
 #define COMPACTATTN_CTA_THREADS 512
+#include "foresee.cuh"
 #include "sample_rows_chosen.cuh"
 
 namespace compactattn::select {
@@ -183,13 +185,15 @@ __device__ __forceinline__ float square_of_mean(const Unit& unit, const int* sum
 }
 
 // How like the mean this CTA's candidates are. Lane kHeads * r + i of eight is row r's and head
-// i's: roots and divisions of all at once.
-template <class E>
-__device__ __forceinline__ void compare_held(const Unit& unit, int* dynamic, Picking& shared) {
+// i's: roots and divisions of all at once. `meanwhile()` runs once queries are there.
+template <class E, class Meanwhile>
+__device__ __forceinline__ void compare_held(const Unit& unit, int* dynamic, Picking& shared,
+                                             Meanwhile meanwhile) {
   int *of_warps = dynamic + kHeldSums, *of_ctas = of_warps + kWide / 32 * kHeldSums;
   ptx::arrive_at_cluster();
   const Held held(unit);
   find_scales<E>(unit, shared.scales);
+  meanwhile();
   add_held<E>(unit, held, shared.scales, of_warps);
   send_sums(unit, of_warps, of_ctas);
   Part x;
@@ -223,11 +227,36 @@ __device__ __forceinline__ void compare_held(const Unit& unit, int* dynamic, Pic
     shared.keys[row] = ordered(likeness);
 }
 
+// Whether unusual tokens of the span are looked for.
+__device__ __forceinline__ bool has_unusual(const Step& step, const Span& span) {
+  const int count = samples_of(step, span, 0).count;
+  return count < span.len && unusual_of(count) > 0;
+}
+
 template <class E>
 __device__ __forceinline__ void sample_held(const Step& step) {
   extern __shared__ __align__(16) int dynamic[];
   __shared__ Picking shared;
-  sample_rows(step, shared, [&](const Unit& unit) { compare_held<E>(unit, dynamic, shared); });
+  Planned planned;
+  Span span;
+  bool is_foreseen = foresee_span(step, blockIdx.z, span) && has_unusual(step, span);
+  if (!is_foreseen) {
+    planned.load(step);
+    if (!planned.needs_samples(step)) return;
+    span = planned.span;
+  }
+#pragma unroll 1
+  while (has_unusual(step, span)) {
+    compare_held<E>(Unit(step, span, blockIdx.y), dynamic, shared, [&] {
+      if (is_foreseen) planned.load(step);
+    });
+    if (!is_foreseen) break;
+    if (!planned.needs_samples(step)) return;
+    is_foreseen = false;
+    if (planned.span.q_start == span.q_start && planned.span.len == span.len) break;
+    span = planned.span;
+  }
+  choose_samples(step, Unit(step, span, blockIdx.y), shared);
 }
 
 }  // namespace

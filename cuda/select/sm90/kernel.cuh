@@ -108,41 +108,26 @@ struct Producer {
                                       SharedStorage<T>& smem)
       : map(map), step(step), smem(smem), mine{step.layout}, ring{} {}
 
-  // Copies the keys of a segment, `ahead` of those who know its rows. Every tile arrives with all
-  // its bytes, zeros included.
-  __device__ __forceinline__ void run(const Segment<kListed>& segment, bool ahead) {
+  // Copies the keys of a segment. Every tile arrives with all its bytes, zeros included.
+  __device__ __forceinline__ void run(const Segment<kListed>& segment) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) smem.order = segment.order(ahead ? T::kAhead : 0);
+    if (threadIdx.x % 32 == 0) smem.order = segment.order();
     __syncwarp();
     Tiles<kListed> tiles(step, smem.order);
     int tile = tiles.next();
     ptx::PoolBox next = place(step, segment, tile * T::kTokens + mine.first());
 #pragma unroll 1
-    for (int i = 0; tile >= 0; ++i) {
+    while (tile >= 0) {
       const ptx::PoolBox at = next;
       const int now = tile;
       // A tile's table entry is under way while the tile before it waits for room.
       tile = tiles.next();
       if (tile >= 0) next = place(step, segment, tile * T::kTokens + mine.first());
-      if (!kListed && i == T::kStages) fetch_ahead(segment);
       copy(at, now);
     }
     if constexpr (!kListed) {
 #pragma unroll 1
       for (int team = 0; smem.order.pool_end > 0 && team < T::kTeams; ++team) copy_none();
-    }
-  }
-
-  // Asks the cache for what comes after the first tiles, which nobody takes before.
-  __device__ __forceinline__ void fetch_ahead(const Segment<kListed>& segment) {
-    const Order& order = smem.order;
-    const int end = order.pool_end > 0 ? order.pool_end : order.end;
-    int tile = order.begin + T::kStages * order.step;
-#pragma unroll 1
-    for (int i = 0; i < order.ahead && tile < end; ++i, tile += order.step) {
-      ptx::PoolBox at = place(step, segment, tile * T::kTokens + mine.first());
-      at.columns = mine.columns();
-      if (mine.copies() && at.page < step.batch.num_pages) ptx::prefetch(map, at);
     }
   }
 
@@ -258,7 +243,7 @@ struct Consumer {
   // This part of the rows to shared memory, swizzled as the products want them; zeros past the
   // tile's.
   __device__ __forceinline__ void load_queries(const Tile& tile) {
-    constexpr int kLoads = 64 * kUnits / kLoaders, kAtOnce = kLoads / 2;
+    constexpr int kLoads = 64 * kUnits / kLoaders, kAtOnce = kLoads < 4 ? kLoads : 4;
     const int thread = ptx::not_before(threadIdx.x) % 128, first = row_part() * 64;
     const int warp_row = thread / 32 * 16;
     meet();  // done with the rows before
@@ -551,7 +536,8 @@ __device__ __forceinline__ void read_cells(const CUtensorMap& map, const Step& s
     }
     cutlass::arch::fence_barrier_init();
   }
-  // Keys are on their way before it is known which rows meet them.
+  // Keys are on their way before it is known which rows meet them: as many as there is room for. To
+  // ask the cache for more keeps all that memory is asked for meanwhile waiting, rows too.
   const bool starts_early = !kListed && knows_spans(step);
   if (!starts_early) ptx::wait_for_earlier();
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
@@ -572,8 +558,7 @@ __device__ __forceinline__ void read_cells(const CUtensorMap& map, const Step& s
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     if (warp > T::kConsumerWarps) return;
     Producer<T, kListed> producer(map, step, smem);
-    for (bool ahead = starts_early; units.next(left, segment); ahead = false)
-      producer.run(segment, ahead);
+    while (units.next(left, segment)) producer.run(segment);
   }
 }
 

@@ -26,7 +26,6 @@ struct Order {
   int step;
   int pool_end;  // 0: none
   int kv_head;
-  int ahead;  // tiles that the cache is asked for, after the first kStages
 };
 
 template <class T>
@@ -92,8 +91,8 @@ struct Segment {
 
   __device__ __forceinline__ bool is_pooled() const { return !kListed && pooled; }
 
-  __device__ __forceinline__ Order order(int ahead) const {
-    return {begin, end, step, pooled ? chunks : 0, tile.kv_head, ahead};
+  __device__ __forceinline__ Order order() const {
+    return {begin, end, step, pooled ? chunks : 0, tile.kv_head};
   }
 };
 

@@ -42,8 +42,9 @@ struct KeyTile {
   // Of a thread, once the warps know their roles.
   static constexpr int kConsumerRegisters = 112;
   static constexpr int kProducerRegisters = 32;
-  // Tiles that the cache is asked for beside those: 25 MB for 132 SMs, half of what it holds.
-  static constexpr int kAhead = 192 * 1024 / kKeyBytes;
+  static_assert(kConsumerRegisters * 32 * kConsumerWarps + kProducerRegisters * 128 <=
+                    65536 / kThreads / 8 * 8 * kThreads,
+                "a CTA never has more than it starts with");
 };
 
 // As many stages as 227 KB hold beside the queries.

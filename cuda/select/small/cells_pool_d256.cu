@@ -14,15 +14,15 @@ struct Pieced {
   template <class Source>
   using Reader = PiecedReader<Element, Source>;
 
+  static __device__ __forceinline__ void begin_means(const Step&, const PoolMeans&, char*) {}
+
   // A quarter of the dims of all means at a time.
   static __device__ __forceinline__ void multiply_means(float (&logits)[2][kPoolBlocks / 8][4],
                                                         const Step& step, const Tile& tile,
-                                                        int first, char* shared) {
+                                                        const PoolMeans& means, char* shared) {
     constexpr uint32_t kStages = kMaxRows * row_bytes(256);
     const uint32_t queries = shared_address(shared);
     const int warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;
-    const Means<kThreads, kPoolBlocks> means(step, tile, first, tile.blocks);
-    ptx::wait_copies_but<0>();
 #pragma unroll 1
     for (int dim = 0; dim < 256; dim += kPieceDims) {
       __syncthreads();
@@ -48,7 +48,6 @@ extern __shared__ __align__(16) char shared_bytes[];
 extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 1)
     compactattn_cells_pool_small_bf16_d256(const __grid_constant__ compactattn::Step step,
                                            int tile) {
-  compactattn::ptx::wait_for_earlier();
   using namespace compactattn::select;
   pool<Pieced<__nv_bfloat16>>(step, tile, shared_bytes);
 }
@@ -56,7 +55,6 @@ extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 1)
 extern "C" __global__ void __launch_bounds__(compactattn::select::kThreads, 1)
     compactattn_cells_pool_small_fp16_d256(const __grid_constant__ compactattn::Step step,
                                            int tile) {
-  compactattn::ptx::wait_for_earlier();
   using namespace compactattn::select;
   pool<Pieced<__half>>(step, tile, shared_bytes);
 }
