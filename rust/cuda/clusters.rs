@@ -58,15 +58,14 @@ impl Scoring<'_> {
         self.context.device().properties().has_clusters() && self.one_tile()
     }
 
-    /// What follows the scores in the launch that makes them: the lists, where they are wanted and each is made of whole
-    /// rows of scores that a CTA can hold.
+    /// What follows the scores in the launch that makes them.
     pub(super) fn then(&self) -> Then {
-        let fits = self.layout.max_blocks() <= MAX_ROW_BLOCKS;
-        if self.wants_lists && self.step.settings.keep_at_rows == 0 && fits {
-            Then::Lists
-        } else {
-            Then::Scores
-        }
+        if self.wants_lists && self.makes_lists() { Then::Lists } else { Then::Scores }
+    }
+
+    /// Whether lists can follow there: each is made of whole rows of scores that a CTA can hold.
+    pub(super) fn makes_lists(&self) -> bool {
+        self.layout.max_blocks() <= MAX_ROW_BLOCKS && self.step.settings.keep_at_rows == 0
     }
 
     /// Scores by mean keys; false, with nothing launched, where shared memory does not hold the tiles and a slice of
@@ -94,8 +93,7 @@ impl Scoring<'_> {
     /// The same by CTAs that hold a head's cells in registers, and what follows: lists of one head at most. None, with
     /// nothing launched, where registers do not hold them. The plan decides how many share a head, as it does their sums.
     pub(super) fn mass_lists(&self, listed: bool) -> Result<Option<Then>> {
-        let holding = HEAD_CTAS.iter().find(|(_, _, blocks)| self.layout.max_blocks() <= *blocks);
-        let Some((name, ctas, _)) = holding.filter(|_| self.longest_sample() <= HELD_ROWS) else {
+        let Some((name, ctas, _)) = self.holding() else {
             return Ok(None);
         };
         let then = if self.layout.heads_per_list() == 1 { self.then() } else { Then::Scores };
@@ -105,6 +103,17 @@ impl Scoring<'_> {
         let grid = Grid { blocks, threads: 512, shared_bytes };
         self.launch(name, grid, &[Arg::of(self.step), Arg::of(&wish)])?;
         Ok(Some(then))
+    }
+
+    /// The kernel whose registers hold a head's cells.
+    fn holding(&self) -> Option<&'static (&'static str, u32, usize)> {
+        let holding = HEAD_CTAS.iter().find(|(_, _, blocks)| self.layout.max_blocks() <= *blocks);
+        holding.filter(|_| self.longest_sample() <= HELD_ROWS)
+    }
+
+    /// Whether [`Self::mass_lists`] makes whole lists.
+    pub(super) fn holds_heads(&self) -> bool {
+        self.layout.heads_per_list() == 1 && self.holding().is_some()
     }
 
     /// Floats between a slice's rows of cells: rows of a product are stored to different banks.

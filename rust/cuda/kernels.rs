@@ -278,8 +278,8 @@ pub(super) fn choose(properties: &Properties, images: &[Image]) -> Result<&'stat
     })
 }
 
-/// Whether a kernel waits by itself for those before it (`wait_for_earlier` of cuda/ptx/grid.cuh, first thing), so that
-/// its launch need not. tests/gpu/check_sass.py looks for the wait in the machine code of each.
+/// Whether a kernel waits by itself for those before it (`wait_for_earlier` of cuda/ptx/grid.cuh), so that its launch need
+/// not. tests/gpu/check_sass.py looks for the wait in the machine code of each.
 fn overlaps(name: &str) -> bool {
     let name = name.strip_prefix("compactattn_").unwrap_or(name);
     let name = name.strip_suffix("_means").unwrap_or(name);

@@ -17,6 +17,9 @@ use crate::select::gate_weights::tests::{Form, gate};
 use crate::settings::{KeepAt, Scope, Selector, Settings};
 use crate::types::Dtype;
 
+#[path = "plan_kernels_tests.rs"]
+mod kernels;
+
 const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
 const KV_HEADS: usize = 2;
 const GROUP: usize = 4;
@@ -134,49 +137,6 @@ fn where_every_request_is_dense_nothing_is_launched_for_scores() {
         let plan = run::Plan::new(&desc(settings, Dtype::Bf16, 128), Parallel::new(1)).unwrap();
         assert_eq!(launched(below), expected(&plan, Dtype::Bf16), "{selector:?}");
     }
-}
-
-#[test]
-fn slices_that_shared_memory_does_not_hold_are_scored_from_registers_or_by_kernels_of_their_own() {
-    let base = Settings { block_size: 32, ..Settings::of(Selector::SampledExact) };
-    let of_groups = Settings { scope: Scope::GROUP_CHUNK, ..base };
-    let many_rows = Settings { sample_rows: 33, scope: Scope::HEAD_128, ..base };
-    let kernels = |settings, max_kv_len| {
-        let limits = Limits { max_kv_len, ..LIMITS };
-        // Groups of 2 heads: 64 rows of each make one tile.
-        let shape = fixture::shape(KV_HEADS, 2, 128, 16, Dtype::Bf16);
-        let world = World::new("", PlanDesc { limits, shape, ..desc(settings, Dtype::Bf16, 128) }).unwrap();
-        let launches = world.run(world.stream()).unwrap();
-        let names = launches.iter().map(|line| line.split(' ').next().unwrap().to_owned());
-        names.skip(3).take_while(|name| name != "compactattn_plan_work").collect::<Vec<_>>()
-    };
-    assert_eq!(kernels(base, 1 << 16), ["compactattn_mass_lists_short"]);
-    assert_eq!(kernels(of_groups, 1 << 16), ["compactattn_cells_lists"]);
-    assert_eq!(kernels(base, 1 << 17), ["compactattn_mass_lists"]);
-    assert_eq!(kernels(of_groups, 1 << 17), ["compactattn_mass_lists", "compactattn_union_table_wide"]);
-    let apart = ["compactattn_cells_mass", "compactattn_union_table_wide"];
-    assert_eq!(kernels(base, (1 << 17) + 32), apart);
-    assert_eq!(kernels(many_rows, 1 << 17), apart);
-}
-
-#[test]
-fn a_key_is_read_once_for_two_select_spans_where_a_request_can_have_them() {
-    let kernel = |selector, query_span| {
-        let scope = Scope { query_span, heads_per_list: 1 };
-        let world =
-            World::new("", desc(Settings { scope, ..Settings::of(selector) }, Dtype::Bf16, 128)).unwrap();
-        let launches = world.run(world.stream()).unwrap();
-        let words: Vec<_> = launches.iter().map(|line| line.split(' ').collect::<Vec<_>>()).collect();
-        words.iter().find(|words| words[0].contains("cells_read")).map(|words| words[0].to_owned()).unwrap()
-    };
-    let exact = Selector::SampledExact;
-    // Of 600 query tokens.
-    for several in [128, 256, 512] {
-        assert_eq!(kernel(exact, several), "compactattn_cells_read_pairs_sm90_bf16_d128", "{several}");
-    }
-    assert_eq!(kernel(exact, 0), "compactattn_cells_read_sm90_bf16_d128");
-    let listed = "compactattn_cells_read_candidates_sm90_bf16_d128";
-    assert_eq!(kernel(Selector::TwoLevel, 256), listed);
 }
 
 #[test]
@@ -407,9 +367,8 @@ fn expected(plan: &run::Plan, dtype: Dtype) -> Vec<String> {
         Selector::SampledExact => &["sample_rows_T", "cells_read_T", "mass_lists_short"],
         // 600 tokens of 4 heads, 128 rows a tile.
         Selector::Oracle => &["cells_read_T", "cells_mass"].repeat(19),
+        Selector::PooledMass => &["sample_rows_T", "cells_pool_T", "mass_lists_short"],
         // Two tiles of 256 dims beside a slice of cells and what clusters exchange: more than a CTA has.
-        Selector::PooledMass if dim < 256 => &["sample_rows_T", "pooled_lists_T"],
-        Selector::PooledMass => &["sample_rows_T", "cells_pool_T", "cells_mass"],
         Selector::TwoLevel if dim < 256 => {
             &["sample_rows_T", "pooled_lists_T", "cells_read_candidates_T", "mass_lists_short"]
         }

@@ -71,6 +71,10 @@ impl Scoring<'_> {
                 self.cells_read(0, Read::Every)?;
                 self.finish(false)
             }
+            Selector::PooledMass if self.by_clusters() && self.holds_heads() => {
+                self.cells_pool(0)?;
+                self.finish(false)
+            }
             Selector::PooledMass if self.by_clusters() && self.pooled_lists(self.then())? => {
                 Ok(self.then() == Then::Lists)
             }
@@ -89,9 +93,10 @@ impl Scoring<'_> {
     /// Scores of the cells of the only tile, with `listed` 0 for blocks that are no candidates; whether the lists are made
     /// too. Registers hold a head's cells sooner than shared memory a group's, which makes lists of several heads at once.
     fn finish(&self, listed: bool) -> Result<bool> {
-        let of_groups = self.then() == Then::Lists && self.layout.heads_per_list() > 1;
+        // Whether or not they are wanted: scores alone are those that the lists come from.
+        let of_groups = self.makes_lists() && self.layout.heads_per_list() > 1;
         if of_groups && self.cells_lists(listed)? {
-            return Ok(true);
+            return Ok(self.then() == Then::Lists);
         }
         if let Some(then) = self.mass_lists(listed)? {
             return Ok(then == Then::Lists);
