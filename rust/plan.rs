@@ -184,7 +184,9 @@ impl Layout {
     /// Most list spans and most select spans of a step with so many requests and query tokens.
     #[must_use]
     pub fn most_spans(&self, num_reqs: usize, total_q: usize) -> (usize, usize) {
-        let most = |span: usize| total_q.checked_div(span).unwrap_or(0) + num_reqs.min(total_q);
+        // Each that has queries has one span, and another for each further `span` of them.
+        let reqs = num_reqs.min(total_q);
+        let most = |span: usize| (total_q - reqs).checked_div(span).unwrap_or(0) + reqs;
         (most(self.settings.scope.query_span), most(self.select_span()))
     }
 
@@ -308,6 +310,25 @@ mod tests {
             let covered: Vec<_> = spans.iter().flat_map(|s| s.q_start..s.q_start + s.len).collect();
             assert_eq!(covered, (0..batch.total_q()).collect::<Vec<_>>());
             assert!(spans.len() * layout.lists_per_span() <= layout.max_list_rows());
+        }
+    }
+
+    /// Spans of the step of so many requests and tokens that has the most.
+    fn worst(num_reqs: usize, total_q: usize, span: usize) -> usize {
+        if num_reqs == 1 {
+            return total_q.div_ceil(span);
+        }
+        let with_first = |q: usize| q.div_ceil(span) + worst(num_reqs - 1, total_q - q, span);
+        (0..=total_q).map(with_first).max().unwrap()
+    }
+
+    #[test]
+    fn no_step_has_more_spans_than_planned_and_one_has_as_many() {
+        let layout = paged().layout(settings(128, 1));
+        for (num_reqs, total_q) in [(1, 0), (1, 1), (1, 128), (1, 129), (2, 1), (2, 128), (2, 130), (3, 300)]
+        {
+            let (spans, _) = layout.most_spans(num_reqs, total_q);
+            assert_eq!(spans, worst(num_reqs, total_q, 128), "{num_reqs} {total_q}");
         }
     }
 
