@@ -139,10 +139,9 @@ __device__ __forceinline__ void score(const Step& step, const Wish& wish, char* 
   if (wish.then == kLists && blockIdx.x + blockIdx.y + blockIdx.z + threadIdx.x == 0) {
     count_call(step.stages);
   }
-  // Of any value, but loaded beside the counter.
+  if (index >= step.stages.counters->num_select_spans) return ptx::wait_for_earlier();
   const Span select_span = step.stages.select_spans[index];
   const Span list_span = step.stages.list_spans[index];
-  if (index >= step.stages.counters->num_select_spans) return ptx::wait_for_earlier();
   Tile tile;
   const bool scored = !select_span.dense && past_blocks(step.layout, select_span) > 0 &&
                       tile_of(step, select_span, 0, index, kv_head, tile);

@@ -110,12 +110,10 @@ struct Planned {
   Span span;
   bool exists;
 
-  // All loads at once, of any value where there is no such span.
   __device__ __forceinline__ void load(const Step& step) {
     ptx::wait_for_earlier();
-    const int spans = step.stages.counters->num_select_spans;
-    span = step.stages.select_spans[blockIdx.z];
-    exists = static_cast<int>(blockIdx.z) < spans;
+    exists = static_cast<int>(blockIdx.z) < step.stages.counters->num_select_spans;
+    if (exists) span = step.stages.select_spans[blockIdx.z];
   }
 
   // Whether it has scores, of some of its tokens.

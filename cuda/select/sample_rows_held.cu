@@ -185,7 +185,8 @@ __device__ __forceinline__ float square_of_mean(const Unit& unit, const int* sum
 }
 
 // How like the mean this CTA's candidates are. Lane kHeads * r + i of eight is row r's and head
-// i's: roots and divisions of all at once. `meanwhile()` runs once queries are there.
+// i's: roots and divisions of all at once. Waits for earlier kernels once queries are there, and
+// runs `meanwhile()` while sums are on their way.
 template <class E, class Meanwhile>
 __device__ __forceinline__ void compare_held(const Unit& unit, int* dynamic, Picking& shared,
                                              Meanwhile meanwhile) {
@@ -193,9 +194,10 @@ __device__ __forceinline__ void compare_held(const Unit& unit, int* dynamic, Pic
   ptx::arrive_at_cluster();
   const Held held(unit);
   find_scales<E>(unit, shared.scales);
-  meanwhile();
+  ptx::wait_for_earlier();
   add_held<E>(unit, held, shared.scales, of_warps);
   send_sums(unit, of_warps, of_ctas);
+  meanwhile();
   Part x;
   const float square = sum_held(unit.lanes, [&](int i, float (&rows)[kHeldRows]) {
 #pragma unroll
