@@ -116,7 +116,7 @@ def test_a_table_has_as_many_rows_as_a_step_of_its_requests_can_have() -> None:
     settings = ours.package().Settings.of("external").replace(block_size=128, query_span=128, heads_per_list=1)
     plan = system._plan(made, settings)
     table = ours._table(made, made.copies[0], plan, (made.shape.num_q_heads, 128))
-    # 2 requests of 2 tiles could also be one of 4 tiles less a token and one of that.
+    # 2 requests of 2 tiles could also be one of a token and one of 4 tiles less that.
     assert table.counts.shape[0] == plan.sizes().list_rows == 5 * made.shape.num_q_heads
 
 
