@@ -96,6 +96,7 @@ __device__ inline void weigh_rows(const Tile& tile, Exchange& shared) {
     ptx::store_to(rank, to, {mine.max, mine.sum});
   }
   ptx::fence_cluster();
+  __syncwarp();
   ptx::arrive_at_cluster();
   ptx::wait_for_cluster();
   if (threadIdx.x < kMaxRows) {
@@ -146,6 +147,7 @@ __device__ __forceinline__ void score(const Step& step, const Wish& wish, char* 
   const bool scored = !select_span.dense && past_blocks(step.layout, select_span) > 0 &&
                       tile_of(step, select_span, 0, index, kv_head, tile);
   if (scored) {
+    __syncwarp();  // one thread counted
     ptx::arrive_at_cluster();
     const Slice slice = slice_of(tile, wish, shared);
     fill(tile, slice, exchange);
@@ -153,6 +155,7 @@ __device__ __forceinline__ void score(const Step& step, const Wish& wish, char* 
     write_scores(step, tile, slice, wish.listed ? candidates_of(step, index, kv_head) : nullptr,
                  exchange);
     ptx::fence_cluster();
+    __syncwarp();
     ptx::arrive_at_cluster();
     ptx::wait_for_cluster();
   } else {

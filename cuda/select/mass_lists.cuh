@@ -249,6 +249,7 @@ __device__ __forceinline__ void mass_lists(const Step& step, const Wish& wish, u
   if (!is_there) return;
   const bool handed = scored && is_one_row(step, wish, list_span);
   if (scored) {
+    __syncwarp();              // one thread counted
     ptx::arrive_at_cluster();  // whose CTAs all run from here on: their shared memory is written
     const Part part(tile);
     float masses[kColumns] = {};
